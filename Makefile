@@ -1,0 +1,34 @@
+# Needs Python 3.11, pip, git and make. Everything is installed into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks
+
+.PHONY: setup demo test lint schema bench clean
+
+setup: .venv/ready
+
+.venv/ready: requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: setup  ## Train a small GPT four times and compare: without clipping, fixed, ZClip, Accelerate.
+	$(BIN)/python examples/demo.py
+
+lint: setup
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+schema: setup  ## Write configs/schema.json anew from the models.
+	$(BIN)/python -m gradclip.config.schema configs/schema.json
+
+bench: setup  ## Times against torch, as ratios within one run.
+	$(BIN)/python benchmarks/bench_step.py
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,33 @@
+"""Gradient clipping for PyTorch: right under sharding, adaptive, nearly free.
+
+>>> import gradclip
+>>> clipper = gradclip.GradientClipper(gradclip.ZClip(), optimizer=optimizer)  # doctest: +SKIP
+>>> record = clipper.clip()  # doctest: +SKIP
+"""
+
+from gradclip.config import ClipConfig, GroupConfig, LogConfig, load_yaml
+from gradclip.engine import GradientClipper
+from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError
+from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
+from gradclip.policies import ClipByNorm, ClipByValue, SkipNonfinite, ZClip
+from gradclip.records import ClipRecord
+
+__all__ = [
+    "ClipByNorm",
+    "ClipByValue",
+    "ClipConfig",
+    "ClipError",
+    "ClipRecord",
+    "ConfigError",
+    "GradientClipper",
+    "GroupConfig",
+    "LayoutError",
+    "LogConfig",
+    "NonFiniteError",
+    "SkipNonfinite",
+    "ZClip",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "get_total_norm",
+    "load_yaml",
+]

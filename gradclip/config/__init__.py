@@ -1,0 +1,14 @@
+"""What a user can set, and how it is read."""
+
+from gradclip.config.load import PolicyLike, as_config, load_yaml, parse_mapping
+from gradclip.config.models import ClipConfig, GroupConfig, LogConfig
+
+__all__ = [
+    "ClipConfig",
+    "GroupConfig",
+    "LogConfig",
+    "PolicyLike",
+    "as_config",
+    "load_yaml",
+    "parse_mapping",
+]

@@ -1,0 +1,69 @@
+"""The configuration: one schema for Python, YAML, LightningCLI and Accelerate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gradclip.policies import AnyPolicy, ClipByValue
+
+__all__ = ["ClipConfig", "GroupConfig", "LogConfig"]
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class LogConfig(BaseModel):
+    """What is logged, and how often."""
+
+    model_config = _STRICT
+
+    every_n_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between two log entries; null takes the trainer's own interval, or 10."""
+    per_parameter: bool = False
+    """Also record the norm of each parameter, as `clip/grad_norm/<parameter>`."""
+
+
+class GroupConfig(BaseModel):
+    """Other rules for some parameters, which then don't count for the rest."""
+
+    model_config = _STRICT
+
+    match: Annotated[str, Field(min_length=1)]
+    """Shell-style pattern on parameter names: `*` any text, `?` one character, `[ab]` a choice."""
+    policies: list[AnyPolicy]
+    """Their policies, in order; an empty list leaves them unclipped."""
+
+
+class ClipConfig(BaseModel):
+    """Policies, applied in order, and what goes with them.
+
+    Example:
+        >>> ClipConfig.model_validate({"policies": [{"type": "norm", "max_norm": 1.0}]}).log
+        LogConfig(every_n_steps=None, per_parameter=False)
+    """
+
+    model_config = _STRICT
+
+    policies: Annotated[list[AnyPolicy], Field(min_length=1)]
+    """Applied in order, each to the gradients as those before it leave them."""
+    on_nonfinite: Literal["skip", "raise", "ignore"] = "skip"
+    """A NaN or infinite gradient: withhold the step, stop with an error, or let it pass."""
+    groups: list[GroupConfig] = []
+    """First match wins; parameters that match none get `policies`."""
+    log: LogConfig = LogConfig()
+    """Logging."""
+
+    @model_validator(mode="after")
+    def _clamps_stand_last(self) -> ClipConfig:
+        chains = {"policies": self.policies}
+        chains |= {f"groups[{i}].policies": group.policies for i, group in enumerate(self.groups)}
+        for where, policies in chains.items():
+            for index, policy in enumerate(policies[:-1]):
+                if isinstance(policy, ClipByValue):
+                    msg = (
+                        f"{where}[{index}] is 'value' and not the last: clamping elements changes "
+                        "norms in a way later policies can't know. Move it to the end."
+                    )
+                    raise ValueError(msg)
+        return self

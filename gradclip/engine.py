@@ -1,0 +1,204 @@
+"""One clipping step: gradients -> measure -> reduce -> decide -> apply -> record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gradclip.apply import apply
+from gradclip.config import ClipConfig, PolicyLike, as_config
+from gradclip.errors import ConfigError, NonFiniteError
+from gradclip.hooks import clip_before_step
+from gradclip.kernels import KernelName, kernel_for
+from gradclip.layouts import detect
+from gradclip.measure import measure
+from gradclip.policies import combine, decide_all
+from gradclip.records import ClipRecord, Tally
+from gradclip.scopes import Plan, build_plan, collect_parameters, group_names
+from gradclip.state import carry_over, pack, unpack
+from gradclip.types import Layout, Verdict
+
+__all__ = ["GradientClipper"]
+
+
+class GradientClipper:
+    """Clips the gradients of one optimizer, once per optimizer step.
+
+    Args:
+        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
+            path of a YAML file.
+        named_parameters: Names for the parameters, as from `model.named_parameters()`; without
+            an optimizer, also which parameters to clip.
+        optimizer: Whose parameters to clip, and whose parameter groups scope "group" means.
+        process_group: One more group of ranks to reduce over, which hold other parameters of the
+            same model (pipeline stages, say).
+        layout: How parameters are laid out over ranks; found out from them if not given.
+        kernel: "cpu", "accelerator" or "reference"; chosen by the device if not given.
+
+    Raises:
+        ConfigError: If the configuration isn't valid for these parameters.
+        LayoutError: If the parameters are laid out in a way that isn't supported.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> clipper = GradientClipper(ClipByNorm(max_norm=1.0), optimizer=optimizer)
+        >>> model(torch.full((1, 2), 30.0)).sum().backward()
+        >>> record = clipper.clip()
+        >>> bool(record.clipped), round(float(record.clipped_norm), 4)
+        (True, 1.0)
+    """
+
+    def __init__(
+        self,
+        policy: PolicyLike,
+        named_parameters: Iterable[tuple[str, Parameter]] | None = None,
+        optimizer: Optimizer | None = None,
+        *,
+        process_group: ProcessGroup | None = None,
+        layout: Layout | None = None,
+        kernel: KernelName | None = None,
+    ) -> None:
+        self.config: ClipConfig = as_config(policy)
+        self._named = None if named_parameters is None else list(named_parameters)
+        self._optimizer = optimizer
+        self._process_group = process_group
+        self._given_layout = layout
+        self._kernels = partial(kernel_for, name=kernel)
+        self._layout, self._plan = self._lay_out()
+        self._signature = self._optimizer_groups()
+        device = self._layout.device
+        self._kernels(device)
+        self._states = [rule.policy.init(len(rule.names), device) for rule in self._plan.rules]
+        self._tally = Tally(device)
+
+    @torch.no_grad()
+    def clip(self, *, grad_scale: Tensor | None = None) -> ClipRecord:
+        """Clip this step's gradients in place. Call after backward, before the optimizer's step.
+
+        Every rank must call it for every step, whatever gradients it has.
+
+        Args:
+            grad_scale: 0-d factor that the gradients still carry (a loss scale). Norms and
+                limits are those of the gradients without it.
+
+        Returns:
+            What was measured and done; tensors on the device, equal on every rank.
+
+        Raises:
+            NonFiniteError: If `on_nonfinite` is "raise" and a gradient on any rank is not
+                finite. Gradients and state are then as they were.
+        """
+        plan = self._current_plan()
+        grads = self._layout.collect(plan.slots)
+        norms = measure(grads.counted, plan.norm_types, self._layout, self._kernels)
+        if grad_scale is not None:
+            norms = {p: norm / grad_scale for p, norm in norms.items()}
+        skips = self.config.on_nonfinite == "skip"
+        verdict, states = decide_all(plan.rules, norms, self._states, skip_nonfinite=skips)
+        self._stop_if_asked(verdict)
+        apply(verdict, grads.all, plan.parameters.values(), self._kernels, grad_scale)
+        self._states = states
+        return self._record(norms[plan.recorded], verdict)
+
+    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+        """Clip by itself before every `optimizer.step()`, also with a closure or a GradScaler.
+
+        Returns:
+            A handle; `handle.remove()` stops it.
+
+        Raises:
+            ConfigError: If the optimizer isn't the one this clipper was built with, or
+                evaluates its closure several times a step (LBFGS).
+        """
+        known = {id(p) for p in self._plan.parameters.values()}
+        if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+            msg = (
+                f"attach got a {type(optimizer).__name__} that shares no parameter with this "
+                "clipper; attach the optimizer whose parameters the clipper was built with."
+            )
+            raise ConfigError(msg)
+        return clip_before_step(self, optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts."""
+        return pack(self._plan.rules, self._states, self._tally.counts)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`, saved at any world size.
+
+        Raises:
+            ConfigError: If it was saved with other policies or other parameters. Nothing is
+                changed then.
+        """
+        device = self._layout.device
+        self._states, self._tally.counts = unpack(state, self._plan.rules, self._states, device)
+
+    def _lay_out(self) -> tuple[Layout, Plan]:
+        parameters = collect_parameters(self._named, self._optimizer)
+        layout = self._given_layout or detect(parameters, self._process_group)
+        groups = group_names(self._optimizer, parameters.values())
+        plan = build_plan(self.config, parameters, groups, layout.device)
+        scopes = {rule.policy.measured[0] for rule in plan.rules}
+        if self._process_group is not None and (len(plan.slots) > 1 or scopes != {"global"}):
+            msg = (
+                "process_group is given and the configuration cuts parameters into several slots "
+                f"({', '.join(map(repr, plan.slot_names[:3]))}), which ranks holding other "
+                "parameters don't share; allowed with it: scope 'global', no groups, and "
+                "log.per_parameter false. Use those, or leave process_group out."
+            )
+            raise ConfigError(msg)
+        if "group" in scopes and self._optimizer is None:
+            msg = (
+                "scope is 'group', and without an optimizer there are no parameter groups; "
+                "pass optimizer=..., or use scope 'global' or 'parameter'."
+            )
+            raise ConfigError(msg)
+        return layout, plan
+
+    def _optimizer_groups(self) -> tuple[int, ...]:
+        groups = self._optimizer.param_groups if self._optimizer else ()
+        return tuple(len(group["params"]) for group in groups)
+
+    def _current_plan(self) -> Plan:
+        """The plan; made anew, with the state carried over, when parameters were added."""
+        if self._signature != (now := self._optimizer_groups()):
+            self._layout, plan = self._lay_out()
+            self._states = carry_over(
+                self._plan.rules, self._states, plan.rules, self._layout.device
+            )
+            self._plan, self._signature = plan, now
+        return self._plan
+
+    def _stop_if_asked(self, verdict: Verdict) -> None:
+        if self.config.on_nonfinite != "raise" or bool(verdict.finite):
+            return
+        bad: list[str] = []
+        for name, parameter in self._plan.parameters.items():
+            grads = self._layout.collect([[parameter]]).all[0]
+            bad += [name for grad in grads if not torch.isfinite(grad).all()]
+        where = f"on this rank in {', '.join(bad[:5])}" if bad else "on another rank"
+        if len(bad) > 5:
+            where += f" and {len(bad) - 5} more"
+        msg = (
+            f"clip: a gradient is NaN or infinite, {where}; gradients are unchanged. "
+            "on_nonfinite is 'raise'; 'skip' withholds such steps instead."
+        )
+        raise NonFiniteError(msg)
+
+    def _record(self, norms: Tensor, verdict: Verdict) -> ClipRecord:
+        plan = self._plan
+        grad_norm = combine(norms, plan.recorded)
+        clipped_norm = combine(norms * verdict.coef, plan.recorded)
+        named: dict[str, Tensor] = {}
+        if self.config.log.per_parameter:
+            named = dict(zip(plan.slot_names, norms.unbind(), strict=True))
+        return self._tally.append(grad_norm, clipped_norm, verdict, named)

@@ -1,0 +1,19 @@
+"""The three things that can be wrong: what was asked, what was found, what came out."""
+
+__all__ = ["ClipError", "ConfigError", "LayoutError", "NonFiniteError"]
+
+
+class ClipError(Exception):
+    """Base of every error raised by gradclip."""
+
+
+class ConfigError(ClipError, ValueError):
+    """Something a user wrote is wrong: a value, a key, a combination of policies."""
+
+
+class LayoutError(ClipError, RuntimeError):
+    """Something found in the model or the process groups can't be clipped rightly."""
+
+
+class NonFiniteError(ClipError, RuntimeError):
+    """A gradient is NaN or infinite and the configuration asks to stop."""

@@ -1,0 +1,148 @@
+"""torch's own clipping functions, on this engine: same signatures, same semantics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from gradclip.apply import scale_
+from gradclip.errors import ConfigError, NonFiniteError
+from gradclip.kernels import kernel_for
+from gradclip.layouts import detect
+from gradclip.measure import is_wide, measure
+from gradclip.types import Collected
+
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"]
+
+Tensors = Tensor | Iterable[Tensor]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, right under `fully_shard` and in half precision.
+
+    Gradients are multiplied by min(1, max_norm / (norm + 1e-6)), torch's formula.
+
+    Departures: a negative or NaN `max_norm` is refused (torch flips or erases gradients), an
+    infinite one only measures, and half precision gradients give a float32 norm.
+
+    Args:
+        parameters: A tensor or an iterable of tensors whose `.grad` is clipped in place.
+        max_norm: Largest norm, at least 0.
+        norm_type: p of the p-norm, above 0, or inf.
+        error_if_nonfinite: Raise, before anything is written, if the norm is NaN or infinite.
+        foreach: Accepted and ignored: the kernel follows from the device.
+
+    Returns:
+        The norm before clipping over all ranks, a plain 0-d tensor; 0 if there is no gradient.
+
+    Raises:
+        ConfigError: If `max_norm` or `norm_type` is out of range.
+        NonFiniteError: If asked for; it is a RuntimeError, as in torch.
+    """
+    del foreach
+    limit = float(max_norm)
+    if not limit >= 0:
+        msg = f"max_norm is {max_norm!r}; it must be 0 or more (inf only measures)."
+        raise ConfigError(msg)
+    grads = [p.grad for p in _listed(parameters) if p.grad is not None]
+    total, collected = _measure(grads, norm_type)
+    if error_if_nonfinite:
+        _refuse_nonfinite(total, norm_type)
+    if math.isfinite(limit) and grads:
+        coef = (limit / (total + 1e-6)).clamp(max=1.0)
+        scale_(collected.all, coef.unsqueeze(0), kernel_for)
+    return _rounded(total, grads)
+
+
+@torch.no_grad()
+def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
+    """`torch.nn.utils.clip_grad_value_`: clamp every gradient element to [-v, v] in place.
+
+    Departures: a negative or NaN `clip_value` is refused.
+
+    Args:
+        parameters: A tensor or an iterable of tensors whose `.grad` is clamped in place.
+        clip_value: v, at least 0.
+        foreach: Accepted and ignored: the kernel follows from the device.
+
+    Raises:
+        ConfigError: If `clip_value` is out of range.
+    """
+    del foreach
+    limit = float(clip_value)
+    if not limit >= 0:
+        msg = f"clip_value is {clip_value!r}; it must be 0 or more."
+        raise ConfigError(msg)
+    grads = [p.grad for p in _listed(parameters) if p.grad is not None]
+    layout = detect({str(i): grad for i, grad in enumerate(grads)})
+    for grad in layout.take([grads]).all[0]:
+        kernel_for(grad.device).clamp_([grad], limit)
+
+
+@torch.no_grad()
+def get_total_norm(
+    tensors: Tensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """`torch.nn.utils.get_total_norm`: the norm of tensors taken as one vector, over all ranks.
+
+    Args:
+        tensors: A tensor or an iterable of tensors (gradients themselves, not parameters).
+        norm_type: p of the p-norm, above 0, or inf.
+        error_if_nonfinite: Raise if the norm is NaN or infinite.
+        foreach: Accepted and ignored: the kernel follows from the device.
+
+    Returns:
+        A plain 0-d tensor, float32 or float64; 0 for no tensors.
+
+    Raises:
+        ConfigError: If `norm_type` is out of range.
+        NonFiniteError: If asked for; it is a RuntimeError, as in torch.
+    """
+    del foreach
+    listed = _listed(tensors)
+    total, _ = _measure(listed, norm_type)
+    if error_if_nonfinite:
+        _refuse_nonfinite(total, norm_type)
+    return _rounded(total, listed)
+
+
+def _listed(tensors: Tensors) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _measure(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Collected]:
+    p = float(norm_type)
+    if not p > 0:
+        msg = f"norm_type is {norm_type!r}; it must be above 0, or inf."
+        raise ConfigError(msg)
+    layout = detect({str(i): grad for i, grad in enumerate(grads)})
+    collected = layout.take([grads])
+    wide = {p: is_wide(p, {grad.dtype for grad in grads})}
+    return measure(collected.counted, wide, layout, kernel_for)[p].squeeze(0), collected
+
+
+def _refuse_nonfinite(total: Tensor, norm_type: float) -> None:
+    if not torch.isfinite(total):
+        msg = (
+            f"The total norm of order {norm_type} for gradients is {float(total)}, so it can't be "
+            "clipped; gradients are unchanged. Set error_if_nonfinite=False to clip all the same."
+        )
+        raise NonFiniteError(msg)
+
+
+def _rounded(total: Tensor, grads: list[Tensor]) -> Tensor:
+    return total.to(reduce(torch.promote_types, (g.dtype for g in grads), torch.float32))

@@ -1,0 +1,118 @@
+"""A list of policies: one read of the gradients, one write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradclip.policies.base import Policy
+from gradclip.types import State, Stats, Verdict
+
+__all__ = ["Rule", "combine", "decide_all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A policy and the slots it decides on.
+
+    The engine measures the coarsest slots that every policy can be built from; a rule says which
+    of those make up each of its own.
+
+    Attributes:
+        policy: What decides.
+        names: One name per slot of this policy.
+        covers: Indices of the measured slots this policy governs.
+        members: Bool of shape (slots, measured slots); None if both are the same.
+        owner: Int64 of shape (measured slots,): the policy's slot, or its slot count for a
+            measured slot that this policy leaves alone.
+    """
+
+    policy: Policy
+    names: tuple[str, ...]
+    covers: tuple[int, ...]
+    members: Tensor | None
+    owner: Tensor
+
+    def gather(self, norms: Tensor, norm_type: float) -> Tensor:
+        """Norms of this policy's slots from those of the measured slots."""
+        return norms if self.members is None else combine(norms, norm_type, self.members)
+
+    def spread(self, coef: Tensor) -> Tensor:
+        """Coefficients of the measured slots from those of this policy's slots."""
+        if self.members is None:
+            return coef
+        return torch.cat([coef, coef.new_ones(1)]).index_select(0, self.owner)
+
+
+def decide_all(
+    rules: Sequence[Rule],
+    norms: Mapping[float, Tensor],
+    states: Sequence[State],
+    *,
+    skip_nonfinite: bool,
+) -> tuple[Verdict, list[State]]:
+    """Ask the policies in order, each seeing the norms as those before it leave them.
+
+    Scaling a slot by c scales its p-norm by c, for every p, so gradients are read once whatever
+    the number of policies. The state of a step that is not finite or is withheld is the old one.
+    """
+    measured = torch.stack(list(norms.values()))
+    finite = torch.isfinite(measured).all()
+    coef = torch.ones_like(measured[0])
+    limit = torch.full_like(finite, math.inf, dtype=torch.float64)
+    skip = ~finite if skip_nonfinite else None
+    clamped: Tensor | None = None
+    clamps: list[tuple[float, tuple[int, ...]]] = []
+    after: list[State] = []
+    for rule, state in zip(rules, states, strict=True):
+        norm_type = rule.policy.measured[1] or next(iter(norms))
+        stats = Stats(rule.gather(norms[norm_type] * coef, norm_type), finite)
+        decision, new = rule.policy.decide(stats, state)
+        after.append(new)
+        coef = coef * rule.spread(decision.coef)
+        limit = torch.minimum(limit, decision.limit.min())
+        skip = _either(skip, decision.skip)
+        if decision.clamp is not None:
+            clamps.append((decision.clamp, rule.covers))
+            clamped = _either(clamped, (stats.norms > decision.clamp).any())
+    keeps = finite if skip is None else finite & ~skip
+    kept = [_select(keeps, new, old) for new, old in zip(after, states, strict=True)]
+    return Verdict(coef, limit, finite, skip, tuple(clamps), clamped), kept
+
+
+def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> Tensor:
+    """The p-norm of unions of slots from the p-norms of the slots, without overflow.
+
+    Args:
+        norms: Shape (n,), float64.
+        norm_type: p, or inf.
+        members: Bool of shape (m, n), which slots each union holds; None for one of all.
+
+    Returns:
+        Shape (m,), or 0-d for one union. Sums run over a dim, in one order on every device, so
+        that ranks agree bitwise.
+    """
+    if members is None and norms.numel() == 1:
+        return norms.squeeze(0)
+    parts = norms if members is None else torch.where(members, norms, 0.0)
+    peak = parts.amax(-1)
+    if norm_type == math.inf:
+        return peak
+    scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
+    return scale * (parts / scale.unsqueeze(-1)).pow(norm_type).sum(-1).pow(1.0 / norm_type)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a | b
+
+
+def _select(keeps: Tensor, new: State, old: State) -> State:
+    if new is old:
+        return old
+    return {name: torch.where(keeps, new[name], value) for name, value in old.items()}

@@ -1,0 +1,168 @@
+"""ZClip: clip what is statistically unusual."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gradclip.policies.base import MaxNorm, NormPolicy, coefficient
+from gradclip.types import Decision, State, Stats
+
+__all__ = ["ZClip"]
+
+
+class ZClip(NormPolicy):
+    """Clip norms whose z-score over a running mean and variance exceeds `z_threshold`.
+
+    With n the norm, m and V the running mean and variance, s = sqrt(V) and z = (n - m) / (s + eps):
+
+    - mode "zscore": a spike is z > z_threshold; it is held to
+      a = (m + z_threshold^2 * s / z) * clip_factor ("adaptive_scaling": the larger the spike, the
+      closer to the mean) or a = m ("mean").
+    - mode "percentile": a spike is n > a with a = m + z_threshold * s, and it is held to a.
+    - c = min(a, max_norm) / (n + eps) where n exceeds that limit, else 1.
+    - Update with u = a for a spike, u = n otherwise (before `max_norm`):
+      m' = decay * m + (1 - decay) * u, and V' = decay * V + (1 - decay) * (u - m')^2
+      ("reference") or V' = decay * (V + (1 - decay) * (u - m)^2) ("exact", the exponentially
+      weighted variance; the reference is low by the factor decay on each increment).
+
+    For the first `warmup_steps` norms gradients are held to `max_norm` alone; then m and V are
+    the mean and population variance of those norms, or with `warmup: median` their median and
+    the variance that 1.4826 times the median absolute deviation stands for, which a spike among
+    them does not inflate.
+
+    State: `mean`, `var`, `seen` (norms taken in), `streak` (spikes in a row), all of shape
+    (slots,) and float64, and `recent`, the last norms, of shape (history, slots). All of it is
+    restored, warm-up included.
+
+    Ranks: decided from reduced norms, so equal everywhere without a broadcast.
+
+    Departures: the reference locks for ever after a lasting change of level by a factor of 2 or
+    more, since a spike feeds back only its clipped value. After `escape_after` spikes in a row m
+    and V are taken anew from those norms; `escape_after: null` is the reference. A norm of
+    exactly 0 is no observation. State is in float64. `sigma_floor` keeps s above a share of m.
+
+    References: Kumar, Owen, Roy Chowdhury, Guera, "ZClip: Adaptive Spike Mitigation for LLM
+    Pre-Training", https://arxiv.org/abs/2504.02507 (2025); code: bluorion-com/ZClip 1.0.0.
+    """
+
+    type: Literal["zclip"] = "zclip"
+    """Selects this policy in YAML."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.97
+    """Weight of the past in the running mean and variance (the paper's alpha)."""
+    z_threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.5
+    """A norm this many standard deviations above the mean is a spike."""
+    max_norm: MaxNorm | None = 1.0
+    """A fixed ceiling, the only limit during warm-up; null for none."""
+    warmup_steps: Annotated[int, Field(ge=2)] = 25
+    """Norms collected before the first adaptive limit."""
+    mode: Literal["zscore", "percentile"] = "zscore"
+    """How a spike is told and what it is held to (see above)."""
+    clip_option: Literal["adaptive_scaling", "mean"] = "adaptive_scaling"
+    """What mode "zscore" holds a spike to."""
+    clip_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Multiplies the whole "adaptive_scaling" limit, as the reference's code does."""
+    skip_update_on_spike: bool = False
+    """Leave mean and variance alone on a spike."""
+    variance: Literal["reference", "exact"] = "reference"
+    """Which recursion the variance follows (see above)."""
+    sigma_floor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Smallest standard deviation as a share of the mean; 0.02 suits very smooth norms."""
+    warmup: Literal["mean", "median"] = "mean"
+    """How mean and variance start (see above)."""
+    escape_after: Annotated[int, Field(ge=2)] | None = 25
+    """Spikes in a row that count as a new level; null never escapes, as the reference."""
+
+    @property
+    def _history(self) -> int:
+        return max(self.warmup_steps, self.escape_after or 0)
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """Nothing seen yet."""
+        zeros = torch.zeros(slots, dtype=torch.float64, device=device)
+        state = {name: zeros.clone() for name in ("mean", "var", "seen", "streak")}
+        return {**state, "recent": zeros.repeat(self._history, 1)}
+
+    def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
+        """Tell a spike, hold it to its limit, and take the norm in."""
+        norms = stats.norms
+        mean, var = state["mean"], state["var"]
+        ready = state["seen"] >= self.warmup_steps
+        sigma = torch.maximum(var.sqrt(), self.sigma_floor * mean)
+        spike, target, boundary = self._judge(norms, mean, sigma)
+        spike = spike & ready
+        taken = torch.where(spike, target, norms)
+
+        limit = torch.where(ready, torch.where(spike, target, boundary), math.inf)
+        if self.max_norm is not None:
+            limit = limit.clamp(max=self.max_norm)
+        decision = Decision(coefficient(norms, limit, self.eps), limit)
+        return decision, self._update(norms, taken, spike, ready, state)
+
+    def _judge(self, norms: Tensor, mean: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which norms are spikes, what each would be held to, and where spikes begin."""
+        if self.mode == "percentile":
+            boundary = mean + self.z_threshold * sigma
+            return norms > boundary, boundary, boundary
+        boundary = mean + self.z_threshold * (sigma + self.eps)
+        z = (norms - mean) / (sigma + self.eps)
+        spike = z > self.z_threshold
+        if self.clip_option == "mean":
+            return spike, mean, boundary
+        pulled = mean + self.z_threshold**2 * sigma / torch.where(spike, z, 1.0)
+        return spike, pulled * self.clip_factor, boundary
+
+    def _update(
+        self, norms: Tensor, taken: Tensor, spike: Tensor, ready: Tensor, state: State
+    ) -> State:
+        observed = norms > 0
+        recent = torch.cat([state["recent"].narrow(0, 1, self._history - 1), norms.unsqueeze(0)])
+        recent = torch.where(observed, recent, state["recent"])
+        seen = state["seen"] + observed
+        streak = torch.where(spike, state["streak"] + 1, 0.0)
+        streak = torch.where(observed, streak, state["streak"])
+
+        step = 1 - self.decay
+        mean = self.decay * state["mean"] + step * taken
+        spread = taken - (mean if self.variance == "reference" else state["mean"])
+        weight = step if self.variance == "reference" else step * self.decay
+        var = self.decay * state["var"] + weight * spread.square()
+
+        moves = ready & observed
+        if self.skip_update_on_spike:
+            moves = moves & ~spike
+        mean = torch.where(moves, mean, state["mean"])
+        var = torch.where(moves, var, state["var"])
+
+        started = ~ready & (seen >= self.warmup_steps)
+        center, square = _level(recent, self.warmup_steps, self.warmup)
+        mean = torch.where(started, center, mean)
+        var = torch.where(started, square, var)
+        if self.escape_after is not None:
+            escaped = streak >= self.escape_after
+            center, _ = _level(recent, self.escape_after, "median")
+            _, square = _level(recent, self.escape_after, "mean")
+            mean = torch.where(escaped, center, mean)
+            var = torch.where(escaped, square, var)
+            streak = torch.where(escaped, 0.0, streak)
+        return {"mean": mean, "var": var, "seen": seen, "streak": streak, "recent": recent}
+
+
+def _level(recent: Tensor, count: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Centre and variance of the last `count` rows of `recent`, each of shape (slots,)."""
+    last = recent.narrow(0, recent.shape[0] - count, count)
+    if kind == "mean":
+        return last.mean(0), last.var(0, correction=0)
+    center = _median(last)
+    return center, (1.4826 * _median((last - center).abs())).square()
+
+
+def _median(rows: Tensor) -> Tensor:
+    """The middle of each column, the mean of both middles for an even count."""
+    ordered = rows.sort(0).values
+    count = rows.shape[0]
+    return ordered.narrow(0, (count - 1) // 2, 2 - count % 2).mean(0)

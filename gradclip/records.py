@@ -1,0 +1,98 @@
+"""Memory: what happened in a step, kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradclip.types import Verdict
+
+__all__ = ["ClipRecord", "Tally"]
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRecord:
+    """One clipping step. Plain 0-d tensors on the device, equal on every rank.
+
+    Reading one on the host (`float(record.grad_norm)`) waits for the device; when to do that is
+    the caller's choice.
+
+    Attributes:
+        grad_norm: Float64. Norm of all gradients before clipping; NaN or inf if they are.
+        limit: Float64. The tightest limit any slot was held to; inf if there was none.
+        coef: Float64. The smallest factor any slot was multiplied by; 1 if nothing was scaled.
+        clipped_norm: Float64. Norm after clipping. NaN if elements were clamped: that norm isn't
+            known without reading the gradients again.
+        clipped: Bool. Some gradient was changed.
+        skipped: Bool. The optimizer step was withheld.
+        finite: Bool. Every gradient element on every rank was finite.
+        clip_rate: Float64. Share of the steps so far that were clipped.
+        per_parameter: Norm before clipping by parameter name; empty unless asked for.
+    """
+
+    grad_norm: Tensor
+    limit: Tensor
+    coef: Tensor
+    clipped_norm: Tensor
+    clipped: Tensor
+    skipped: Tensor
+    finite: Tensor
+    clip_rate: Tensor
+    per_parameter: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def as_metrics(self) -> dict[str, Tensor]:
+        """Float 0-d tensors by metric key, still on the device.
+
+        Returns:
+            `clip/grad_norm`, `clip/limit`, `clip/coef`, `clip/clipped_norm`, `clip/clipped`,
+            `clip/skipped`, `clip/clip_rate`, and `clip/grad_norm/<parameter>` where recorded.
+        """
+        keys = ("grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "clip_rate")
+        metrics = {f"clip/{key}": getattr(self, key).double() for key in keys}
+        norms = {f"clip/grad_norm/{name}": norm for name, norm in self.per_parameter.items()}
+        return metrics | norms
+
+
+class Tally:
+    """Counts over the run, on the device: steps, clipped, skipped, not finite."""
+
+    NAMES = ("steps", "clipped", "skipped", "nonfinite")
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+
+    def append(
+        self,
+        grad_norm: Tensor,
+        clipped_norm: Tensor,
+        verdict: Verdict,
+        per_parameter: Mapping[str, Tensor],
+    ) -> ClipRecord:
+        """Count a step and describe it.
+
+        A step without any gradient (norm 0) is not counted.
+        """
+        skipped = torch.zeros_like(verdict.finite) if verdict.skip is None else verdict.skip
+        coef = torch.where(skipped, 1.0, verdict.coef.min())
+        clipped = coef < 1
+        if verdict.clamped is not None:
+            clamped = verdict.clamped & ~skipped
+            clipped = clipped | clamped
+            clipped_norm = torch.where(clamped, torch.nan, clipped_norm)
+        happened = torch.stack([grad_norm != 0, clipped, skipped, ~verdict.finite])
+        self.counts = self.counts + happened
+        steps, total = self.counts.narrow(0, 0, 2).unbind()
+        return ClipRecord(
+            grad_norm=grad_norm,
+            limit=verdict.limit,
+            coef=coef,
+            clipped_norm=torch.where(skipped, grad_norm, clipped_norm),
+            clipped=clipped,
+            skipped=skipped,
+            finite=verdict.finite,
+            clip_rate=total / steps.clamp(min=1),
+            per_parameter=per_parameter,
+        )

@@ -1,0 +1,101 @@
+"""Saving, restoring and carrying over what policies remember."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradclip.errors import ConfigError
+from gradclip.policies import Rule
+from gradclip.records import Tally
+from gradclip.types import State
+
+__all__ = ["carry_over", "pack", "unpack"]
+
+FORMAT = 1
+
+
+def pack(rules: Sequence[Rule], states: Sequence[State], counts: Tensor) -> dict[str, Any]:
+    """Plain tensors, numbers and strings; loads with `torch.load(weights_only=True)`."""
+    policies = [
+        {
+            "type": _type(rule),
+            "slots": list(rule.names),
+            "state": {name: value.clone() for name, value in state.items()},
+        }
+        for rule, state in zip(rules, states, strict=True)
+    ]
+    return {
+        "format": FORMAT,
+        "policies": policies,
+        "counts": dict(zip(Tally.NAMES, counts.clone().unbind(), strict=True)),
+    }
+
+
+def unpack(
+    saved: Mapping[str, Any],
+    rules: Sequence[Rule],
+    states: Sequence[State],
+    device: torch.device,
+) -> tuple[list[State], Tensor]:
+    """The states and counts of a `state_dict`, checked against this clipper.
+
+    Raises:
+        ConfigError: If policies, slots or shapes are others.
+    """
+    if saved.get("format") != FORMAT:
+        msg = (
+            f"Saved clip state has format {saved.get('format')!r}; this version reads {FORMAT}. "
+            "Start with fresh state, or load it with the version that saved it."
+        )
+        raise ConfigError(msg)
+    kinds = [entry["type"] for entry in saved["policies"]]
+    if kinds != [_type(rule) for rule in rules]:
+        msg = (
+            f"Saved clip state is of policies {kinds}, this configuration has "
+            f"{[_type(rule) for rule in rules]}. Start with fresh state or use the same policies."
+        )
+        raise ConfigError(msg)
+    loaded: list[State] = []
+    for entry, rule, state in zip(saved["policies"], rules, states, strict=True):
+        if state and entry["slots"] != list(rule.names):
+            msg = (
+                f"Saved clip state has slots {entry['slots']}, this model has "
+                f"{list(rule.names)}. Start with fresh state or use the same scope."
+            )
+            raise ConfigError(msg)
+        shapes = {name: tuple(value.shape) for name, value in entry["state"].items()}
+        expected = {name: tuple(value.shape) for name, value in state.items()}
+        if shapes != expected:
+            msg = (
+                f"Saved state of {entry['type']!r} has shapes {shapes}, this one has {expected}: "
+                "a length such as warmup_steps differs. Start with fresh state or the same values."
+            )
+            raise ConfigError(msg)
+        loaded.append({n: v.to(device, torch.float64).clone() for n, v in entry["state"].items()})
+    counts = [torch.as_tensor(saved["counts"][name]).to(device) for name in Tally.NAMES]
+    return loaded, torch.stack(counts).to(torch.float64)
+
+
+def carry_over(
+    before: Sequence[Rule], states: Sequence[State], after: Sequence[Rule], device: torch.device
+) -> list[State]:
+    """States for new slots: those of the same name keep their columns, others start fresh."""
+    old = {id(rule.policy): (rule.names, state) for rule, state in zip(before, states, strict=True)}
+    carried: list[State] = []
+    for rule in after:
+        fresh = rule.policy.init(len(rule.names), device)
+        names, state = old.get(id(rule.policy), ((), {}))
+        kept = [(i, names.index(name)) for i, name in enumerate(rule.names) if name in names]
+        for key, value in fresh.items():
+            for i, j in kept:
+                value[..., i] = state[key][..., j]
+        carried.append(fresh)
+    return carried
+
+
+def _type(rule: Rule) -> str:
+    return str(rule.policy.model_dump(include={"type"})["type"])

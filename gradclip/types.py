@@ -1,0 +1,144 @@
+"""What the parts of a clipping step hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+__all__ = [
+    "Collected",
+    "Decision",
+    "Grads",
+    "Kernel",
+    "Kernels",
+    "Layout",
+    "Scope",
+    "State",
+    "Stats",
+    "Verdict",
+]
+
+Scope = Literal["global", "group", "parameter"]
+"""What one coefficient covers: all parameters, an optimizer's parameter group, or one parameter."""
+
+State = dict[str, Tensor]
+"""A policy's memory: a flat mapping of names to tensors whose last dim is the policy's slots."""
+
+Grads = Sequence[list[Tensor]]
+"""Local gradient tensors, one list per slot. A slot is what one coefficient covers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """This step's gradients as this rank holds them.
+
+    Attributes:
+        all: Every local gradient, to be written.
+        counted: Those this rank adds to the norm. They differ from `all` where a parameter is
+            replicated over a sharded axis: one rank counts it.
+    """
+
+    all: Grads
+    counted: Grads
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a policy sees: reduced, equal on every rank.
+
+    Attributes:
+        norms: Shape (slots,), float64. The p-norm of each of the policy's slots, after the
+            policies before it and before this one.
+        finite: 0-d bool. Every gradient element of the step, on every rank, is finite.
+    """
+
+    norms: Tensor
+    finite: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy answers.
+
+    Attributes:
+        coef: Shape (slots,), float64, in (0, 1]. Gradients are multiplied by it.
+        limit: Shape (slots,), float64. The norm each slot was held to, inf for none.
+        skip: 0-d bool, True to withhold the optimizer step; None if this policy never does.
+        clamp: Largest magnitude of an element, None where elements aren't clamped.
+    """
+
+    coef: Tensor
+    limit: Tensor
+    skip: Tensor | None = None
+    clamp: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all policies together decided about one step.
+
+    Attributes:
+        coef: Shape (measured slots,), float64, in (0, 1].
+        limit: 0-d float64, the tightest limit any slot was held to.
+        finite: 0-d bool, every gradient element on every rank is finite.
+        skip: 0-d bool; None if nothing configured can withhold a step.
+        clamps: Magnitude and measured slots of each element-wise clamp.
+        clamped: 0-d bool, some element exceeds its clamp; None without a clamp.
+    """
+
+    coef: Tensor
+    limit: Tensor
+    finite: Tensor
+    skip: Tensor | None
+    clamps: tuple[tuple[float, tuple[int, ...]], ...]
+    clamped: Tensor | None
+
+
+class Layout(Protocol):
+    """Geometry: which ranks hold what, and how their measures combine."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the measures, decisions and records live."""
+        ...
+
+    def collect(self, slots: Sequence[Sequence[Parameter]]) -> Collected:
+        """Take the local gradients of this step, without a copy."""
+        ...
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add float64 values of shape (n,) over the ranks that hold other parts."""
+        ...
+
+    def max(self, values: Tensor) -> Tensor:
+        """Take the largest of float64 values of shape (n,) over the same ranks; NaN wins."""
+        ...
+
+
+class Kernel(Protocol):
+    """Arithmetic on one device's local gradients; non-finite elements show in every result."""
+
+    def peaks(self, grads: Grads) -> Tensor:
+        """Largest |g| of each slot, float64 of shape (slots,); 0 for an empty slot."""
+        ...
+
+    def power_sums(self, grads: Grads, norm_type: float, scale: Tensor | None = None) -> Tensor:
+        """Sum of |scale * g|^p of each slot, float64 of shape (slots,), p finite."""
+        ...
+
+    def scale_(self, grads: Grads, coef: Tensor) -> None:
+        """Multiply each slot's gradients in place by its coefficient, coef of shape (slots,)."""
+        ...
+
+    def clamp_(self, grads: Sequence[Tensor], limit: float | Tensor) -> None:
+        """Clamp elements in place to [-limit, limit]; NaN stays NaN."""
+        ...
+
+
+Kernels = Callable[[torch.device], Kernel]
+"""Gives the kernel for a device."""

@@ -1,0 +1,18 @@
+"""Imported once by the process that test ranks are forked from. Starts no thread."""
+
+import contextlib
+import importlib
+
+import torch
+
+torch.set_num_threads(1)
+for name in (
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+    "lightning.pytorch",
+    "accelerate",
+    "gradclip",
+):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(name)
