@@ -54,7 +54,9 @@ def compare(params: list[Parameter], clips: bool, repeats: int) -> tuple[float, 
     """Median ratio ours/torch, and the median milliseconds of each."""
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
     limit = norm * (0.9999 if clips else 1e3)
-    clipper = GradientClipper(ClipByNorm(max_norm=limit), [(str(i), p) for i, p in enumerate(params)])
+    clipper = GradientClipper(
+        ClipByNorm(max_norm=limit), [(str(i), p) for i, p in enumerate(params)]
+    )
     saved = [p.grad.clone() for p in params if p.grad is not None]
 
     def restore() -> None:
@@ -78,7 +80,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'gradients':32s} {'clips':>6s} {'ratio':>7s} {'ours ms':>9s} {'torch ms':>9s} {'aim':>6s}")
+    print(
+        f"{'gradients':32s} {'clips':>6s} {'ratio':>7s} {'ours ms':>9s} {'torch ms':>9s} {'aim':>6s}"
+    )
     for name, shapes, dtype, aims in (
         ("GPT-2 small, float32", gpt2_small(), torch.float32, (0.5, 0.8)),
         ("GPT-2 small, bfloat16", gpt2_small(), torch.bfloat16, (None, None)),
