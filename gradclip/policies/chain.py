@@ -60,9 +60,8 @@ def decide_all(
     Scaling a slot by c scales its p-norm by c, for every p, so gradients are read once whatever
     the number of policies. The state of a step that is not finite or is withheld is the old one.
     """
-    measured = torch.stack(list(norms.values()))
-    finite = torch.isfinite(measured).all()
-    coef = torch.ones_like(measured[0])
+    finite = torch.isfinite(torch.stack(list(norms.values()))).all()
+    coef = torch.ones_like(next(iter(norms.values())))
     limit = torch.full_like(finite, math.inf, dtype=torch.float64)
     skip = ~finite if skip_nonfinite else None
     clamped: Tensor | None = None
