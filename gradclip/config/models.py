@@ -11,6 +11,7 @@ from gradclip.policies.base import STRICT
 
 __all__ = ["ClipConfig", "GroupConfig", "LogConfig"]
 
+
 class LogConfig(BaseModel):
     """What is logged, and how often."""
 
