@@ -42,7 +42,7 @@ class Small(LightningModule):
         self.make_optimizer = optimizer
         self.by_step = by_step
 
-    def training_step(self, batch: int, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: int, _: int) -> Tensor | None:
         if batch == NOTHING:
             return None
         if self.by_step:
@@ -57,13 +57,31 @@ class Small(LightningModule):
         return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
 
 
+class Pair(Small):
+    """Two optimizers, both stepped by hand on every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: int, _: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(inputs(batch)))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [adamw(self.net[0].parameters()), adamw(self.net[2].parameters())]
+
+
 class Before(Callback):
     """Placed before the clipper: keeps the gradients each optimizer is about to step with."""
 
     def __init__(self) -> None:
         self.grads: list[list[Tensor]] = []
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+    def on_before_optimizer_step(self, _trainer, _module, optimizer) -> None:
         self.grads.append(grads_of(optimizer))
 
     @property
@@ -84,7 +102,7 @@ class After(Before):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self.records.append(self.clip.last_record)
 
-    def on_train_batch_end(self, trainer, pl_module, *_: object) -> None:
+    def on_train_batch_end(self, _trainer, pl_module, *_: object) -> None:
         self.parameters.append([p.detach().clone() for p in pl_module.parameters()])
 
     @property

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning
 from support.lit import NAN, NOTHING, After, Before, Small, grads_of, inputs, norm_of, trainer_of
 from torch import nn
 
-from gradclip import ClipByNorm, NonFiniteError, ZClip
+from gradclip import ClipByNorm, ClipConfig, NonFiniteError, ZClip
 from lightning_clip import GradientClip
 
 pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
@@ -26,6 +26,20 @@ def counts(clip, index=0):
     return {name: int(n) for name, n in clip.clippers[index].state_dict()["counts"].items()}
 
 
+def test_every_way_to_write_a_policy(tmp_path):
+    path = tmp_path / "norm.yaml"
+    path.write_text("policies: [{type: norm, max_norm: 0.5}]")
+    norm = ClipByNorm(max_norm=0.5)
+    mapping = {"policies": [{"type": "norm", "max_norm": 0.5}]}
+    ways = [norm, [norm], ClipConfig(policies=[norm]), mapping, path, str(path)]
+    for way in ways:
+        clip, _, after = run(way, [0])
+        assert clip.config == ClipConfig(policies=[norm])
+        assert after.norms == pytest.approx([0.5], rel=1e-5)
+    assert GradientClip(norm).clippers == []
+    assert GradientClip(norm).last_record is None
+
+
 class Noting(Small):
     """Writes down the order of hooks, and the gradient norm each one sees."""
 
@@ -36,15 +50,15 @@ class Noting(Small):
     def note(self, where):
         self.seen.append((where, norm_of(p.grad for p in self.parameters())))
 
-    def on_before_optimizer_step(self, optimizer):
+    def on_before_optimizer_step(self, _):
         self.note("module hook")
 
-    def configure_gradient_clipping(self, optimizer, **_):
+    def configure_gradient_clipping(self, *_, **__):
         self.note("configure_gradient_clipping")
 
 
 class Watch(Before):
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, _trainer, pl_module, _optimizer):
         pl_module.note("callback hook")
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from support.lit import After, Before, Small, trainer_of
 from support.ranks import run_on_ranks
@@ -10,9 +11,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from gradclip import ZClip
 from lightning_clip import GradientClip
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended"
-)
 POLICY = ZClip(warmup_steps=5, max_norm=None)
 
 
@@ -79,6 +77,24 @@ def test_two_sharded_ranks_in_bf16():
     assert ranks[0]["limits"] == ranks[1]["limits"]
     assert min(ranks[0]["limits"]) < float("inf")
     assert ranks[0]["norms"] == pytest.approx(ranks[0]["before"], rel=1e-6)
+
+
+def scaled(rank, world):
+    live = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=live)
+    trainer, module, _, (_, before, after) = train("fsdp2", world, plugins=[plugin])
+    trainer.fit(module, range(20))
+    norms = [float(record.grad_norm) for record in after.records]
+    return norms, [bool(record.skipped) for record in after.records], live.get_scale(), before.norms
+
+
+def test_sharded_ranks_withhold_an_overflow_together():
+    (norms, skipped, scale, before), other = run_on_ranks(scaled, 2)
+    assert any(skipped)
+    assert (skipped, scale) == other[1:3]
+    assert scale == 2.0 ** (24 - sum(skipped))
+    for norm, want, skip in zip(norms, before, skipped, strict=True):
+        assert skip or norm == pytest.approx(want, rel=1e-6)
 
 
 def resume_sharded(rank, world, folder):

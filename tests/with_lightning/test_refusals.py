@@ -43,7 +43,7 @@ class Clips(Small):
 
 
 class ClipsByTorch(Small):
-    def configure_gradient_clipping(self, optimizer, **_):
+    def configure_gradient_clipping(self, *_, **__):
         def inner():
             torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
 
@@ -69,7 +69,7 @@ def wrapped(hook):
 
 class Decorated(Small):
     @wrapped
-    def configure_gradient_clipping(self, optimizer, **_):
+    def configure_gradient_clipping(self, *_, **__):
         torch.nn.utils.clip_grad_value_(self.parameters(), 1.0)
 
 
@@ -94,7 +94,7 @@ def test_a_module_that_was_given_a_clipping_hook():
 
 
 class Logs(Small):
-    def configure_gradient_clipping(self, optimizer, **_):
+    def configure_gradient_clipping(self, *_, **__):
         self.log("norm", torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]))
 
 
@@ -104,7 +104,7 @@ class OnlySuper(Small):
 
 
 class Silences(Clips):
-    def configure_gradient_clipping(self, optimizer, **_):
+    def configure_gradient_clipping(self, *_, **__):
         pass
 
 
@@ -118,7 +118,7 @@ class ByHand(Small):
         super().__init__()
         self.automatic_optimization = False
 
-    def training_step(self, batch, batch_idx):
+    def training_step(self, batch, _):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(self.loss(inputs(batch)))
@@ -173,7 +173,7 @@ def test_a_fused_optimizer_with_a_scaler():
 class SeesScaled(Before):
     """Tells from the scaler and the optimizer what the framework file tells."""
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_fit_start(self, trainer, _):
         self.told = live_scaler(trainer), unscales_in_step(trainer.optimizers[0])
 
 
@@ -191,7 +191,7 @@ def test_scaled_gradients_are_told_from_the_attributes_that_lightning_uses(optim
 
 def test_validating_is_never_refused():
     class Validates(Clips):
-        def validation_step(self, batch, batch_idx):
+        def validation_step(self, batch, _):
             return self.loss(inputs(batch))
 
     trainer_of(GradientClip(NORM)).validate(Validates(), [0], verbose=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from support.lit import After, Before, Small, adamw, inputs, trainer_of
+from support.lit import After, Before, Pair, Small, trainer_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,7 +107,7 @@ def test_an_interval_of_its_own_files_under_the_trainers_steps(tmp_path, accumul
 
 def test_the_step_read_from_the_trainer_is_the_one_it_logs_under(tmp_path):
     class Step(After):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        def on_before_optimizer_step(self, trainer, pl_module, _):
             pl_module.log("step_seen", float(logger_step(trainer)))
 
     table = CSVLogger(tmp_path)
@@ -123,22 +123,6 @@ def test_per_parameter_norms(tmp_path):
     for name, grad in zip(names, before.grads[3], strict=True):
         norm = math.sqrt(float(grad.double().square().sum()))
         assert row[f"clip/grad_norm/{name}"] == pytest.approx(norm, rel=1e-6)
-
-
-class Pair(Small):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(self.loss(inputs(batch)))
-        for optimizer in self.optimizers():
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [adamw(self.net[0].parameters()), adamw(self.net[2].parameters())]
 
 
 @pytest.mark.parametrize("every", [None, 4])
@@ -203,11 +187,9 @@ def reads(kind, tmp_path, **options):
 class ForceAccelerator(After):
     """Gives the clipper the kernel that accelerators get."""
 
-    def on_train_start(self, trainer, pl_module):
+    def on_train_start(self, trainer, _):
         for clipper in self.clip.clippers:
-            clipper.__init__(
-                clipper.config, None, trainer.optimizers[0], kernel="accelerator"
-            )
+            clipper.__init__(clipper.config, None, trainer.optimizers[0], kernel="accelerator")
 
 
 def test_logging_reads_the_host_only_when_the_trainer_logs(tmp_path):

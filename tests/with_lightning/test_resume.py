@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
-from support.lit import After, Small, adamw, inputs, trainer_of
+from support.lit import After, Pair, Small, trainer_of
 
 from gradclip import ClipByNorm, ConfigError, ZClip
 from lightning_clip import GradientClip
@@ -80,24 +80,8 @@ def test_a_change_of_policy_is_refused_with_the_way_out(tmp_path):
     assert clip.clippers[0].state_dict()["counts"]["steps"] == 3
 
 
-class Pair(Small):
-    def __init__(self):
-        super().__init__(by_step=True)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(self.loss(inputs(batch)))
-        for optimizer in self.optimizers():
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [adamw(self.net[0].parameters()), adamw(self.net[2].parameters())]
-
-
 def test_another_number_of_optimizers_is_refused(tmp_path):
-    trainer, clip, _ = run(6, module=Pair())
+    _, clip, _ = run(6, module=Pair())
     saved = clip.state_dict()
     assert len(saved["clippers"]) == 2
     other = GradientClip(POLICY)
