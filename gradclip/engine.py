@@ -71,6 +71,12 @@ class GradientClipper:
         self._optimizer = optimizer
         self._process_group = process_group
         self._given_layout = layout
+        if layout is not None and process_group is not None:
+            msg = (
+                "layout and process_group are both given, and a layout knows its own groups; "
+                "give one of them."
+            )
+            raise ConfigError(msg)
         self._kernel_name = kernel
         self._layout, self._plan = self._lay_out()
         self._kernel = kernel_for(self._layout.devices, kernel)

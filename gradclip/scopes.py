@@ -56,7 +56,7 @@ def collect_parameters(
     optimizer's own `param_names`, else from their place in it.
 
     Raises:
-        ConfigError: If neither is given, or there is no parameter.
+        ConfigError: If neither is given, there is no parameter, or two have one name.
     """
     if named_parameters is None and optimizer is None:
         msg = (
@@ -64,19 +64,30 @@ def collect_parameters(
             "GradientClipper(policy, named_parameters=model.named_parameters(), optimizer=opt)."
         )
         raise ConfigError(msg)
-    named = list(named_parameters or ())
     names: dict[Parameter, str] = {}
-    for name, parameter in named:
+    for name, parameter in named_parameters or ():
         names.setdefault(parameter, name)
-    found = {name: parameter for parameter, name in names.items()}
     if optimizer is not None:
-        found = {}
-        for index, group in enumerate(optimizer.param_groups):
-            own = group.get("param_names", ())
-            for place, parameter in enumerate(group["params"]):
-                fallback = own[place] if own else f"group{index}.{place}"
-                found[names.get(parameter, fallback)] = parameter
-    found = {name: parameter for name, parameter in found.items() if parameter.numel()}
+        places = [
+            (parameter, group.get("param_names", ()), f"group{index}", place)
+            for index, group in enumerate(optimizer.param_groups)
+            for place, parameter in enumerate(group["params"])
+        ]
+        names = {
+            parameter: names.get(parameter, own[place] if own else f"{group}.{place}")
+            for parameter, own, group, place in places
+        }
+    found: dict[str, Parameter] = {}
+    for parameter, name in names.items():
+        if name in found:
+            msg = (
+                f"Two parameters are named {name!r}; every parameter needs a name of its own. "
+                "With several models, put something before the names of each, as in "
+                "[('decoder.' + n, p) for n, p in decoder.named_parameters()]."
+            )
+            raise ConfigError(msg)
+        if parameter.numel():
+            found[name] = parameter
     if not found:
         msg = (
             "GradientClipper got no parameters: a generator may have been used up. Pass a new one."

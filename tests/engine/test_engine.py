@@ -18,6 +18,7 @@ from gradclip import (
     ZClip,
     load_yaml,
 )
+from gradclip.layouts import LocalLayout
 
 NORM = ClipByNorm(max_norm=0.5)
 
@@ -149,6 +150,16 @@ class TestRefused:
         list(used_up)
         with pytest.raises(ConfigError, match="got no parameters: a generator may have been used"):
             GradientClipper(NORM, used_up)
+
+    def test_two_parameters_of_one_name(self):
+        named = [*small_model().named_parameters(), *small_model(1).named_parameters()]
+        with pytest.raises(ConfigError, match="Two parameters are named '0.weight'; every"):
+            GradientClipper(NORM, named)
+
+    def test_a_layout_and_a_process_group(self):
+        layout = LocalLayout(parameters())
+        with pytest.raises(ConfigError, match="layout and process_group are both given"):
+            GradientClipper(NORM, parameters().items(), layout=layout, process_group=object())
 
     def test_scope_group_without_an_optimizer(self):
         with pytest.raises(ConfigError, match="scope is 'group', and without an optimizer"):
