@@ -153,7 +153,7 @@ class TestRefused:
 
     def test_two_parameters_of_one_name(self):
         named = [*small_model().named_parameters(), *small_model(1).named_parameters()]
-        with pytest.raises(ConfigError, match="Two parameters are named '0.weight'; every"):
+        with pytest.raises(ConfigError, match=r"Two parameters are named '0\.weight'; every"):
             GradientClipper(NORM, named)
 
     def test_a_layout_and_a_process_group(self):
