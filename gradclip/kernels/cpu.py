@@ -82,23 +82,21 @@ def _flat(grad: Tensor) -> Tensor:
 
 def _large(grad: Tensor, norm_type: float) -> float:
     flat = _flat(grad)
-    if flat.dtype == torch.float32:
-        return _rows(flat, norm_type)
     if flat.dtype == torch.float64:
         return _exact([flat], norm_type)
-    return sum(_rows(block.float(), norm_type) for block in flat.split(BLOCK))
-
-
-def _rows(flat: Tensor, norm_type: float) -> float:
-    """Sum of powers of a 1-D float32 tensor: a float32 norm per row, then float64."""
     whole = flat.numel() - flat.numel() % ROW
-    total = 0.0
+    norms = []
     if whole:
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, ROW), norm_type, dim=1)
-        total += rows.double().pow_(norm_type).sum().item()
+        # Half precision is converted a block at a time, float32 needs no copy.
+        blocks = flat[:whole].split(whole if flat.dtype == torch.float32 else BLOCK)
+        norms = [_norm(block.float().view(-1, ROW), norm_type) for block in blocks]
     if whole < flat.numel():
-        total += torch.linalg.vector_norm(flat[whole:], norm_type).double().pow(norm_type).item()
-    return total
+        norms.append(_norm(flat[whole:].float().view(1, -1), norm_type))
+    return torch.cat(norms).double().pow_(norm_type).sum().item() if norms else 0.0
+
+
+def _norm(rows: Tensor, norm_type: float) -> Tensor:
+    return torch.linalg.vector_norm(rows, norm_type, dim=1)
 
 
 def _add_small(
