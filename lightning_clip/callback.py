@@ -1,0 +1,188 @@
+"""The callback: clip before each optimizer step, log, and travel with the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper
+from gradclip.config import as_config
+from lightning_clip.framework import Callback, LightningModule, Trainer, live_scaler
+from lightning_clip.refuse import refuse_optimizers, refuse_setup
+from lightning_clip.report import report
+
+__all__ = ["GradientClip"]
+
+
+class GradientClip(Callback):
+    """Clips gradients before each optimizer step of a Lightning Trainer.
+
+    Works in automatic and manual optimisation, with gradient accumulation, on one process, with
+    DDP and with ModelParallelStrategy (`fully_shard`), in 32-bit, bf16 and 16-mixed precision.
+    Every optimizer has its own limits and adaptive state, which are saved and restored with the
+    Trainer's checkpoints and kept over several `trainer.fit` calls of the same module.
+
+    Metrics (`clip/grad_norm`, `clip/limit`, ...) go to the Trainer's loggers every
+    `Trainer(log_every_n_steps=...)` steps, or every `log.every_n_steps` optimizer steps where the
+    configuration says so. With several optimizers each key ends in `/optimizer<index>`.
+
+    A withheld step leaves parameters and optimizer state as they are; the Trainer's
+    `global_step` and learning rate schedule advance all the same.
+
+    Args:
+        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
+            path of a YAML file.
+        progress_bar: Also show the norm, the limit and the share of clipped steps in the progress
+            bar. Costs a host read of each of them per step.
+        restore: Continue from the clip state of a checkpoint; False starts with fresh state, as
+            after a change of policies.
+
+    Raises:
+        ConfigError: If the configuration isn't valid. When fitting starts, also if something
+            else clips too, or an optimizer or strategy can't be clipped from a callback.
+        LayoutError: When fitting starts, if parameters are laid out in a way that isn't
+            supported (FSDP1).
+
+    Example:
+        >>> from gradclip import ClipByNorm, ZClip
+        >>> GradientClip([ZClip(), ClipByNorm(max_norm=1.0)]).config.policies[1].max_norm
+        1.0
+    """
+
+    # Any, so that LightningCLI hands the value over as written: as_config's errors name the key
+    # and the nearest right word, and --print_config prints it back.
+    def __init__(self, policy: Any, *, progress_bar: bool = False, restore: bool = True) -> None:
+        self.config: ClipConfig = as_config(policy)
+        self._progress_bar = progress_bar
+        self._restore = restore
+        self._module: LightningModule | None = None
+        self._optimizers: list[Optimizer] = []
+        self._clippers: list[GradientClipper] = []
+        self._steps: list[int] = []
+        self._saved: dict[str, Any] = {}
+        self._last_record: ClipRecord | None = None
+        self._backward_ran = False
+
+    @property
+    def clippers(self) -> list[GradientClipper]:
+        """One for each of `trainer.optimizers`, in that order; empty before fitting starts."""
+        return list(self._clippers)
+
+    @property
+    def last_record(self) -> ClipRecord | None:
+        """What the last step measured and did; None before the first."""
+        return self._last_record
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint, the same for subclasses."""
+        return "GradientClip"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adaptive state and counts of every optimizer: plain tensors, numbers and strings."""
+        if self._saved or not self._clippers:
+            return dict(self._saved)
+        return {
+            "clippers": [clipper.state_dict() for clipper in self._clippers],
+            "steps": list(self._steps),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Keep a `state_dict` until training starts and the clippers exist."""
+        if self._restore:
+            self._saved = dict(state_dict)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would clip twice or not at all."""
+        if stage == "fit":
+            refuse_setup(trainer, pl_module, GradientClip)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the clippers; a second fit of the same module goes on with its state."""
+        refuse_optimizers(trainer)
+        if self._module is pl_module:
+            self._saved = self.state_dict()
+        self._module = pl_module
+        self._build(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take in saved state, which some strategies load only after `on_fit_start`."""
+        if self._saved:
+            self._build(trainer, pl_module)
+            self._take_in_saved()
+
+    def on_train_batch_start(self, *_: object) -> None:
+        """Nothing of this batch has reached the gradients yet."""
+        self._backward_ran = False
+
+    def on_after_backward(self, *_: object) -> None:
+        """This batch has gradients."""
+        self._backward_ran = True
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Clip this optimizer's gradients and log what was done."""
+        if not self._step_follows(trainer, pl_module):
+            return
+        index = self._index(trainer, pl_module, optimizer)
+        self._last_record = self._clippers[index].clip()
+        self._steps[index] += 1
+        every = self.config.log.every_n_steps
+        report(
+            trainer,
+            pl_module,
+            self._last_record.as_metrics(),
+            suffix=f"/optimizer{index}" if len(self._clippers) > 1 else "",
+            due=None if every is None else self._steps[index] % every == 0,
+            progress_bar=self._progress_bar,
+        )
+
+    def _build(self, trainer: Trainer, module: LightningModule) -> None:
+        named = list(module.named_parameters())
+        self._optimizers = list(trainer.optimizers)
+        self._clippers = [GradientClipper(self.config, named, opt) for opt in self._optimizers]
+        self._steps = [0] * len(self._clippers)
+
+    def _take_in_saved(self) -> None:
+        states = self._saved["clippers"]
+        if len(states) != len(self._clippers):
+            msg = (
+                f"GradientClip: the saved clip state is of {len(states)} optimizers, this module "
+                f"has {len(self._clippers)}. Use the same optimizers, or "
+                "GradientClip(..., restore=False) to start with fresh state."
+            )
+            raise ConfigError(msg)
+        try:
+            for clipper, state in zip(self._clippers, states, strict=True):
+                clipper.load_state_dict(state)
+        except ConfigError as error:
+            msg = f"{error} For fresh state: GradientClip(..., restore=False)."
+            raise ConfigError(msg) from None
+        self._steps = list(self._saved["steps"])
+        self._saved = {}
+
+    def _step_follows(self, trainer: Trainer, module: LightningModule) -> bool:
+        """False where a scaler is on and `training_step` gave None for this batch.
+
+        Lightning then neither unscales the gradients of earlier batches nor steps.
+        """
+        gave_none = module.automatic_optimization and not self._backward_ran
+        return not gave_none or live_scaler(trainer) is None
+
+    def _index(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> int:
+        """Which clipper an optimizer has; they are built anew if the Trainer got new ones."""
+        if not any(known is optimizer for known in self._optimizers):
+            self._saved = self.state_dict()
+            self._build(trainer, module)
+            self._take_in_saved()
+        for index, known in enumerate(self._optimizers):
+            if known is optimizer:
+                return index
+        msg = (
+            f"GradientClip: {type(optimizer).__name__} is about to step and isn't among "
+            "trainer.optimizers, so it has no clipper. Return it from configure_optimizers."
+        )
+        raise ConfigError(msg)

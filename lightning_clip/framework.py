@@ -1,0 +1,55 @@
+"""What is taken from Lightning and torch beyond their documented names. Read in Lightning 2.6.6."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+else:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "Trainer",
+    "is_lightning",
+    "live_scaler",
+    "logger_step",
+    "rank_zero_warn",
+    "unscales_in_step",
+]
+
+
+def is_lightning(cls: type) -> bool:
+    """Whether a class is the framework's own, of either package, and not a user's."""
+    return cls.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+
+
+def live_scaler(trainer: Trainer) -> Any | None:
+    """The gradient scaler that is in use, if any: an attribute of the mixed precision plugins."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def unscales_in_step(optimizer: Optimizer) -> bool:
+    """Whether Lightning leaves unscaling to this optimizer, whose gradients hooks see scaled.
+
+    The same attribute that `lightning.fabric.plugins.precision.amp._optimizer_handles_unscaling`
+    reads; torch 2.13 sets it on optimizers built with `fused=True`.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def logger_step(trainer: Trainer) -> int:
+    """The step under which the Trainer's loggers file what is logged now.
+
+    Lightning's own LearningRateMonitor reads the same attribute; `trainer.global_step` counts
+    every optimizer's steps and is not it.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -1,0 +1,122 @@
+"""Set-ups in which gradients would be clipped twice, wrongly or not at all: an error at start."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch.optim import LBFGS
+
+from gradclip import ConfigError
+from lightning_clip.framework import (
+    Callback,
+    LightningModule,
+    Trainer,
+    is_lightning,
+    live_scaler,
+    unscales_in_step,
+)
+
+__all__ = ["refuse_optimizers", "refuse_setup"]
+
+_CLIPPING = {"clip_gradients", "clip_grad_norm_", "clip_grad_norm", "clip_grad_value_"}
+
+
+def refuse_setup(trainer: Trainer, module: LightningModule, kind: type[Callback]) -> None:
+    """Check what can be known before anything is built.
+
+    Args:
+        trainer: The Trainer that is about to fit.
+        module: The module it is to fit.
+        kind: The callback class that may stand only once in the Trainer.
+
+    Raises:
+        ConfigError: If something else clips too, or the strategy hides its gradients.
+    """
+    if trainer.gradient_clip_val:
+        msg = (
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}) and GradientClip are both "
+            "set, so gradients would be clipped twice. Remove gradient_clip_val; a policy "
+            "{type: norm, max_norm: ...} or {type: value, clip_value: ...} does the same."
+        )
+        raise ConfigError(msg)
+    found = [type(c).__name__ for c in trainer.callbacks if isinstance(c, kind)]
+    if len(found) > 1:
+        msg = (
+            f"Trainer(callbacks=...) holds {len(found)} GradientClip callbacks ({', '.join(found)})"
+            ", so gradients would be clipped twice. Keep one and give it a list of policies."
+        )
+        raise ConfigError(msg)
+    if "DeepSpeedStrategy" in (c.__name__ for c in type(trainer.strategy).__mro__):
+        msg = (
+            f"Trainer(strategy={type(trainer.strategy).__name__}) and GradientClip: DeepSpeed "
+            "keeps gradients to itself, so the callback would see none. Remove GradientClip and "
+            "set Trainer(gradient_clip_val=...), which DeepSpeed applies, or shard with "
+            "ModelParallelStrategy and fully_shard."
+        )
+        raise ConfigError(msg)
+    _refuse_own_clipping(module)
+
+
+def refuse_optimizers(trainer: Trainer) -> None:
+    """Check the optimizers, which exist once the strategy is set up.
+
+    Raises:
+        ConfigError: If one steps in a way that a hook before the step can't clip rightly.
+    """
+    for index, optimizer in enumerate(trainer.optimizers):
+        name = f"Optimizer {index} ({type(optimizer).__name__})"
+        if isinstance(optimizer, LBFGS):
+            msg = (
+                f"{name} and GradientClip: it evaluates its closure several times a step and "
+                "would be clipped each time. Use another optimizer or remove GradientClip."
+            )
+            raise ConfigError(msg)
+        if live_scaler(trainer) is not None and unscales_in_step(optimizer):
+            msg = (
+                f"{name} is fused and unscales gradients inside its own step, and the Trainer's "
+                "precision plugin scales them (16-mixed), so GradientClip would see them still "
+                "multiplied by the loss scale. Build the optimizer with fused=False, or use "
+                "precision='bf16-mixed'."
+            )
+            raise ConfigError(msg)
+
+
+def _refuse_own_clipping(module: LightningModule) -> None:
+    """The module's own clipping, told from the names its code uses."""
+    hooks = ["configure_gradient_clipping"]
+    if not module.automatic_optimization:
+        hooks = ["training_step"]
+    for hook in hooks:
+        for where, function in _overrides(module, hook):
+            names = set(_names(function))
+            if called := sorted(names & _CLIPPING):
+                msg = (
+                    f"{where}.{hook} calls {called[0]}, and GradientClip is among the callbacks, "
+                    "so gradients would be clipped twice. Remove one of them; an override that "
+                    "only logs may stay."
+                )
+                raise ConfigError(msg)
+            if hook not in names:
+                break
+
+
+def _overrides(module: LightningModule, hook: str) -> Iterator[tuple[str, Any]]:
+    """A hook as the user wrote it, nearest first; each runs if the one before it calls super."""
+    if hook in vars(module):
+        yield type(module).__name__, vars(module)[hook]
+    for cls in type(module).__mro__:
+        if hook in vars(cls) and not is_lightning(cls):
+            yield cls.__name__, vars(cls)[hook]
+
+
+def _names(function: Callable[..., Any]) -> Iterator[str]:
+    """Every global and attribute name in a function's code and the functions inside it."""
+    function = inspect.unwrap(function)
+    codes = [function.__code__] if isinstance(function, FunctionType) else []
+    while codes:
+        code = codes.pop()
+        yield from code.co_names
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
