@@ -70,9 +70,21 @@ class GPT(nn.Module):
         x = self.embed_tokens(text) + self.embed_positions(positions)
         return self.head(self.norm(self.blocks(x)))
 
-    def loss(self, text: Tensor, target: Tensor) -> Tensor:
-        """Mean surprise per character, in nats; a coin-toss over 100 characters is 4.6."""
-        return cross_entropy(self(text).flatten(0, 1), target.flatten())
+
+def surprise(scores: Tensor, target: Tensor) -> Tensor:
+    """The loss of each sample: its mean surprise per character, in nats.
+
+    A blind guess among a hundred characters costs 4.6.
+
+    Args:
+        scores: What `GPT` gives, (batch, length, characters).
+        target: The characters that did come next, (batch, length).
+
+    Returns:
+        (batch,).
+    """
+    each = cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="none")
+    return each.view(target.shape).mean(1)
 
 
 def _start(module: nn.Module) -> None:

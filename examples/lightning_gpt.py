@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from gpt import surprise
 from lightning.pytorch.loggers import CSVLogger
 from runs import Run
 from setting import SEED, Setting, parser, setting_of
@@ -31,14 +32,15 @@ class CharacterModel(L.LightningModule):
     def training_step(self, batch: Sample) -> dict[str, Tensor]:
         """The loss, and what the history wants to know of it."""
         text, target, scale = batch
-        loss = self.model.loss(text, target)
-        self.log("loss", loss, prog_bar=True)
-        return {"loss": loss * scale.mean(), "plain": loss.detach(), "scale": scale.mean()}
+        losses = surprise(self.model(text), target)
+        plain = losses.detach().mean()
+        self.log("loss", plain, prog_bar=True)
+        return {"loss": (losses * scale).mean(), "plain": plain, "scale": scale.mean()}
 
     def validation_step(self, batch: Sample) -> None:
         """Log the loss on held-out text."""
         text, target, _ = batch
-        self.log("validation_loss", self.model.loss(text, target), batch_size=len(text))
+        self.log("validation_loss", surprise(self.model(text), target).mean(), batch_size=len(text))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a rising learning rate."""

@@ -6,6 +6,7 @@ python examples/plain_loop.py
 from __future__ import annotations
 
 import torch
+from gpt import surprise
 from setting import SEED, parser, setting_of
 from text import Text
 from torch.utils.data import DataLoader
@@ -30,13 +31,13 @@ def main() -> None:
 
     batches = DataLoader(setting.training_samples(text), batch_size=setting.batch_size)
     for step, (inputs, target, scale) in enumerate(batches):
-        loss = model.loss(inputs, target)
+        losses = surprise(model(inputs), target)
         optimizer.zero_grad()
-        (loss * scale.mean()).backward()
+        (losses * scale).mean().backward()
         optimizer.step()
         schedule.step()
         if step % 10 == 9:
-            print(f"step {step + 1:3d}  loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1:3d}  loss {losses.mean().item():.3f}", flush=True)
     counts = clipper.state_dict()["counts"]
     print(f"{int(counts['clipped'])} of {int(counts['steps'])} steps were clipped")
 

@@ -53,3 +53,18 @@ class Run:
         """Read what `save` wrote."""
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return cls(**content)
+
+    @classmethod
+    def from_lines(cls, path: Path) -> Run:
+        """Read what an Accelerate run logged through `JsonLines`."""
+        run = cls()
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if "loss" in values:
+                run.loss.append(values["loss"])
+                run.corrupted.append(values["scale"] > 1)
+                run.grad_norm.append(values["grad_norm"])
+            run.clip_rate = values.get("clip/clip_rate", run.clip_rate)
+            run.validation_loss = values.get("validation_loss", run.validation_loss)
+            run.seconds = values.get("seconds", run.seconds)
+        return run
