@@ -9,10 +9,8 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 else:
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 __all__ = [
     "Callback",
@@ -21,7 +19,6 @@ __all__ = [
     "is_lightning",
     "live_scaler",
     "logger_step",
-    "rank_zero_warn",
     "unscales_in_step",
 ]
 

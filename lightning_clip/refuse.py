@@ -114,7 +114,7 @@ def _overrides(module: LightningModule, hook: str) -> Iterator[tuple[str, Any]]:
 
 def _names(function: Callable[..., Any]) -> Iterator[str]:
     """Every global and attribute name in a function's code and the functions inside it."""
-    function = inspect.unwrap(function)
+    function = inspect.unwrap(getattr(function, "__func__", function))
     codes = [function.__code__] if isinstance(function, FunctionType) else []
     while codes:
         code = codes.pop()

@@ -43,7 +43,7 @@ def report(
     shown = {key + suffix: metrics[key] for key in _SHOWN} if progress_bar else {}
     named = {key + suffix: value for key, value in metrics.items()}
     rest = {key: value for key, value in named.items() if key not in shown}
-    by_trainer = due is None
+    by_trainer = due is None and bool(trainer.loggers)
     module.log_dict(rest, on_step=True, on_epoch=False, logger=by_trainer)
     if shown:
         module.log_dict(shown, on_step=True, on_epoch=False, logger=by_trainer, prog_bar=True)

@@ -1,0 +1,122 @@
+"""LightningCLI: the same configuration by class_path, with our own words for what is wrong."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+from support.lit import Small
+
+from gradclip import ClipByNorm, ZClip
+from lightning_clip import GradientClip
+
+# Lightning 2.6 calls jsonargparse by names that jsonargparse 4.53 deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+]
+
+EXAMPLE = Path(__file__).parents[2] / "configs" / "lightning_cli.yaml"
+QUIET = [
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+class Module(Small):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        return range(5)
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+def cli(*args, run=True):
+    return LightningCLI(Module, Data, args=list(args), run=run, save_config_callback=None)
+
+
+def callback_of(made):
+    [clip] = [c for c in made.trainer.callbacks if isinstance(c, GradientClip)]
+    return clip
+
+
+def config_file(folder, policy, **arguments):
+    path = folder / "cli.yaml"
+    arguments["policy"] = policy
+    callback = {"class_path": "lightning_clip.GradientClip", "init_args": arguments}
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    return path
+
+
+def test_the_example_trains_and_clips():
+    made = cli("fit", f"--config={EXAMPLE}", *QUIET, "--trainer.max_steps=3")
+    clip = callback_of(made)
+    assert [policy.type for policy in clip.config.policies] == ["zclip", "norm"]
+    assert clip.clippers[0].state_dict()["counts"]["steps"] == 3
+
+
+def test_a_path_in_the_configuration_and_on_the_command_line(tmp_path):
+    file = tmp_path / "zclip.yaml"
+    file.write_text("policies:\n  - type: zclip\n    eps: 1e-7\n")
+    made = cli(f"--config={config_file(tmp_path, str(file))}", *QUIET, run=False)
+    assert callback_of(made).config.policies == [ZClip(eps=1e-7)]
+    made = cli(
+        "--trainer.callbacks+=lightning_clip.GradientClip",
+        f"--trainer.callbacks.policy={file}",
+        "--trainer.callbacks.progress_bar=true",
+        *QUIET,
+        run=False,
+    )
+    assert callback_of(made).config.policies == [ZClip(eps=1e-7)]
+
+
+def test_what_print_config_prints_is_read_back(tmp_path, capsys):
+    policy = {"policies": [{"type": "norm", "max_norm": 2.0}], "log": {"every_n_steps": 5}}
+    with pytest.raises(SystemExit):
+        cli(f"--config={config_file(tmp_path, policy)}", "--print_config", *QUIET, run=False)
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    clip = callback_of(cli(f"--config={printed}", run=False))
+    assert clip.config.policies == [ClipByNorm(max_norm=2.0)]
+    assert clip.config.log.every_n_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            {"policies": [{"type": "zclip", "decy": 0.9}]},
+            "policies[0].decy is not a known key; did you mean 'decay'?",
+        ),
+        (
+            {"policies": [{"type": "zclip", "decay": "fast"}]},
+            "policies[0].decay is 'fast'; it must be a valid number",
+        ),
+        ({"policies": [{"type": "zclp"}]}, "policies[0].type is 'zclp'; did you mean 'zclip'?"),
+        ({"polices": []}, "polices is not a known key; did you mean 'policies'?"),
+        (3, "policy is 3; allowed: a policy such as ZClip()"),
+        ("nowhere.yaml", "nowhere.yaml: the file can't be read"),
+    ],
+)
+def test_errors_are_in_our_words(policy, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cli(f"--config={config_file(tmp_path, policy)}", *QUIET, run=False)
+
+
+def test_an_unknown_argument_is_refused(tmp_path, capsys):
+    path = config_file(tmp_path, {"policies": [{"type": "zclip"}]}, progres_bar=True)
+    with pytest.raises(SystemExit):
+        cli(f"--config={path}", *QUIET, run=False)
+    assert "progres_bar" in capsys.readouterr().err

@@ -1,0 +1,236 @@
+"""What Lightning shows at the hook, and what the callback makes of it."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
+from support.lit import NAN, NOTHING, After, Before, Small, grads_of, inputs, norm_of, trainer_of
+from torch import nn
+
+from gradclip import ClipByNorm, ClipConfig, NonFiniteError, ZClip
+from lightning_clip import GradientClip
+
+pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+
+ZCLIP = ZClip(warmup_steps=5, max_norm=None)
+
+
+def run(policy, batches, module=None, **options):
+    clip, before = GradientClip(policy), Before()
+    after = After(clip)
+    module = module or Small()
+    trainer_of(before, clip, after, **options).fit(module, batches)
+    return clip, before, after
+
+
+def counts(clip, index=0):
+    return {name: int(n) for name, n in clip.clippers[index].state_dict()["counts"].items()}
+
+
+def test_every_way_to_write_a_policy(tmp_path):
+    path = tmp_path / "norm.yaml"
+    path.write_text("policies: [{type: norm, max_norm: 0.5}]")
+    norm = ClipByNorm(max_norm=0.5)
+    mapping = {"policies": [{"type": "norm", "max_norm": 0.5}]}
+    ways = [norm, [norm], ClipConfig(policies=[norm]), mapping, path, str(path)]
+    for way in ways:
+        clip, _, after = run(way, [0])
+        assert clip.config == ClipConfig(policies=[norm])
+        assert after.norms == pytest.approx([0.5], rel=1e-5)
+    assert GradientClip(norm).clippers == []
+    assert GradientClip(norm).last_record is None
+
+
+class Noting(Small):
+    """Writes down the order of hooks, and the gradient norm each one sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def note(self, where):
+        self.seen.append((where, norm_of(p.grad for p in self.parameters())))
+
+    def on_before_optimizer_step(self, _):
+        self.note("module hook")
+
+    def configure_gradient_clipping(self, *_, **__):
+        self.note("configure_gradient_clipping")
+
+
+class Watch(Before):
+    def on_before_optimizer_step(self, _trainer, pl_module, _optimizer):
+        pl_module.note("callback hook")
+
+
+def test_lightning_shows_averaged_gradients_to_callbacks_first():
+    module = Noting()
+    clip = GradientClip(ClipByNorm(max_norm=0.5))
+    trainer_of(Watch(), clip, accumulate_grad_batches=2).fit(module, [0, 1])
+
+    alone = Small()
+    (sum(alone.loss(inputs(seed)) for seed in (0, 1)) / 2).backward()
+    whole = norm_of(p.grad for p in alone.parameters())
+    assert whole > 0.5
+    assert [where for where, _ in module.seen] == [
+        "callback hook",
+        "module hook",
+        "configure_gradient_clipping",
+    ]
+    assert [norm for _, norm in module.seen] == pytest.approx([whole, 0.5, 0.5], rel=1e-5)
+
+
+def test_accumulation_clips_once_per_optimizer_step():
+    clip, before, after = run(ClipByNorm(max_norm=0.1), range(10), accumulate_grad_batches=4)
+    assert len(before.grads) == 3
+    assert counts(clip) == {"steps": 3, "clipped": 3, "skipped": 0, "nonfinite": 0}
+    for norm, record, left in zip(before.norms, after.records, after.norms, strict=True):
+        assert norm > 0.1
+        assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
+        assert left == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("hole", [NOTHING, NAN])
+def test_a_batch_without_usable_gradients_leaves_no_trace(hole):
+    clip, _, after = run(ZCLIP, [*range(9), hole, *range(9, 20)])
+    plain, _, expected = run(ZCLIP, range(20))
+    assert after.limits[:9] + after.limits[10:] == expected.limits
+    assert min(expected.limits) < float("inf")
+    for got, want in zip(after.parameters[-1], expected.parameters[-1], strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(after.parameters[8], after.parameters[9], strict=True):
+        assert torch.equal(got, want)
+    assert counts(clip)["skipped"] == (1 if hole == NAN else 0)
+    assert counts(clip)["steps"] == counts(plain)["steps"] + (1 if hole == NAN else 0)
+
+
+def test_the_schedule_and_global_step_advance_over_a_withheld_step():
+    def with_schedule(parameters):
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    clip = GradientClip(ZCLIP)
+    trainer = trainer_of(clip)
+    trainer.fit(Small(with_schedule), [NAN, 0])
+    assert trainer.global_step == 2
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25
+    assert counts(clip)["skipped"] == 1
+
+
+def test_on_nonfinite_raise_stops_the_run():
+    policy = {"policies": [{"type": "zclip"}], "on_nonfinite": "raise"}
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite, on this rank in net\.0\.weight"):
+        trainer_of(GradientClip(policy)).fit(Small(), [0, NAN])
+
+
+class Odd(Small):
+    """A frozen layer, one that is never used, and a bias that two layers share."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(3, 3)
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.bias = self.first.bias
+        self.net[0].requires_grad_(False)
+
+    def loss(self, rows):
+        return super().loss(self.second(self.first(rows)))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_frozen_unused_and_shared_parameters():
+    clip, before, after = run(ClipByNorm(max_norm=0.1), range(3), Odd())
+    assert len(before.grads[0]) == 5
+    for norm, record, left in zip(before.norms, after.records, after.norms, strict=True):
+        assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
+        assert left == pytest.approx(0.1, rel=1e-5)
+    assert counts(clip)["clipped"] == 3
+
+
+class Gan(Small):
+    """Two optimizers, stepped by hand; the generator every second batch only."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Linear(4, 4)
+
+    def training_step(self, batch, batch_idx):
+        maker, critic = self.optimizers()
+        rows = inputs(batch)
+        with self.toggled_optimizer(critic):
+            self.manual_backward(self.loss(self.generator(rows).detach()) * 30)
+            critic.step()
+            critic.zero_grad()
+        if batch_idx % 2:
+            with self.toggled_optimizer(maker):
+                self.manual_backward(-self.loss(self.generator(rows)))
+                maker.step()
+                maker.zero_grad()
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.Adam(self.generator.parameters()),
+            torch.optim.SGD(self.net.parameters(), lr=1e-3),
+        ]
+
+
+def test_manual_optimisation_keeps_one_limit_per_optimizer():
+    clip, before, after = run(ZCLIP, range(20), Gan())
+    maker, critic = clip.clippers
+    assert counts(clip, 0)["steps"] == 10
+    assert counts(clip, 1)["steps"] == 20
+    assert clip.last_record is after.records[-1]
+    # With each optimizer's own norms, a clipper of its own comes to the same limits.
+    own = {0: [], 1: []}
+    for grads, record in zip(before.grads, after.records, strict=True):
+        own[0 if len(grads) == 2 else 1].append((grads, float(record.limit)))
+    for index, clipper in enumerate((maker, critic)):
+        params = [nn.Parameter(torch.zeros_like(g)) for g in own[index][0][0]]
+        alone = type(clipper)(ZCLIP, [(str(i), p) for i, p in enumerate(params)])
+        for grads, limit in own[index]:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad.clone()
+            assert float(alone.clip().limit) == limit
+        assert min(limit for _, limit in own[index]) < float("inf")
+
+
+class Tuned(Small):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.net = self.net[0], self.net[1:]
+
+    def loss(self, rows):
+        return self.net(self.backbone(rows)).square().mean()
+
+
+def test_parameters_added_during_training_are_clipped():
+    tuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    clip, before = GradientClip(ClipByNorm(max_norm=0.1)), Before()
+    after = After(clip)
+    trainer_of(tuning, before, clip, after, max_epochs=2).fit(Tuned(), range(3))
+    assert [len(grads) for grads in before.grads] == [2] * 3 + [4] * 3
+    for norm, record, left in zip(before.norms, after.records, after.norms, strict=True):
+        assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
+        assert left == pytest.approx(0.1, rel=1e-5)
+
+
+class NewOptimizer(Small):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+def test_new_optimizers_during_training_go_on_with_the_state():
+    clip, before, after = run(ZCLIP, range(10), NewOptimizer(), max_epochs=2)
+    assert clip.clippers[0].state_dict()["counts"]["steps"] == 20
+    for norm, record in zip(before.norms, after.records, strict=True):
+        assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
+    assert max(after.limits[10:]) < float("inf")
+    assert norm_of(grads_of(clip._optimizers[0])) == after.norms[-1]

@@ -1,0 +1,147 @@
+"""Several real ranks: the norms, limits and gradients of one process holding everything."""
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from support.lit import After, Before, Small, trainer_of
+from support.ranks import run_on_ranks
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from gradclip import ZClip
+from lightning_clip import GradientClip
+
+POLICY = ZClip(warmup_steps=5, max_norm=None)
+
+
+class Sharded(Small):
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        for layer in (self.net[0], self.net[2], self.net):
+            fully_shard(layer, mesh=mesh)
+
+
+def outcome(clip, before, after):
+    """What a rank saw, as plain numbers and whole tensors."""
+    return {
+        "norms": [float(record.grad_norm) for record in after.records],
+        "limits": after.limits,
+        "before": before.norms,
+        "left": after.grads,
+        "steps": clip.state_dict()["clippers"][0]["counts"]["steps"],
+    }
+
+
+def train(kind, world, **options):
+    clip, before = GradientClip(POLICY), Before()
+    after = After(clip)
+    after.on_train_batch_end = lambda *_: None
+    strategy = {
+        "one": lambda: "auto",
+        "ddp": DDPStrategy,
+        "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
+    }[kind]()
+    trainer = trainer_of(before, clip, after, strategy=strategy, devices=world, **options)
+    module = (Sharded if kind == "fsdp2" else Small)(by_step=True)
+    return trainer, module, clip, (clip, before, after)
+
+
+def on_rank(rank, world, kind, precision):
+    trainer, module, _, seen = train(kind, world, precision=precision)
+    trainer.fit(module, range(20))
+    assert trainer.world_size == world
+    return outcome(*seen)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_are_one_process(kind):
+    ranks = run_on_ranks(on_rank, 2, kind, "32-true")
+    trainer, module, _, seen = train("one", 1)
+    trainer.fit(module, range(20))
+    alone = outcome(*seen)
+
+    assert min(alone["limits"]) < float("inf")
+    assert max(n / li for n, li in zip(alone["norms"], alone["limits"], strict=True)) > 1
+    for key in ("norms", "limits"):
+        assert ranks[0][key] == ranks[1][key]
+        assert ranks[0][key] == pytest.approx(alone[key], rel=1e-6)
+    assert ranks[0]["norms"] == pytest.approx(ranks[0]["before"], rel=1e-6)
+    for ours, theirs, want in zip(ranks[0]["left"], ranks[1]["left"], alone["left"], strict=True):
+        for got, other, expected in zip(ours, theirs, want, strict=True):
+            assert torch.equal(got, other)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_two_sharded_ranks_in_bf16():
+    ranks = run_on_ranks(on_rank, 2, "fsdp2", "bf16-true")
+    assert ranks[0]["limits"] == ranks[1]["limits"]
+    assert min(ranks[0]["limits"]) < float("inf")
+    assert ranks[0]["norms"] == pytest.approx(ranks[0]["before"], rel=1e-6)
+
+
+def scaled(rank, world):
+    live = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    plugin = MixedPrecision("16-mixed", device="cpu", scaler=live)
+    trainer, module, _, (_, before, after) = train("fsdp2", world, plugins=[plugin])
+    trainer.fit(module, range(20))
+    norms = [float(record.grad_norm) for record in after.records]
+    return norms, [bool(record.skipped) for record in after.records], live.get_scale(), before.norms
+
+
+def test_sharded_ranks_withhold_an_overflow_together():
+    (norms, skipped, scale, before), other = run_on_ranks(scaled, 2)
+    assert any(skipped)
+    assert (skipped, scale) == other[1:3]
+    assert scale == 2.0 ** (24 - sum(skipped))
+    for norm, want, skip in zip(norms, before, skipped, strict=True):
+        assert skip or norm == pytest.approx(want, rel=1e-6)
+
+
+def resume_sharded(rank, world, folder):
+    trainer, module, _, (_, _, whole) = train("fsdp2", world)
+    trainer.fit(module, range(20))
+
+    trainer, module, _, _ = train("fsdp2", world, max_steps=8, max_epochs=-1)
+    trainer.fit(module, range(20))
+    trainer.save_checkpoint(f"{folder}/at.ckpt")
+
+    trainer, module, clip, (_, _, after) = train("fsdp2", world, max_steps=20, max_epochs=-1)
+    trainer.fit(module, range(20), ckpt_path=f"{folder}/at.ckpt")
+    return whole.limits, after.limits, clip.state_dict()["steps"]
+
+
+def test_a_sharded_run_resumes_with_its_state(tmp_path):
+    for whole, resumed, steps in run_on_ranks(resume_sharded, 2, str(tmp_path)):
+        assert resumed == whole[8:]
+        assert steps == [20]
+
+
+class CpuFSDP(FSDPStrategy):
+    """FSDP1 on a CPU: the stock strategy asks for a GPU."""
+
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+class Flat(Small):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.trainer.model.parameters(), lr=0.1)
+
+
+def fsdp1(rank, world, use_orig_params):
+    trainer = trainer_of(
+        GradientClip(POLICY), strategy=CpuFSDP(use_orig_params=use_orig_params), devices=world
+    )
+    try:
+        trainer.fit(Small() if use_orig_params else Flat(), range(3))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "no error", ""
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused(use_orig_params):
+    for name, message in run_on_ranks(fsdp1, 2, use_orig_params):
+        assert name == "LayoutError"
+        assert "FullyShardedDataParallel (FSDP1)" in message
+        assert "fully_shard" in message

@@ -1,0 +1,206 @@
+"""What would clip twice, wrongly or not at all is an error at start, with the way out."""
+
+import functools
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from support.lit import Before, Small, inputs, trainer_of
+
+from gradclip import ConfigError
+from lightning_clip import GradientClip
+from lightning_clip.framework import live_scaler, unscales_in_step
+
+NORM = {"policies": [{"type": "norm", "max_norm": 0.5}]}
+
+
+def refused(match, *, module=None, callbacks=(), **options):
+    with pytest.raises(ConfigError, match=match):
+        trainer_of(GradientClip(NORM), *callbacks, **options).fit(module or Small(), [0, 1])
+
+
+def runs(module=None, **options):
+    clip = GradientClip(NORM)
+    trainer_of(clip, **options).fit(module or Small(), [0, 1])
+    assert bool(clip.last_record.clipped)
+
+
+def test_a_trainer_that_clips():
+    refused(
+        r"Trainer\(gradient_clip_val=1\.5\) and GradientClip.*Remove gradient_clip_val",
+        gradient_clip_val=1.5,
+    )
+
+
+def test_zero_is_lightnings_way_to_say_off():
+    runs(gradient_clip_val=0)
+
+
+class Clips(Small):
+    def configure_gradient_clipping(self, optimizer, **_):
+        self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+
+
+class ClipsByTorch(Small):
+    def configure_gradient_clipping(self, *_, **__):
+        def inner():
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+        inner()
+
+
+class Inherits(Clips):
+    pass
+
+
+class CallsOn(Clips):
+    def configure_gradient_clipping(self, optimizer, **options):
+        super().configure_gradient_clipping(optimizer, **options)
+
+
+def wrapped(hook):
+    @functools.wraps(hook)
+    def outer(*args, **kwargs):
+        return hook(*args, **kwargs)
+
+    return outer
+
+
+class Decorated(Small):
+    @wrapped
+    def configure_gradient_clipping(self, *_, **__):
+        torch.nn.utils.clip_grad_value_(self.parameters(), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [
+        (Clips, "Clips.configure_gradient_clipping calls clip_gradients"),
+        (ClipsByTorch, "calls clip_grad_norm_"),
+        (Inherits, "Clips.configure_gradient_clipping calls clip_gradients"),
+        (CallsOn, "Clips.configure_gradient_clipping calls clip_gradients"),
+        (Decorated, "calls clip_grad_value_"),
+    ],
+)
+def test_a_module_that_clips(module, named):
+    refused(f"{named}, and GradientClip is among the callbacks", module=module())
+
+
+def test_a_module_that_was_given_a_clipping_hook():
+    module = Small()
+    module.configure_gradient_clipping = Clips.configure_gradient_clipping.__get__(module)
+    refused("Small.configure_gradient_clipping calls clip_gradients", module=module)
+
+
+class Logs(Small):
+    def configure_gradient_clipping(self, *_, **__):
+        self.log("norm", torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]))
+
+
+class OnlySuper(Small):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **options):
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, **options)
+
+
+class Silences(Clips):
+    def configure_gradient_clipping(self, *_, **__):
+        pass
+
+
+@pytest.mark.parametrize("module", [Logs, OnlySuper, Silences])
+def test_an_override_that_does_not_clip_may_stay(module):
+    runs(module())
+
+
+class ByHand(Small):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, _):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(inputs(batch)))
+        self.clip_gradients(optimizer, gradient_clip_val=1.0)
+        optimizer.step()
+
+
+def test_manual_optimisation_that_clips():
+    refused("ByHand.training_step calls clip_gradients", module=ByHand())
+
+
+def test_two_of_them():
+    trainer = trainer_of(GradientClip(NORM))
+    trainer.callbacks.append(GradientClip(NORM))
+    with pytest.raises(ConfigError, match=r"holds 2 GradientClip .*give it a list of policies"):
+        trainer.fit(Small(), [0])
+    # Lightning itself refuses two in Trainer(callbacks=...), whose state would share a key.
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type"):
+        trainer_of(GradientClip(NORM), GradientClip(NORM))
+
+
+class DeepSpeedStrategy(SingleDeviceStrategy):
+    """Stands in for the name: deepspeed isn't installed."""
+
+
+def test_deepspeed():
+    strategy = DeepSpeedStrategy(device=torch.device("cpu"))
+    refused("DeepSpeedStrategy.*keeps gradients to itself", strategy=strategy)
+
+
+def test_lbfgs():
+    refused(
+        r"Optimizer 0 \(LBFGS\).*several times a step",
+        module=Small(lambda parameters: torch.optim.LBFGS(parameters)),
+    )
+
+
+def mixed():
+    live = torch.amp.GradScaler("cpu", init_scale=256.0)
+    return MixedPrecision("16-mixed", device="cpu", scaler=live)
+
+
+def fused(parameters):
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+def test_a_fused_optimizer_with_a_scaler():
+    refused(r"fused.*fused=False.*bf16-mixed", module=Small(fused), plugins=[mixed()])
+    runs(Small(fused))
+
+
+class SeesScaled(Before):
+    """Tells from the scaler and the optimizer what the framework file tells."""
+
+    def on_fit_start(self, trainer, _):
+        self.told = live_scaler(trainer), unscales_in_step(trainer.optimizers[0])
+
+
+@pytest.mark.parametrize("optimizer", [fused, torch.optim.AdamW])
+def test_scaled_gradients_are_told_from_the_attributes_that_lightning_uses(optimizer):
+    seen, plain = SeesScaled(), SeesScaled()
+    plugin = mixed()
+    trainer_of(seen, plugins=[plugin]).fit(Small(optimizer), [0])
+    trainer_of(plain).fit(Small(optimizer), [0])
+    scaled = optimizer is fused
+    assert seen.told == (plugin.scaler, scaled)
+    assert plain.told == (None, scaled)
+    assert seen.norms[0] / plain.norms[0] == pytest.approx(256.0 if scaled else 1.0, rel=0.02)
+
+
+def test_validating_is_never_refused():
+    class Validates(Clips):
+        def validation_step(self, batch, _):
+            return self.loss(inputs(batch))
+
+    trainer_of(GradientClip(NORM)).validate(Validates(), [0], verbose=False)
+
+
+def test_an_optimizer_that_the_trainer_does_not_know():
+    clip = GradientClip(NORM)
+    module = Small()
+    trainer = trainer_of(clip)
+    trainer.fit(module, [0])
+    with pytest.raises(ConfigError, match="Return it from configure_optimizers"):
+        clip.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters()))
