@@ -5,7 +5,7 @@
 >>> record = clipper.clip()  # doctest: +SKIP
 """
 
-from gradclip.config import ClipConfig, GroupConfig, LogConfig, load_yaml
+from gradclip.config import ClipConfig, GroupConfig, LogConfig, load_section, load_yaml
 from gradclip.engine import GradientClipper
 from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
@@ -29,5 +29,6 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "get_total_norm",
+    "load_section",
     "load_yaml",
 ]

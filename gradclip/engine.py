@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,13 +71,13 @@ class GradientClipper:
         self._optimizer = optimizer
         self._process_group = process_group
         self._given_layout = layout
-        self._kernels = partial(kernel_for, name=kernel)
+        self._kernel_name = kernel
         self._layout, self._plan = self._lay_out()
-        self._signature = self._optimizer_groups()
-        device = self._layout.device
-        self._kernels(device)
-        self._states = [rule.policy.init(len(rule.names), device) for rule in self._plan.rules]
-        self._tally = Tally(device)
+        self._kernel = kernel_for(self._layout.devices, kernel)
+        self._signature = self._what_may_change()
+        home = self._layout.devices[0]
+        self._states = [rule.policy.init(len(rule.names), home) for rule in self._plan.rules]
+        self._tally = Tally(home)
 
     @torch.no_grad()
     def clip(self, *, grad_scale: Tensor | None = None) -> ClipRecord:
@@ -99,13 +98,13 @@ class GradientClipper:
         """
         plan = self._current_plan()
         grads = self._layout.collect(plan.slots)
-        norms = measure(grads.counted, plan.norm_types, self._layout, self._kernels)
+        norms = measure(grads.counted, plan.norm_types, self._layout, self._kernel)
         if grad_scale is not None:
             norms = {p: norm / grad_scale for p, norm in norms.items()}
         skips = self.config.on_nonfinite == "skip"
         verdict, states = decide_all(plan.rules, norms, self._states, skip_nonfinite=skips)
         self._stop_if_asked(verdict)
-        apply(verdict, grads.all, plan.parameters.values(), self._kernels, grad_scale)
+        apply(verdict, grads.all, plan.parameters.values(), self._kernel, grad_scale)
         self._states = states
         return self._record(norms[plan.recorded], verdict)
 
@@ -139,14 +138,14 @@ class GradientClipper:
             ConfigError: If it was saved with other policies or other parameters. Nothing is
                 changed then.
         """
-        device = self._layout.device
+        device = self._layout.devices[0]
         self._states, self._tally.counts = unpack(state, self._plan.rules, self._states, device)
 
     def _lay_out(self) -> tuple[Layout, Plan]:
         parameters = collect_parameters(self._named, self._optimizer)
         layout = self._given_layout or detect(parameters, self._process_group)
         groups = group_names(self._optimizer, parameters.values())
-        plan = build_plan(self.config, parameters, groups, layout.device)
+        plan = build_plan(self.config, parameters, groups, layout.devices[0])
         scopes = {rule.policy.measured[0] for rule in plan.rules}
         if self._process_group is not None and (len(plan.slots) > 1 or scopes != {"global"}):
             msg = (
@@ -164,18 +163,22 @@ class GradientClipper:
             raise ConfigError(msg)
         return layout, plan
 
-    def _optimizer_groups(self) -> tuple[int, ...]:
+    def _what_may_change(self) -> tuple[object, ...]:
+        """Cheap to compare each step: the optimizer's groups, and where the parameters are."""
         groups = self._optimizer.param_groups if self._optimizer else ()
-        return tuple(len(group["params"]) for group in groups)
+        first = next(iter(self._plan.parameters.values()))
+        return (first.device, *(len(group["params"]) for group in groups))
 
     def _current_plan(self) -> Plan:
-        """The plan; made anew, with the state carried over, when parameters were added."""
-        if self._signature != (now := self._optimizer_groups()):
+        """The plan; made anew, state carried over, when parameters were added or moved."""
+        if self._signature != self._what_may_change():
             self._layout, plan = self._lay_out()
-            self._states = carry_over(
-                self._plan.rules, self._states, plan.rules, self._layout.device
-            )
-            self._plan, self._signature = plan, now
+            home = self._layout.devices[0]
+            self._kernel = kernel_for(self._layout.devices, self._kernel_name)
+            self._states = carry_over(self._plan.rules, self._states, plan.rules, home)
+            self._tally.counts = self._tally.counts.to(home)
+            self._plan = plan
+            self._signature = self._what_may_change()
         return self._plan
 
     def _stop_if_asked(self, verdict: Verdict) -> None:

@@ -9,12 +9,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gradclip.apply import scale_
 from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.kernels import kernel_for
 from gradclip.layouts import detect
 from gradclip.measure import is_wide, measure
-from gradclip.types import Collected
+from gradclip.types import Collected, Kernel
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"]
 
@@ -56,12 +55,12 @@ def clip_grad_norm_(
         msg = f"max_norm is {max_norm!r}; it must be 0 or more (inf only measures)."
         raise ConfigError(msg)
     grads = [p.grad for p in _listed(parameters) if p.grad is not None]
-    total, collected = _measure(grads, norm_type)
+    total, collected, kernel = _measure(grads, norm_type)
     if error_if_nonfinite:
         _refuse_nonfinite(total, norm_type)
     if math.isfinite(limit) and grads:
         coef = (limit / (total + 1e-6)).clamp(max=1.0)
-        scale_(collected.all, coef.unsqueeze(0), kernel_for)
+        kernel.scale_(collected.all, coef.unsqueeze(0))
     return _rounded(total, grads)
 
 
@@ -86,8 +85,7 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         raise ConfigError(msg)
     grads = [p.grad for p in _listed(parameters) if p.grad is not None]
     layout = detect({str(i): grad for i, grad in enumerate(grads)})
-    for grad in layout.take([grads]).all[0]:
-        kernel_for(grad.device).clamp_([grad], limit)
+    kernel_for(layout.devices).clamp_(layout.take([grads]).all[0], limit)
 
 
 @torch.no_grad()
@@ -114,7 +112,7 @@ def get_total_norm(
     """
     del foreach
     listed = _listed(tensors)
-    total, _ = _measure(listed, norm_type)
+    total, *_ = _measure(listed, norm_type)
     if error_if_nonfinite:
         _refuse_nonfinite(total, norm_type)
     return _rounded(total, listed)
@@ -124,7 +122,7 @@ def _listed(tensors: Tensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _measure(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Collected]:
+def _measure(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Collected, Kernel]:
     p = float(norm_type)
     if not p > 0:
         msg = f"norm_type is {norm_type!r}; it must be above 0, or inf."
@@ -132,7 +130,8 @@ def _measure(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Collected]:
     layout = detect({str(i): grad for i, grad in enumerate(grads)})
     collected = layout.take([grads])
     wide = {p: is_wide(p, {grad.dtype for grad in grads})}
-    return measure(collected.counted, wide, layout, kernel_for)[p].squeeze(0), collected
+    kernel = kernel_for(layout.devices)
+    return measure(collected.counted, wide, layout, kernel)[p].squeeze(0), collected, kernel
 
 
 def _refuse_nonfinite(total: Tensor, norm_type: float) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from gradclip.types import Grads, Kernel, Kernels, Layout
+from gradclip.types import Grads, Kernel, Layout
 
 __all__ = ["is_wide", "measure"]
 
@@ -23,10 +22,7 @@ def is_wide(norm_type: float, dtypes: Iterable[torch.dtype]) -> bool:
 
 
 def measure(
-    grads: Grads,
-    norm_types: Mapping[float, bool],
-    layout: Layout,
-    kernels: Kernels,
+    grads: Grads, norm_types: Mapping[float, bool], layout: Layout, kernel: Kernel
 ) -> dict[float, Tensor]:
     """The p-norm of each slot, for each p, over all ranks.
 
@@ -34,64 +30,29 @@ def measure(
     one more, as is the scale that a wide p needs to stay in range.
 
     Args:
-        grads: The gradients this rank counts, one sequence per slot.
+        grads: The gradients this rank counts, one list per slot.
         norm_types: For each p, whether it is wide (see `is_wide`); the same on every rank.
         layout: How measures combine over ranks.
-        kernels: Gives the kernel for a device.
+        kernel: What measures this rank's gradients.
 
     Returns:
-        For each p a float64 tensor of shape (slots,) on the layout's device; NaN or inf where a
-        gradient element is.
+        For each p a float64 tensor of shape (slots,) on the layout's first device; NaN or inf
+        where a gradient element is.
     """
+    home = layout.devices[0]
     norms: dict[float, Tensor] = {}
-    exponent = torch.zeros((), dtype=torch.float64, device=layout.device)
+    exponent = torch.zeros((), dtype=torch.float64, device=home)
     if math.inf in norm_types or any(norm_types.values()):
-        local = _on_each_device(grads, layout.device, kernels, torch.maximum, _peaks)
-        norms[math.inf] = layout.max(local)
+        norms[math.inf] = layout.max(kernel.peaks(grads).to(home))
         exponent = _exponent(norms[math.inf])
     finite = [p for p in norm_types if p != math.inf]
     if finite:
-        sums = [
-            _on_each_device(
-                grads,
-                layout.device,
-                kernels,
-                torch.add,
-                partial(_power_sums, p=p, scale=torch.exp2(-exponent) if norm_types[p] else None),
-            )
-            for p in finite
-        ]
-        reduced = layout.sum(torch.cat(sums)).view(len(finite), -1)
-        for p, total in zip(finite, reduced.unbind(), strict=True):
+        scales = {p: torch.exp2(-exponent) if norm_types[p] else None for p in finite}
+        sums = torch.stack([kernel.power_sums(grads, p, scales[p]).to(home) for p in finite])
+        for p, total in zip(finite, layout.sum(sums).unbind(), strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
             norms[p] = root * torch.exp2(exponent) if norm_types[p] else root
     return {p: norms[p] for p in norm_types}
-
-
-def _peaks(kernel: Kernel, grads: Grads) -> Tensor:
-    return kernel.peaks(grads)
-
-
-def _power_sums(kernel: Kernel, grads: Grads, p: float, scale: Tensor | None) -> Tensor:
-    return kernel.power_sums(grads, p, scale)
-
-
-def _on_each_device(
-    grads: Grads,
-    device: torch.device,
-    kernels: Kernels,
-    combine: Callable[[Tensor, Tensor], Tensor],
-    run: Callable[[Kernel, Grads], Tensor],
-) -> Tensor:
-    """Run a measure where the gradients are and combine the results on one device."""
-    devices = {grad.device for slot in grads for grad in slot} or {device}
-    total = torch.zeros(len(grads), dtype=torch.float64, device=device)
-    for place in sorted(devices, key=str):
-        here = grads
-        if len(devices) > 1:
-            here = [[grad for grad in slot if grad.device == place] for slot in grads]
-        total = combine(total, run(kernels(place), here).to(device))
-    return total
 
 
 def _exponent(peaks: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ def collect_parameters(
             for place, parameter in enumerate(group["params"]):
                 fallback = own[place] if own else f"group{index}.{place}"
                 found[names.get(parameter, fallback)] = parameter
+    found = {name: parameter for name, parameter in found.items() if parameter.numel()}
     if not found:
         msg = (
             "GradientClipper got no parameters: a generator may have been used up. Pass a new one."

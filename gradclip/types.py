@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,7 +15,6 @@ __all__ = [
     "Decision",
     "Grads",
     "Kernel",
-    "Kernels",
     "Layout",
     "Scope",
     "State",
@@ -103,8 +102,8 @@ class Layout(Protocol):
     """Geometry: which ranks hold what, and how their measures combine."""
 
     @property
-    def device(self) -> torch.device:
-        """Where the measures, decisions and records live."""
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where local gradients are; measures, decisions and records live on the first."""
         ...
 
     def collect(self, slots: Sequence[Sequence[Parameter]]) -> Collected:
@@ -135,10 +134,6 @@ class Kernel(Protocol):
         """Multiply each slot's gradients in place by its coefficient, coef of shape (slots,)."""
         ...
 
-    def clamp_(self, grads: Sequence[Tensor], limit: float | Tensor) -> None:
+    def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp elements in place to [-limit, limit]; NaN stays NaN."""
         ...
-
-
-Kernels = Callable[[torch.device], Kernel]
-"""Gives the kernel for a device."""

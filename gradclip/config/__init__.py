@@ -1,6 +1,6 @@
 """What a user can set, and how it is read."""
 
-from gradclip.config.load import PolicyLike, as_config, load_yaml, parse_mapping
+from gradclip.config.load import PolicyLike, as_config, load_section, load_yaml, parse_mapping
 from gradclip.config.models import ClipConfig, GroupConfig, LogConfig
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "LogConfig",
     "PolicyLike",
     "as_config",
+    "load_section",
     "load_yaml",
     "parse_mapping",
 ]

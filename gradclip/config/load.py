@@ -15,7 +15,7 @@ from gradclip.config.models import ClipConfig
 from gradclip.errors import ConfigError
 from gradclip.policies import AnyPolicy, Policy
 
-__all__ = ["PolicyLike", "as_config", "load_yaml", "parse_mapping"]
+__all__ = ["PolicyLike", "as_config", "load_section", "load_yaml", "parse_mapping"]
 
 PolicyLike = Policy | Sequence[Policy] | ClipConfig | Mapping[str, Any] | str | Path
 """What a clipper can be built from: policies, a configuration, a mapping, or a YAML file."""
@@ -64,13 +64,42 @@ def load_yaml(path: str | Path) -> ClipConfig:
         ConfigError: If the file can't be read, isn't YAML, or isn't a valid configuration.
     """
     where = str(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        msg = f"{where}: the file can't be read ({error.strerror}). Give the path of a YAML file."
-        raise ConfigError(msg) from None
-    content, lines = parse_yaml(text, where)
+    content, lines = parse_yaml(_read(path), where)
     return parse_mapping(content, where, lines)
+
+
+def load_section(path: str | Path, key: str) -> ClipConfig:
+    """Read a configuration that is one section of a larger YAML file.
+
+    Args:
+        path: The file.
+        key: The section's top-level key.
+
+    Raises:
+        ConfigError: If the file can't be read, isn't YAML, has no such section, or the section
+            isn't a valid configuration.
+    """
+    where = str(path)
+    content, lines = parse_yaml(_read(path), where)
+    keys = [str(word) for word in content] if isinstance(content, Mapping) else []
+    if key not in keys:
+        close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+        found = f"{where}, line {lines[(close[0],)]}: found {close[0]!r}" if close else where
+        msg = (
+            f"{found}: the section {key!r} is missing. Add it, for instance:\n"
+            f"{key}:\n  policies:\n    - type: norm\n      max_norm: 1.0"
+        )
+        raise ConfigError(msg)
+    inside = {loc[1:]: line for loc, line in lines.items() if loc[:1] == (key,)}
+    return parse_mapping(content[key], where, inside)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        msg = f"{path}: the file can't be read ({error.strerror}). Give the path of a YAML file."
+        raise ConfigError(msg) from None
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str | int, ...], int]]:

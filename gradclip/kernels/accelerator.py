@@ -39,7 +39,7 @@ class AcceleratorKernel:
         """Multiply in place; see `gradclip.types.Kernel`. A coefficient of 1 changes no bit."""
         scale_slots_(pair for pair in zip(grads, coef.unbind(), strict=True) if pair[0])
 
-    def clamp_(self, grads: Sequence[Tensor], limit: float | Tensor) -> None:
+    def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp in place; see `gradclip.types.Kernel`."""
         for grad in grads:
             grad.clamp_(-limit, limit)  # type: ignore[arg-type]  # either kind

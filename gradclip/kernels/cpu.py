@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate, compress
 
 import torch
 from torch import Tensor
@@ -37,16 +39,23 @@ class CpuKernel:
             exact = [_exact(g, norm_type, f) for g, f in zip(grads, factors, strict=True)]
             return torch.tensor(exact, dtype=torch.float64)
         sums = [0.0] * len(grads)
-        small: list[tuple[int, Tensor]] = []
-        for index, slot in enumerate(grads):
-            for grad in slot:
-                if grad.numel() < SMALL and grad.dtype != torch.float64:
-                    small.append((index, grad))
-                else:
+        flat = [grad for slot in grads for grad in slot]
+        owners = [index for index, slot in enumerate(grads) for _ in slot]
+        sizes = [grad.numel() for grad in flat]
+        if max(sizes, default=0) >= SMALL:
+            small = [size < SMALL for size in sizes]
+            for index, grad, is_small in zip(owners, flat, small, strict=True):
+                if not is_small:
                     sums[index] += _large(grad, norm_type)
-        for batch in _batches(small):
-            for index, partial in _small(batch, norm_type):
-                sums[index] += partial
+            flat, owners = list(compress(flat, small)), list(compress(owners, small))
+            sizes = list(compress(sizes, small))
+        ends = list(accumulate(sizes))
+        start = 0
+        while start < len(flat):
+            stop = bisect_right(ends, ends[start] - sizes[start] + BLOCK)
+            batch = slice(start, stop)
+            _add_small(sums, flat[batch], owners[batch], sizes[batch], norm_type)
+            start = stop
         for index, total in enumerate(sums):
             if grads[index] and not TRUSTED < total < float("inf"):
                 sums[index] = _exact(grads[index], norm_type)
@@ -58,7 +67,7 @@ class CpuKernel:
         slots = zip(grads, coef.unbind(), wanted, strict=True)
         scale_slots_((slot, factor) for slot, factor, needed in slots if slot and needed)
 
-    def clamp_(self, grads: Sequence[Tensor], limit: float | Tensor) -> None:
+    def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp in place; see `gradclip.types.Kernel`."""
         for grad in grads:
             grad.clamp_(-limit, limit)  # type: ignore[arg-type]  # either kind
@@ -92,33 +101,18 @@ def _rows(flat: Tensor, norm_type: float) -> float:
     return total
 
 
-def _batches(small: Sequence[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Cut the small tensors into runs of one dtype and at most BLOCK elements."""
-    batch: list[tuple[int, Tensor]] = []
-    room = BLOCK
-    for item in small:
-        size = item[1].numel()
-        if batch and (size > room or item[1].dtype != batch[0][1].dtype):
-            yield batch
-            batch, room = [], BLOCK
-        batch.append(item)
-        room -= size
-    if batch:
-        yield batch
-
-
-def _small(batch: Sequence[tuple[int, Tensor]], norm_type: float) -> Iterator[tuple[int, float]]:
-    """Slot and power sum of the tensors of one batch, concatenated into one buffer."""
-    flats = [grad if grad.ndim == 1 else _flat(grad) for _, grad in batch]
-    buffer = torch.cat(flats).float()
-    first, last = batch[0][0], batch[-1][0]
-    if first == last:
-        yield first, _rows(buffer, norm_type)
+def _add_small(
+    sums: list[float], grads: list[Tensor], owners: list[int], sizes: list[int], norm_type: float
+) -> None:
+    """Concatenate small gradients and add the power sum of each to its slot."""
+    buffer = torch.cat([grad if grad.ndim == 1 else _flat(grad) for grad in grads])
+    if owners[0] == owners[-1]:
+        sums[owners[0]] += _large(buffer, norm_type)
         return
-    lengths = torch.tensor([flat.numel() for flat in flats])
     powers = buffer.double().abs_().pow_(norm_type)
-    sums = torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
-    yield from zip((index for index, _ in batch), sums.tolist(), strict=True)
+    parts = torch.segment_reduce(powers, "sum", lengths=torch.tensor(sizes), unsafe=True)
+    for owner, part in zip(owners, parts.tolist(), strict=True):
+        sums[owner] += part
 
 
 def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> float:

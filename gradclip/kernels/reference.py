@@ -41,7 +41,7 @@ class ReferenceKernel:
             for grad in slot:
                 grad.copy_(grad.double() * factor)
 
-    def clamp_(self, grads: Sequence[Tensor], limit: float | Tensor) -> None:
+    def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp in place; see `gradclip.types.Kernel`."""
         for grad in grads:
             grad.copy_(grad.double().clamp(-float(limit), float(limit)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["scale_slots_"]
 
 
-def scale_slots_(slots: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
+def scale_slots_(slots: Iterable[tuple[list[Tensor], Tensor]]) -> None:
     """Multiply the gradients of each slot in place by its 0-d float64 coefficient.
 
     `torch._foreach_mul_` would round the coefficient to the gradients' dtype (a bfloat16
@@ -22,13 +22,16 @@ def scale_slots_(slots: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
     lone: list[Tensor] = []
     factors: list[Tensor] = []
     for slot, coef in slots:
-        single = [grad for grad in slot if grad.dtype != torch.float64]
-        if single and (len(single) > 1 or single[0].dtype != torch.float32):
+        if len(slot) == 1 and slot[0].dtype == torch.float32:
+            lone.append(slot[0])
+            factors.append(coef.float())
+            continue
+        double = [grad for grad in slot if grad.dtype is torch.float64]
+        single = [grad for grad in slot if grad.dtype is not torch.float64] if double else slot
+        if single:
             found_inf = torch.zeros((), dtype=torch.float32, device=coef.device)
             torch._amp_foreach_non_finite_check_and_unscale_(single, found_inf, coef.float())
-            single = []
-        kept = [*single, *(grad for grad in slot if grad.dtype == torch.float64)]
-        lone += kept
-        factors += [coef.to(grad.dtype) for grad in kept]
+        if double:
+            torch._foreach_mul_(double, coef)
     if lone:
         torch._foreach_mul_(lone, factors)

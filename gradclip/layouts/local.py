@@ -30,12 +30,12 @@ class LocalLayout:
             )
             raise LayoutError(msg)
         self._groups: list[ProcessGroup] = [] if process_group is None else [process_group]
-        self._device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self._devices = tuple(dict.fromkeys(p.device for p in parameters.values()))
 
     @property
-    def device(self) -> torch.device:
-        """Where measures and decisions live: the first parameter's device."""
-        return self._device
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where local gradients are; measures and decisions live on the first."""
+        return self._devices or (torch.device("cpu"),)
 
     def collect(self, slots: Sequence[Sequence[Parameter]]) -> Collected:
         """Take `.grad` of each parameter that has one.
@@ -51,14 +51,13 @@ class LocalLayout:
         Raises:
             LayoutError: If a gradient is sparse.
         """
-        if any(g.layout is not torch.strided for slot in grads for g in slot):
+        if any(True in [g.is_sparse for g in slot] for slot in grads):
             msg = (
                 "A gradient is sparse, and clipping needs dense ones. Build the embedding with "
                 "sparse=False, or leave its parameters out of what is clipped."
             )
             raise LayoutError(msg)
-        held = [[g for g in slot if g.numel()] for slot in grads]
-        return Collected(all=held, counted=held)
+        return Collected(all=grads, counted=grads)
 
     def sum(self, values: Tensor) -> Tensor:
         """One all-reduce for each group of ranks that hold other parts; none if there is none."""

@@ -38,7 +38,8 @@ class ShardedLayout(LocalLayout):
                     "Shard the whole model with fully_shard over a one-dimensional mesh."
                 )
                 raise LayoutError(msg)
-        self._device = first.to_local().device
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters.values())
+        self._devices = tuple(dict.fromkeys(p.device for p in local))
         self._groups.insert(0, mesh.get_group())
         self._leads = mesh.get_local_rank() == 0
 

@@ -1,0 +1,323 @@
+"""Clipping for an `Accelerator`: its own clip calls and its optimizers' steps use the engine."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import load, save
+from torch import Tensor
+from torch.nn import Module
+
+from accelerate_clip.private import prepared_models, prepared_optimizers
+from accelerate_clip.refuse import refuse_lomo, refuse_unsupported, warn_if_alone
+from accelerate_clip.report import describe, is_same_rule, report
+from accelerate_clip.step import StepClipper, named_parameters
+from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, get_total_norm
+from gradclip.config import PolicyLike, as_config
+
+__all__ = ["AcceleratorClip", "enable"]
+
+STATE_FILE = "gradient_clip.bin"
+
+_logger = get_logger(__name__)
+
+
+def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
+    """Clip the gradients of everything this accelerator prepares.
+
+    `accelerator.clip_grad_norm_` and `clip_grad_value_` then apply `policy` instead of their own
+    limit, and a loop that calls neither is clipped before each optimizer step all the same,
+    once per step. `save_state` and `load_state` include the clipping state.
+
+    Args:
+        accelerator: Before or after `prepare`.
+        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
+            path of a YAML file.
+
+    Returns:
+        A handle that shows what happened.
+
+    Raises:
+        ConfigError: If the policy isn't valid, or clipping is enabled already.
+        LayoutError: If the accelerator uses DeepSpeed, Megatron-LM, XLA or FSDP1.
+
+    Example:
+        >>> from accelerate import Accelerator
+        >>> from gradclip import ClipByNorm
+        >>> accelerator = Accelerator(cpu=True)
+        >>> clip = enable(accelerator, ClipByNorm(max_norm=1.0))
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model, optimizer = accelerator.prepare(model, optimizer)
+        >>> accelerator.backward(model(torch.full((1, 2), 30.0)).sum())
+        >>> optimizer.step()
+        >>> bool(clip.last_record.clipped), round(float(clip.last_record.clipped_norm), 4)
+        (True, 1.0)
+    """
+    if isinstance(getattr(accelerator, "gradient_clip", None), AcceleratorClip):
+        msg = (
+            "accelerate_clip.enable: clipping is enabled on this Accelerator already (by an "
+            "earlier call, or by accelerate-clip launch); allowed: once. Remove one of them; "
+            "accelerator.gradient_clip is what the first one returned."
+        )
+        raise ConfigError(msg)
+    config = as_config(policy)
+    refuse_unsupported(accelerator)
+    warn_if_alone(accelerator)
+    clip = AcceleratorClip(accelerator, config)
+    accelerator.gradient_clip = clip
+    accelerator.clip_grad_norm_ = clip.clip_grad_norm_
+    accelerator.clip_grad_value_ = clip.clip_grad_value_
+    accelerator.register_save_state_pre_hook(clip._save)
+    accelerator.register_load_state_pre_hook(clip._load)
+    return clip
+
+
+class AcceleratorClip:
+    """What `enable` returns: one clipper per prepared optimizer, and what they did.
+
+    Args:
+        accelerator: Whose optimizers to clip.
+        config: What to do.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: ClipConfig) -> None:
+        self.config = config
+        self._accelerator = accelerator
+        self._clippers: list[StepClipper] = []
+        self._last_record: ClipRecord | None = None
+        self._said: set[str] = set()
+        self._watched = False
+        self._preparing = 0
+        self._adopt()
+        accelerator.backward = self._watch(accelerator.backward)
+        accelerator.prepare = self._adopt_after(accelerator.prepare)
+        accelerator.prepare_optimizer = self._adopt_after(accelerator.prepare_optimizer)
+
+    @property
+    def clippers(self) -> list[GradientClipper]:
+        """One for each prepared optimizer, in the order of preparation."""
+        return list(self._clippers)
+
+    @property
+    def last_record(self) -> ClipRecord | None:
+        """What the last clipped step measured and did; None before the first."""
+        return self._last_record
+
+    def clip_grad_norm_(
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2
+    ) -> Tensor:
+        """`accelerator.clip_grad_norm_`: clip each optimizer that owns one of the parameters.
+
+        While gradients are being accumulated (`accelerator.sync_gradients` is false), nothing
+        is clipped, and the norm of what has been accumulated on this process is returned.
+
+        Args:
+            parameters: As from `model.parameters()`.
+            max_norm: Replaced by the configuration, which is said once if they differ.
+            norm_type: The same.
+
+        Returns:
+            The norm before clipping, of all gradients of those optimizers; a plain 0-d tensor.
+
+        Raises:
+            ConfigError: If no prepared optimizer owns any of the parameters.
+        """
+        if not is_same_rule(self.config, max_norm, norm_type):
+            given = "" if norm_type == 2 else f", norm_type={norm_type}"
+            self._say(
+                "clip_grad_norm_",
+                f"accelerator.clip_grad_norm_ was called with max_norm={max_norm}{given}; the "
+                f"gradclip configuration decides instead: {describe(self.config)}.",
+            )
+        return self._clip("clip_grad_norm_", parameters)
+
+    def clip_grad_value_(self, parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
+        """`accelerator.clip_grad_value_`: apply the configuration, as `clip_grad_norm_` does.
+
+        Args:
+            parameters: As from `model.parameters()`.
+            clip_value: Replaced by the configuration, which is said once.
+
+        Raises:
+            ConfigError: If no prepared optimizer owns any of the parameters.
+        """
+        self._say(
+            "clip_grad_value_",
+            f"accelerator.clip_grad_value_ was called with clip_value={clip_value}; the "
+            f"gradclip configuration decides instead: {describe(self.config)}.",
+        )
+        self._clip("clip_grad_value_", parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adaptive state, counts and steps of every optimizer: plain tensors and numbers."""
+        return {
+            "clippers": [clipper.state_dict() for clipper in self._clippers],
+            "steps": [clipper.steps for clipper in self._clippers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`, saved with any number of processes.
+
+        Raises:
+            ConfigError: If it is of other optimizers, policies or parameters.
+        """
+        states, steps = state["clippers"], state["steps"]
+        if len(states) != len(self._clippers):
+            msg = (
+                f"The saved clip state is of {len(states)} optimizers, {len(self._clippers)} are "
+                f"prepared. Prepare the same ones first, or delete {STATE_FILE} from the "
+                "checkpoint to start with fresh state."
+            )
+            raise ConfigError(msg)
+        for clipper, saved, count in zip(self._clippers, states, steps, strict=True):
+            clipper.load_state_dict(saved)
+            clipper.steps = count
+            clipper.expect_new()
+
+    def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
+        owners = self._owners(call, parameters)
+        if not self._accelerator.sync_gradients:
+            return self._accumulated_norm(owners)
+        records: list[ClipRecord] = []
+        for clipper in owners:
+            if not self._watched:
+                # The script calls loss.backward() itself: each call here may be a new step.
+                clipper.expect_new()
+            if not clipper.is_done:
+                self._accelerator.unscale_gradients(clipper.prepared)
+            records.append(clipper.clip())
+        self._last_record = records[-1]
+        return self._combined([record.grad_norm for record in records])
+
+    def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[StepClipper]:
+        listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        # By identity: comparing tensors would compare their elements.
+        asked = {id(parameter) for parameter in listed}
+        owners = [c for c in self._clippers if any(id(p) in asked for p in c.parameters)]
+        if not owners:
+            msg = (
+                f"accelerator.{call} got {len(listed)} parameters, none of which belongs to one "
+                f"of the {len(self._clippers)} optimizers prepared with this accelerator; "
+                "allowed: parameters of a prepared optimizer. Pass model.parameters() of the "
+                "model that accelerator.prepare returned, and prepare its optimizer too."
+            )
+            raise ConfigError(msg)
+        return owners
+
+    def _accumulated_norm(self, owners: list[StepClipper]) -> Tensor:
+        grads = [p.grad for clipper in owners for p in clipper.parameters if p.grad is not None]
+        norm = get_total_norm(grads, self._norm_type)
+        scaler = self._accelerator.scaler
+        return norm if scaler is None else norm / scaler.get_scale()
+
+    def _combined(self, norms: list[Tensor]) -> Tensor:
+        if len(norms) == 1:
+            return norms[0]
+        return torch.linalg.vector_norm(torch.stack(norms), self._norm_type)
+
+    @property
+    def _norm_type(self) -> float:
+        """The p of the norm in records."""
+        chains = [self.config.policies, *(group.policies for group in self.config.groups)]
+        policies = [policy for chain in chains for policy in chain]
+        return next((p.norm_type for p in policies if hasattr(p, "norm_type")), 2.0)
+
+    def _adopt(self) -> None:
+        """Keep one clipper for each optimizer that is prepared now."""
+        refuse_lomo(self._accelerator)
+        before = {id(clipper.prepared): clipper for clipper in self._clippers}
+        models = [
+            self._accelerator.unwrap_model(model, keep_torch_compile=False)
+            for model in prepared_models(self._accelerator)
+        ]
+        now: list[StepClipper] = []
+        try:
+            for prepared in prepared_optimizers(self._accelerator):
+                known = before.get(id(prepared))
+                now.append(known or self._build(prepared, models))
+        except Exception:
+            for clipper in now:
+                if clipper not in self._clippers:
+                    clipper.detach()
+            raise
+        for clipper in self._clippers:
+            if clipper not in now:
+                clipper.detach()
+        self._clippers = now
+
+    def _build(self, prepared: AcceleratedOptimizer, models: list[Module]) -> StepClipper:
+        named = named_parameters(models, prepared)
+        try:
+            return StepClipper(self.config, named, prepared, self._after_step)
+        except ConfigError as error:
+            if named:
+                raise
+            msg = (
+                f"{error} (No prepared model names this optimizer's parameters: prepare the "
+                "model before its optimizer, or in the same call.)"
+            )
+            raise ConfigError(msg) from None
+
+    def _adopt_after(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(prepare)
+        def prepare_and_adopt(*args: Any, **kwargs: Any) -> Any:
+            self._preparing += 1
+            try:
+                result = prepare(*args, **kwargs)
+            finally:
+                self._preparing -= 1
+            # `prepare` calls `prepare_optimizer`, before it is done with the parameters.
+            if not self._preparing:
+                self._adopt()
+            return result
+
+        return prepare_and_adopt
+
+    def _watch(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def backward_and_watch(*args: Any, **kwargs: Any) -> Any:
+            self._watched = True
+            marks = [(clipper, clipper.before_backward()) for clipper in self._clippers]
+            result = backward(*args, **kwargs)
+            for clipper, mark in marks:
+                clipper.after_backward(mark)
+            return result
+
+        return backward_and_watch
+
+    def _after_step(self, clipper: StepClipper) -> None:
+        self._last_record = clipper.last_record
+        index = self._clippers.index(clipper) if len(self._clippers) > 1 else None
+        every = self.config.log.every_n_steps or 10
+        if clipper.last_record is not None and clipper.steps % every == 0:
+            report(self._accelerator, clipper.last_record, clipper.steps, index)
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            _logger.warning(text)
+
+    def _save(self, models: object, weights: object, folder: str) -> None:
+        del models, weights
+        each_node = self._accelerator.project_configuration.save_on_each_node
+        save(self.state_dict(), Path(folder) / STATE_FILE, save_on_each_node=each_node)
+
+    def _load(self, models: object, folder: str) -> None:
+        del models
+        file = Path(folder) / STATE_FILE
+        if file.exists():
+            self.load_state_dict(load(file, map_location="cpu"))
+        else:
+            _logger.warning(
+                "%s has no %s: it was saved without gradclip. Clipping starts with fresh state.",
+                folder,
+                STATE_FILE,
+            )

@@ -1,0 +1,138 @@
+"""`accelerate-clip launch`: `accelerate launch`, with clipping from a section of the same YAML."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.utils import patch_environment
+
+from accelerate_clip.private import default_config_file, launch, launch_parser
+from accelerate_clip.run import CONFIG_VARIABLE
+from gradclip import ConfigError, load_section
+
+__all__ = ["SECTION", "main"]
+
+SECTION = "gradient_clip_config"
+
+_USAGE = """\
+usage: accelerate-clip launch --config_file FILE [accelerate launch flags] script.py [arguments]
+
+Runs an unchanged Accelerate script with the clipping that the section 'gradient_clip_config:' of
+the Accelerate configuration FILE asks for. Flags are those of accelerate launch:
+accelerate-clip launch --help
+"""
+_SEVERAL = ("use_deepspeed", "use_fsdp", "use_megatron_lm", "multi_gpu", "tpu")
+_ONE = ("NO", "MULTI_CPU")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console command.
+
+    Args:
+        argv: What follows `accelerate-clip`; taken from the command line if None.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] in (["-h"], ["--help"]):
+        sys.stdout.write(_USAGE)
+        return
+    if given[:1] != ["launch"]:
+        sys.stderr.write(_USAGE)
+        sys.exit(2)
+    arguments = launch_parser().parse_args(given[1:])
+    try:
+        _launch(arguments)
+    except ConfigError as error:
+        sys.exit(f"accelerate-clip: {error}")
+
+
+def _launch(arguments: Namespace) -> None:
+    file = _config_file(arguments)
+    config = load_section(file, SECTION)
+    rest = yaml.safe_load(file.read_text(encoding="utf-8"))
+    del rest[SECTION]
+    _refuse(arguments, rest, file)
+    if _starts_one(arguments, rest):
+        sys.stderr.write(
+            "accelerate-clip: warning: several processes are asked for, but accelerate launch "
+            "starts ONE on the CPU this way; for several put 'distributed_type: MULTI_GPU' and "
+            f"'use_cpu: true' into {file} and leave out --cpu.\n"
+        )
+    _run_through_us(arguments)
+    environment = {CONFIG_VARIABLE: json.dumps(config.model_dump())}
+    if rest.get("use_cpu") and not arguments.cpu:
+        # Accelerate 1.15 passes use_cpu on only to a single process: of several, each would
+        # find no GPU and train alone.
+        environment["ACCELERATE_USE_CPU"] = "true"
+    with tempfile.TemporaryDirectory() as folder:
+        stock = Path(folder) / "accelerate.yaml"
+        stock.write_text(yaml.safe_dump(rest), encoding="utf-8")
+        arguments.config_file = str(stock)
+        with patch_environment(**environment):
+            launch(arguments)
+
+
+def _config_file(arguments: Namespace) -> Path:
+    if arguments.config_file is not None:
+        return Path(arguments.config_file)
+    default = default_config_file()
+    if default.is_file():
+        return default
+    msg = (
+        f"No --config_file is given and {default} doesn't exist; an Accelerate configuration "
+        f"with a section '{SECTION}:' is needed. Pass --config_file FILE."
+    )
+    raise ConfigError(msg)
+
+
+def _refuse(arguments: Namespace, rest: Mapping[str, Any], file: Path) -> None:
+    """What would run without clipping, or otherwise than asked."""
+    kind = rest.get("distributed_type")
+    found = ""
+    if arguments.no_python:
+        found = "--no_python runs a program that Python doesn't start. Leave it out"
+    elif rest.get("compute_environment") == "AMAZON_SAGEMAKER":
+        found = (
+            f"{file} starts the script on SageMaker, where this machine's packages aren't. Call "
+            "accelerate_clip.enable(accelerator, policy) in the script"
+        )
+    elif arguments.tpu or kind in ("XLA", "TPU"):
+        found = "On XLA gradients are reduced only while the optimizer steps. Use other devices"
+    elif rest.get("use_cpu") and (arguments.use_fsdp or kind == "FSDP") and not arguments.cpu:
+        found = (
+            "Accelerate shards nothing on the CPU: FSDP with use_cpu would train plain DDP. Set "
+            f"'distributed_type: MULTI_GPU' in {file} for DDP, or 'use_cpu: false' on GPUs"
+        )
+    if found:
+        msg = f"{found}; allowed: Python scripts on one process, DDP, or FSDP2."
+        raise ConfigError(msg)
+
+
+def _starts_one(arguments: Namespace, rest: Mapping[str, Any]) -> bool:
+    """Whether several processes are asked for and accelerate 1.15 would start a single one."""
+    asked = arguments.num_processes or rest.get("num_processes") or 1
+    by_mpi = arguments.mpirun_hostfile or rest.get("mpirun_config")
+    if asked < 2 or by_mpi:
+        return False
+    if arguments.cpu:
+        return True
+    by_flag = any(getattr(arguments, name) for name in _SEVERAL)
+    return not by_flag and rest.get("distributed_type") in _ONE
+
+
+def _run_through_us(arguments: Namespace) -> None:
+    """Let the processes run `python -m accelerate_clip.run` with the user's script."""
+    script = [arguments.training_script, *arguments.training_script_args]
+    arguments.training_script_args = ["-m", *script] if arguments.module else script
+    arguments.training_script = "accelerate_clip.run"
+    arguments.module = True
+
+
+if __name__ == "__main__":
+    main()

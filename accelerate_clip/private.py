@@ -1,0 +1,74 @@
+"""Everything Accelerate doesn't offer publicly, read in accelerate 1.15.0. Nothing else here."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+__all__ = [
+    "Versions",
+    "default_config_file",
+    "hold_schedule",
+    "launch",
+    "launch_parser",
+    "prepared_models",
+    "prepared_optimizers",
+    "versions",
+]
+
+Versions = Sequence[tuple[Tensor, int]]
+"""Gradients, and how often each was written to."""
+
+
+def prepared_models(accelerator: Accelerator) -> list[Module]:
+    """The models prepared so far."""
+    return list(accelerator._models)
+
+
+def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:
+    """The optimizers prepared so far; `free_memory` forgets them."""
+    return list(accelerator._optimizers)
+
+
+def hold_schedule(optimizer: AcceleratedOptimizer, held: bool) -> None:
+    """Make `optimizer.step_was_skipped` tell whether this step was withheld.
+
+    Prepared schedulers then wait, as they do on an overflow. Called while the step runs:
+    with a scaler, Accelerate decides right after it, by whether the step was called.
+    """
+    if optimizer.scaler is None:
+        optimizer._is_overflow = held
+    elif held:
+        optimizer._accelerate_step_called = False
+
+
+def versions(parameters: Iterable[Parameter]) -> Versions:
+    """What identifies the gradients now in place: torch counts the writes to each tensor."""
+    return [(p.grad, p.grad._version) for p in parameters if p.grad is not None]
+
+
+def launch_parser() -> ArgumentParser:
+    """The parser of `accelerate launch`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()
+
+
+def launch(arguments: Namespace) -> None:
+    """Do what `accelerate launch` does."""
+    from accelerate.commands.launch import launch_command
+
+    launch_command(arguments)
+
+
+def default_config_file() -> Path:
+    """Where `accelerate config` writes."""
+    from accelerate.commands.config import config_args
+
+    return Path(config_args.default_config_file)

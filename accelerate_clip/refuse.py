@@ -1,0 +1,77 @@
+"""What can't be clipped rightly is refused; what would mislead is said."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType
+
+from gradclip import ConfigError, LayoutError
+
+__all__ = ["refuse_lomo", "refuse_unsupported", "warn_if_alone"]
+
+_logger = get_logger(__name__)
+
+_SUPPORTED = "supported: one process, DDP, and FSDP2"
+_REFUSED = {
+    DistributedType.DEEPSPEED: (
+        "DeepSpeed, which steps inside accelerator.backward and keeps its gradients to itself",
+        "Let DeepSpeed clip ('gradient_clipping' in its config), or use FSDP2 "
+        "(distributed_type: FSDP, fsdp_version: 2)",
+    ),
+    DistributedType.MEGATRON_LM: (
+        "Megatron-LM, which steps inside its own train_step",
+        "Let Megatron-LM clip ('gradient_clipping' of MegatronLMPlugin), or use FSDP2 "
+        "(distributed_type: FSDP, fsdp_version: 2)",
+    ),
+    DistributedType.XLA: (
+        "XLA, whose gradients are reduced only while the optimizer steps",
+        "Run without accelerate_clip there, or train on another device",
+    ),
+}
+
+
+def refuse_unsupported(accelerator: Accelerator) -> None:
+    """Raise if gradients can't be reached before the optimizer's step.
+
+    Raises:
+        LayoutError: For DeepSpeed, Megatron-LM, XLA and FSDP1; says what to do instead.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        found = "FSDP1, whose flat parameters don't say which ranks hold what"
+        way_out = "Set 'fsdp_version: 2' in fsdp_config (FullyShardedDataParallelPlugin)"
+    elif kind in _REFUSED:
+        found, way_out = _REFUSED[kind]
+    else:
+        return
+    msg = f"accelerate_clip.enable: this Accelerator uses {found}; {_SUPPORTED}. {way_out}."
+    raise LayoutError(msg)
+
+
+def refuse_lomo(accelerator: Accelerator) -> None:
+    """Raise if a prepared optimizer updates parameters during the backward pass.
+
+    Raises:
+        ConfigError: For LOMO and AdaLomo.
+    """
+    if accelerator.has_lomo_optimizer:
+        msg = (
+            "accelerate_clip.enable: LOMO and AdaLomo update parameters during backward, before "
+            "a norm over all gradients exists; allowed: optimizers that step after it. Use "
+            "LOMO's own clip_grad_norm, or another optimizer."
+        )
+        raise ConfigError(msg)
+
+
+def warn_if_alone(accelerator: Accelerator) -> None:
+    """Say so if a launcher started several processes and Accelerate sees one."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1" and accelerator.num_processes == 1:
+        _logger.warning(
+            "%s processes were started, but Accelerate joins none of them: each trains, and "
+            "clips, alone. For several processes on the CPU set ACCELERATE_USE_CPU=true.",
+            started,
+        )

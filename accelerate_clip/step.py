@@ -1,0 +1,132 @@
+"""One prepared optimizer: clipped once per step, whoever asks first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+from accelerate_clip.private import Versions, hold_schedule, versions
+from gradclip import ClipConfig, ClipRecord, GradientClipper
+
+__all__ = ["StepClipper", "named_parameters"]
+
+
+class StepClipper(GradientClipper):
+    """A `GradientClipper` that clips a step's gradients only the first time it is asked to.
+
+    The script may ask (`accelerator.clip_grad_norm_`); the optimizer's own hook asks right before
+    it steps, so that a script that never does is clipped as well.
+
+    Args:
+        config: What to do.
+        named: Names for the optimizer's parameters.
+        prepared: The optimizer that `accelerator.prepare` returned.
+        on_step: Called after each step of the underlying optimizer.
+
+    Raises:
+        ConfigError: If the configuration isn't valid for these parameters, or the optimizer is
+            LBFGS.
+        LayoutError: If the parameters are laid out in a way that isn't supported.
+    """
+
+    def __init__(
+        self,
+        config: ClipConfig,
+        named: Sequence[tuple[str, Parameter]],
+        prepared: AcceleratedOptimizer,
+        on_step: Callable[[StepClipper], None],
+    ) -> None:
+        raw: Optimizer = prepared
+        while isinstance(raw, AcceleratedOptimizer):
+            raw = raw.optimizer
+        super().__init__(config, named_parameters=named, optimizer=raw)
+        self.prepared = prepared
+        self.last_record: ClipRecord | None = None
+        self.steps = 0
+        self._on_step = on_step
+        self._done = False
+        self._handles = [self.attach(raw), raw.register_step_post_hook(self._after_step)]
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The optimizer's parameters as they are now."""
+        return [p for group in self.prepared.param_groups for p in group["params"]]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the gradients now in place have been clipped."""
+        return self._done
+
+    def clip(self, *, grad_scale: Tensor | None = None) -> ClipRecord:
+        """Clip, unless this step's gradients have been clipped already.
+
+        Args:
+            grad_scale: 0-d factor that the gradients still carry (a loss scale).
+
+        Returns:
+            This step's record.
+        """
+        if self.last_record is None or not self._done:
+            self.last_record = super().clip(grad_scale=grad_scale)
+            self._done = True
+        return self.last_record
+
+    def expect_new(self) -> None:
+        """The gradients to come, or now in place, are not those that were clipped."""
+        self._done = False
+
+    def before_backward(self) -> Versions | None:
+        """What `after_backward` needs; None while nothing is clipped yet, the usual case."""
+        return versions(self.parameters) if self._done else None
+
+    def after_backward(self, before: Versions | None) -> None:
+        """Expect new gradients if the backward wrote any of this optimizer's."""
+        if before is None:
+            return
+        now = versions(self.parameters)
+        pairs = zip(before, now, strict=False)
+        if len(now) != len(before) or any(a is not b or m != n for (a, m), (b, n) in pairs):
+            self._done = False
+
+    def detach(self) -> None:
+        """Stop clipping before steps."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _after_step(self, *_: object) -> None:
+        self.steps += 1
+        self._done = False
+        # Only a withheld step leaves no gradient at all: no other reads the record on the host.
+        none_left = all(p.grad is None for p in self.parameters)
+        held = none_left and self.last_record is not None and bool(self.last_record.skipped)
+        hold_schedule(self.prepared, held)
+        self._on_step(self)
+
+
+def named_parameters(
+    models: Sequence[Module], optimizer: AcceleratedOptimizer
+) -> list[tuple[str, Parameter]]:
+    """Names for an optimizer's parameters, unique even if it trains several models.
+
+    Args:
+        models: Every model, without the wrappers of distributed training.
+        optimizer: Whose parameters to name.
+
+    Returns:
+        The model's own names; with several models preceded by `model<i>.`.
+    """
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = {
+        index: [(name, p) for name, p in model.named_parameters() if id(p) in owned]
+        for index, model in enumerate(models)
+    }
+    trained = {index: named for index, named in found.items() if named}
+    if len(trained) == 1:
+        return next(iter(trained.values()))
+    return [(f"model{i}.{name}", p) for i, named in trained.items() for name, p in named]

@@ -1,0 +1,103 @@
+"""A clipping step against `torch.nn.utils.clip_grad_norm_`, as ratios within one run.
+
+    python benchmarks/bench_step.py [--repeats 15] [--json FILE]
+
+Both clip the same gradients in turn (A B A B ...); the ratio is taken pair by pair and its median
+is printed, so that a machine whose speed drifts changes both. Gradients are restored before
+every call, outside the clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import Parameter
+
+from gradclip import ClipByNorm, GradientClipper
+
+
+def gpt2_small() -> list[torch.Size]:
+    """Shapes of GPT-2 small: 148 tensors, 124 M values."""
+    width, shapes = 768, [(50257, 768), (1024, 768)]
+    for _ in range(12):
+        shapes += [(width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width)]
+        shapes += [(width,)]
+    return [torch.Size(shape) for shape in [*shapes, (width,), (width,)]]
+
+
+def many_small() -> list[torch.Size]:
+    """2000 tensors of 64 values, where dispatch is all there is."""
+    return [torch.Size((64,))] * 2000
+
+
+def parameters(shapes: list[torch.Size], dtype: torch.dtype) -> list[Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    made = [Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
+    for parameter in made:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+    return made
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def compare(params: list[Parameter], clips: bool, repeats: int) -> tuple[float, float, float]:
+    """Median ratio ours/torch, and the median milliseconds of each."""
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+    limit = norm * (0.9999 if clips else 1e3)
+    clipper = GradientClipper(
+        ClipByNorm(max_norm=limit), [(str(i), p) for i, p in enumerate(params)]
+    )
+    saved = [p.grad.clone() for p in params if p.grad is not None]
+
+    def restore() -> None:
+        torch._foreach_copy_([p.grad for p in params], saved)
+
+    ours, theirs = [], []
+    for _ in range(repeats + 2):
+        restore()
+        ours.append(timed(clipper.clip))
+        restore()
+        theirs.append(timed(lambda: torch.nn.utils.clip_grad_norm_(params, limit)))
+    ours, theirs = ours[2:], theirs[2:]
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return ratio, statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", help="also write the rows to this file")
+    options = parser.parse_args()
+    rows = []
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{'gradients':32s} {'clips':>6s} {'ratio':>7s} {'ours ms':>9s} {'torch ms':>9s} {'aim':>6s}"
+    )
+    for name, shapes, dtype, aims in (
+        ("GPT-2 small, float32", gpt2_small(), torch.float32, (0.5, 0.8)),
+        ("GPT-2 small, bfloat16", gpt2_small(), torch.bfloat16, (None, None)),
+        ("2000 x 64, float32", many_small(), torch.float32, (0.25, 0.25)),
+    ):
+        params = parameters(shapes, dtype)
+        for clips, aim in zip((False, True), aims, strict=True):
+            ratio, ours, theirs = compare(params, clips, options.repeats)
+            rows.append({"gradients": name, "clips": clips, "ratio": ratio, "aim": aim})
+            shown = "" if aim is None else f"{aim:.2f}"
+            print(f"{name:32s} {clips!s:>6s} {ratio:7.3f} {ours:9.2f} {theirs:9.2f} {shown:>6s}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
