@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
         )
     printed = {}
     for name, process in started.items():
-        printed[name], _ = process.communicate(timeout=120)
+        printed[name], _ = process.communicate(timeout=300)
         assert process.returncode == 0, f"{name}:\n{printed[name]}"
     return printed, folder
 
