@@ -1,0 +1,12 @@
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Accelerate keeps its state in singletons; tests that patch the class get it restored."""
+    monkeypatch.setattr(Accelerator, "__init__", Accelerator.__init__)
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()

@@ -1,0 +1,412 @@
+"""Steps on one process: who clips, how often, and what a withheld step leaves behind."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import accelerate_clip
+from gradclip import (
+    ClipByNorm,
+    ClipByValue,
+    ClipConfig,
+    ConfigError,
+    GradientClipper,
+    GroupConfig,
+    LayoutError,
+    LogConfig,
+    NonFiniteError,
+    ZClip,
+)
+
+
+def net(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def prepared(policy, *, optimizer=torch.optim.SGD, before=True, **kwargs):
+    accelerator = Accelerator(cpu=True, **kwargs)
+    clip = accelerate_clip.enable(accelerator, policy) if before else None
+    model = net()
+    model, opt = accelerator.prepare(model, optimizer(model.parameters(), lr=0.1))
+    clip = clip or accelerate_clip.enable(accelerator, policy)
+    return accelerator, clip, model, opt
+
+
+def batch(seed=0, size=6):
+    return torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def norm_of(grads):
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+
+
+def grads_of(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Every clipping the engine really does."""
+    records = []
+    clip = GradientClipper.clip
+
+    def clip_and_count(self, *, grad_scale=None):
+        records.append(clip(self, grad_scale=grad_scale))
+        return records[-1]
+
+    monkeypatch.setattr(GradientClipper, "clip", clip_and_count)
+    return records
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before prepare", "after prepare"])
+def test_an_unchanged_loop_is_clipped_by_the_configuration(before, counted, caplog):
+    accelerator, clip, model, opt = prepared(ClipByNorm(max_norm=0.3), before=before)
+    for step in range(3):
+        opt.zero_grad()
+        accelerator.backward(model(batch(step)).square().mean())
+        raw = grads_of(model)
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        assert type(norm) is torch.Tensor
+        assert norm.ndim == 0
+        assert float(norm) == pytest.approx(norm_of(raw), rel=1e-6)
+        assert float(norm) > 0.3
+        clipped = [g * (0.3 / (norm_of(raw) + 1e-6)) for g in raw]
+        start = [p.detach().clone() for p in model.parameters()]
+        opt.step()
+        for parameter, old, grad in zip(model.parameters(), start, clipped, strict=True):
+            torch.testing.assert_close(parameter, old - 0.1 * grad)
+        assert clip.last_record is counted[-1]
+    assert len(counted) == 3
+    said = [r.getMessage() for r in caplog.records if "clip_grad_norm_" in r.getMessage()]
+    assert said == [
+        "[RANK 0] accelerator.clip_grad_norm_ was called with max_norm=1.0; the gradclip "
+        "configuration decides instead: norm(max_norm=0.3)."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "silent"),
+    [
+        (ClipByNorm(max_norm=1.0), (1.0,), True),
+        (ClipByNorm(max_norm=1.0, norm_type=1.0), (1.0, 1), True),
+        (ClipByNorm(max_norm=1.0), (1.0, math.inf), False),
+        (ClipByNorm(max_norm=2.0), (1.0,), False),
+        (ClipByNorm(max_norm=1.0, scope="parameter"), (1.0,), False),
+        ([ClipByNorm(max_norm=1.0), ClipByValue(clip_value=1.0)], (1.0,), False),
+    ],
+)
+def test_a_replaced_limit_is_said_only_if_it_differs(config, arguments, silent, caplog):
+    accelerator, _, model, _ = prepared(config)
+    accelerator.backward(model(batch()).square().mean())
+    accelerator.clip_grad_norm_(model.parameters(), *arguments)
+    assert (not caplog.records) == silent
+
+
+def test_a_loop_that_never_clips_is_clipped_once_a_step(counted):
+    accelerator, clip, model, opt = prepared(ClipByNorm(max_norm=0.3))
+    for step in range(3):
+        opt.zero_grad()
+        accelerator.backward(model(batch(step)).square().mean())
+        assert norm_of(grads_of(model)) > 0.3
+        opt.step()
+        assert norm_of(grads_of(model)) == pytest.approx(0.3, rel=1e-5)
+    assert [bool(record.clipped) for record in counted] == [True] * 3
+    assert clip.last_record is counted[-1]
+    assert [type(clipper).__mro__[1] for clipper in clip.clippers] == [GradientClipper]
+
+
+def test_clip_grad_value_is_the_configuration_too_and_once(counted, caplog):
+    accelerator, _, model, opt = prepared(ClipByNorm(max_norm=0.3))
+    for _ in range(2):
+        opt.zero_grad()
+        accelerator.backward(model(batch()).square().mean())
+        assert accelerator.clip_grad_value_(model.parameters(), 1e-4) is None
+        accelerator.clip_grad_norm_(model.parameters(), 0.3)
+        assert norm_of(grads_of(model)) == pytest.approx(0.3, rel=1e-5)
+        opt.step()
+    assert len(counted) == 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "[RANK 0] accelerator.clip_grad_value_ was called with clip_value=0.0001; the gradclip "
+        "configuration decides instead: norm(max_norm=0.3)."
+    ]
+
+
+def test_accumulation_clips_with_the_step_and_not_before(counted):
+    accelerator, _, model, opt = prepared(ClipByNorm(max_norm=0.01), gradient_accumulation_steps=4)
+    data = accelerator.prepare(DataLoader(TensorDataset(batch(size=10)), batch_size=1))
+    start = [p.detach().clone() for p in model.parameters()]
+    changes = 0
+    for (inputs,) in data:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(inputs).square().mean())
+            raw = grads_of(model)
+            norm = accelerator.clip_grad_norm_(model.parameters(), 0.01)
+            assert float(norm) == pytest.approx(norm_of(raw), rel=1e-6)
+            if not accelerator.sync_gradients:
+                assert all(map(torch.equal, raw, grads_of(model)))
+            opt.step()
+            opt.zero_grad()
+        now = [p.detach().clone() for p in model.parameters()]
+        changes += not all(map(torch.equal, now, start))
+        start = now
+    assert changes == 3
+    assert len(counted) == 3
+
+
+def test_abandoned_steps_and_other_backwards_keep_it_at_once_a_step(counted):
+    accelerator, _, model, opt = prepared(ClipByNorm(max_norm=0.3))
+    accelerator.backward(model(batch(0)).square().mean())
+    accelerator.clip_grad_norm_(model.parameters(), 0.3)
+    opt.zero_grad()
+    accelerator.backward(model(batch(1)).square().mean())
+    opt.step()
+    assert norm_of(grads_of(model)) == pytest.approx(0.3, rel=1e-5)
+    assert len(counted) == 2
+
+    opt.zero_grad()
+    accelerator.backward(model(batch(2)).square().mean())
+    accelerator.clip_grad_norm_(model.parameters(), 0.3)
+    for parameter in model.parameters():
+        parameter.grad.add_(1.0)
+    opt.step()
+    assert norm_of(grads_of(model)) > 1
+    assert len(counted) == 3
+
+
+def test_without_accelerator_backward_each_call_clips(counted):
+    accelerator, _, model, opt = prepared(ClipByNorm(max_norm=0.3))
+    for _ in range(2):
+        opt.zero_grad()
+        model(batch()).square().mean().backward()
+        accelerator.clip_grad_norm_(model.parameters(), 0.3)
+        assert norm_of(grads_of(model)) == pytest.approx(0.3, rel=1e-5)
+    opt.step()
+    assert len(counted) == 2
+
+
+def test_a_closure_is_clipped_after_its_backward(counted):
+    accelerator, _, model, opt = prepared(ClipByNorm(max_norm=0.3))
+
+    def closure():
+        opt.zero_grad()
+        loss = model(batch()).square().mean()
+        accelerator.backward(loss)
+        return loss
+
+    opt.step(closure)
+    opt.step(closure)
+    assert norm_of(grads_of(model)) == pytest.approx(0.3, rel=1e-5)
+    assert len(counted) == 2
+
+
+def test_each_optimizer_has_its_own_clipper(counted):
+    accelerator = Accelerator(cpu=True)
+    clip = accelerate_clip.enable(accelerator, ClipByNorm(max_norm=0.3))
+    first, second = net(0), net(1)
+    opts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (first, second)]
+    first, second, *opts = accelerator.prepare(first, second, *opts)
+    assert len(clip.clippers) == 2
+
+    accelerator.backward(first(batch()).square().mean())
+    norm = accelerator.clip_grad_norm_(first.parameters(), 0.3)
+    accelerator.backward(second(batch()).square().mean())
+    untouched = grads_of(second)
+    assert len(counted) == 1
+    assert norm == counted[0].grad_norm
+    opts[0].step()
+    assert len(counted) == 1
+    assert all(map(torch.equal, untouched, grads_of(second)))
+    opts[1].step()
+    assert len(counted) == 2
+    assert norm_of(grads_of(second)) == pytest.approx(0.3, rel=1e-5)
+
+    for opt in opts:
+        opt.zero_grad()
+    accelerator.backward(first(batch()).square().mean() + second(batch()).square().mean())
+    expected = norm_of(grads_of(first) + grads_of(second))
+    both = accelerator.clip_grad_norm_([*first.parameters(), *second.parameters()], 0.3)
+    assert float(both) == pytest.approx(expected, rel=1e-6)
+
+
+def test_parameters_of_several_models_keep_their_own_names():
+    accelerator = Accelerator(cpu=True)
+    config = ClipConfig(policies=[ClipByNorm(max_norm=9.0)], log=LogConfig(per_parameter=True))
+    clip = accelerate_clip.enable(accelerator, config)
+    first, second = nn.Linear(4, 1), nn.Linear(4, 1)
+    opt = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    first, second, opt = accelerator.prepare(first, second, opt)
+    accelerator.backward((first(batch()) + second(batch())).sum())
+    opt.step()
+    assert list(clip.last_record.per_parameter) == [
+        "model0.weight",
+        "model0.bias",
+        "model1.weight",
+        "model1.bias",
+    ]
+
+
+def test_names_are_the_models_own_and_groups_match_them():
+    config = ClipConfig(
+        policies=[ClipByNorm(max_norm=9.0)],
+        groups=[GroupConfig(match="2.*", policies=[])],
+        log=LogConfig(per_parameter=True),
+    )
+    accelerator, clip, model, opt = prepared(config)
+    accelerator.backward(model(batch()).sum())
+    opt.step()
+    assert set(clip.last_record.per_parameter) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_groups_need_the_model_before_its_optimizer():
+    accelerator = Accelerator(cpu=True)
+    groups = [GroupConfig(match="2.*", policies=[])]
+    config = ClipConfig(policies=[ClipByNorm(max_norm=9.0)], groups=groups)
+    accelerate_clip.enable(accelerator, config)
+    with pytest.raises(ConfigError, match="prepare the model before its optimizer"):
+        accelerator.prepare(torch.optim.SGD(net().parameters(), lr=0.1))
+
+
+def test_foreign_parameters_are_refused():
+    accelerator, _, _, _ = prepared(ClipByNorm(max_norm=1.0))
+    message = "got 4 parameters, none of which belongs to one of the 1 optimizers prepared"
+    with pytest.raises(ConfigError, match=message):
+        accelerator.clip_grad_norm_(net().parameters(), 1.0)
+    with pytest.raises(ConfigError, match=r"accelerator\.clip_grad_value_ got 4 parameters"):
+        accelerator.clip_grad_value_(net().parameters(), 1.0)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("calls", [True, False], ids=["loop clips", "loop doesn't"])
+def test_a_withheld_step_changes_nothing_and_holds_the_schedule(optimizer, calls):
+    accelerator, clip, model, opt = prepared(ClipByNorm(max_norm=0.3), optimizer=optimizer)
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.StepLR(opt.optimizer, 1, 0.5))
+    rates = []
+    for step in range(4):
+        loss = model(batch(step)).square().mean()
+        accelerator.backward(loss * math.nan if step == 1 else loss)
+        before = copy.deepcopy((list(model.parameters()), opt.state_dict()["state"]))
+        if calls:
+            accelerator.clip_grad_norm_(model.parameters(), 0.3)
+        opt.step()
+        schedule.step()
+        if step == 1:
+            assert bool(clip.last_record.skipped)
+            after = (list(model.parameters()), opt.state_dict()["state"])
+            assert all(map(torch.equal, before[0], after[0]))
+            flat = [[v for s in state.values() for v in s.values()] for _, state in (before, after)]
+            assert [v is None for v in flat[0]] == [v is None for v in flat[1]]
+            assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True) if a is not None)
+        assert accelerator.optimizer_step_was_skipped == (step == 1)
+        rates.append(opt.param_groups[0]["lr"])
+        opt.zero_grad()
+    assert rates == pytest.approx([0.05, 0.05, 0.025, 0.0125])
+
+
+def test_raise_stops_with_the_gradients_as_they_were():
+    config = ClipConfig(policies=[ClipByNorm(max_norm=0.3)], on_nonfinite="raise")
+    accelerator, _, model, _ = prepared(config)
+    accelerator.backward(model(batch()).square().mean())
+    model[0].weight.grad[0, 0] = math.inf
+    raw = grads_of(model)
+    with pytest.raises(NonFiniteError, match=r"0\.weight"):
+        accelerator.clip_grad_norm_(model.parameters(), 0.3)
+    assert all(map(torch.equal, raw, grads_of(model)))
+
+
+def test_enabling_twice_is_refused():
+    accelerator, _, _, _ = prepared(ZClip())
+    with pytest.raises(ConfigError, match="clipping is enabled on this Accelerator already"):
+        accelerate_clip.enable(accelerator, ZClip())
+
+
+def test_a_wrong_policy_is_refused_before_anything_is_changed():
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(ConfigError, match=r"policies\[0\]\.max_norm"):
+        accelerate_clip.enable(accelerator, {"policies": [{"type": "norm", "max_norm": -1.0}]})
+    assert accelerator.clip_grad_norm_.__func__ is Accelerator.clip_grad_norm_
+    accelerate_clip.enable(accelerator, ClipByNorm(max_norm=1.0))
+
+
+def test_lbfgs_is_refused():
+    with pytest.raises(ConfigError, match="LBFGS"):
+        prepared(ZClip(), optimizer=torch.optim.LBFGS)
+
+
+def test_a_refused_optimizer_leaves_the_others_without_hooks():
+    accelerator = Accelerator(cpu=True)
+    model = net()
+    good, bad = torch.optim.SGD(model.parameters(), 0.1), torch.optim.LBFGS(model.parameters())
+    model, good, bad = accelerator.prepare(model, good, bad)
+    with pytest.raises(ConfigError, match="LBFGS"):
+        accelerate_clip.enable(accelerator, ClipByNorm(max_norm=0.3))
+    accelerator.backward(model(batch()).square().mean())
+    raw = grads_of(model)
+    good.step()
+    assert all(map(torch.equal, raw, grads_of(model)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "way_out"),
+    [
+        (DistributedType.DEEPSPEED, "Let DeepSpeed clip"),
+        (DistributedType.MEGATRON_LM, "Let Megatron-LM clip"),
+        (DistributedType.XLA, "Run without accelerate_clip"),
+    ],
+)
+def test_frameworks_that_step_by_themselves_are_refused(kind, way_out):
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = kind
+    with pytest.raises(LayoutError, match=f"supported: one process, DDP, and FSDP2. {way_out}"):
+        accelerate_clip.enable(accelerator, ZClip())
+
+
+def test_lomo_is_refused():
+    accelerator = Accelerator(cpu=True)
+    accelerate_clip.enable(accelerator, ZClip())
+    accelerator.has_lomo_optimizer = True
+    with pytest.raises(ConfigError, match="update parameters during backward"):
+        accelerator.prepare(torch.optim.SGD(net().parameters(), lr=0.1))
+
+
+def test_processes_that_do_not_join_are_told(monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    accelerator = Accelerator(cpu=False)
+    caplog.set_level(logging.WARNING)
+    accelerate_clip.enable(accelerator, ZClip())
+    assert "2 processes were started, but Accelerate joins none" in caplog.text
+
+
+def test_free_memory_lets_go_of_the_old_optimizers(counted):
+    accelerator, clip, model, opt = prepared(ClipByNorm(max_norm=0.3))
+    old = clip.clippers[0]
+    accelerator.free_memory()
+    new = net(1)
+    new, new_opt = accelerator.prepare(new, torch.optim.SGD(new.parameters(), lr=0.1))
+    assert len(clip.clippers) == 1
+    assert clip.clippers[0] is not old
+    accelerator.backward(model(batch()).square().mean())
+    opt.step()
+    assert not counted
+    accelerator.backward(new(batch()).square().mean())
+    new_opt.step()
+    assert len(counted) == 1
+
+
+def test_added_parameter_groups_are_clipped_too():
+    accelerator, _, model, opt = prepared(ClipByNorm(max_norm=0.3))
+    extra = nn.Linear(4, 1)
+    opt.add_param_group({"params": list(extra.parameters())})
+    accelerator.backward((model(batch()) + extra(batch())).square().mean())
+    accelerator.clip_grad_norm_(extra.parameters(), 0.3)
+    assert norm_of(grads_of(model) + grads_of(extra)) == pytest.approx(0.3, rel=1e-5)

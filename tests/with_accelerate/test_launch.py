@@ -1,0 +1,304 @@
+"""accelerate-clip launch: one YAML, unchanged scripts, real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate import Accelerator
+
+from accelerate_clip import launch, run
+from gradclip import ClipByNorm, ClipConfig, ConfigError, ZClip, load_section
+from gradclip.config import as_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("train.py")
+STOCK = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2, "debug": False}
+SECTION = """
+gradient_clip_config:
+  policies:
+    - {type: norm, max_norm: 0.25}
+"""
+
+
+def write(folder, section=SECTION, **stock):
+    file = folder / "accelerate.yaml"
+    file.write_text(yaml.safe_dump(STOCK | stock) + section, encoding="utf-8")
+    return str(file)
+
+
+def started(arguments, **variables):
+    """Run the command in a process of its own, as a user does."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.fixture
+def handed_over(monkeypatch):
+    """What accelerate's own launcher is given, instead of starting it."""
+    seen = {}
+
+    def take(arguments):
+        seen["arguments"] = arguments
+        seen["yaml"] = yaml.safe_load(Path(arguments.config_file).read_text())
+        seen["clip"] = as_config(json.loads(os.environ[run.CONFIG_VARIABLE]))
+        seen["use_cpu"] = os.environ.get("ACCELERATE_USE_CPU")
+
+    monkeypatch.setattr(launch, "launch", take)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    return seen
+
+
+def test_two_processes_run_an_unchanged_script_clipped(tmp_path):
+    command = ["-m", "accelerate_clip.launch", "launch", "--config_file", write(tmp_path)]
+    done = started([*command, "--main_process_port", "0", SCRIPT, tmp_path])
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in (0, 1))
+    assert first["processes"] == 2
+    assert first["kind"] == "DistributedType.MULTI_CPU"
+    assert first["norms"] == second["norms"] == pytest.approx([0.25, 0.25], rel=1e-4)
+    assert first["weights"] == second["weights"]
+    assert first["seen"] != second["seen"]
+    assert done.stderr.count("called with max_norm=1000000000.0; the gradclip configuration") == 1
+
+
+def test_run_alone_serves_spawned_workers_and_the_path_of_a_file(tmp_path):
+    config = tmp_path / "clip.yaml"
+    config.write_text("policies:\n  - {type: norm, max_norm: 0.25}\n", encoding="utf-8")
+    command = ["-m", "accelerate_clip.run", SCRIPT, tmp_path, "--workers", "1"]
+    done = started(command, ACCELERATE_CLIP_CONFIG=str(config), ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "rank0.json").read_text())
+    assert report["seen"] == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]]
+    assert report["norms"] == pytest.approx([0.25] * 4, rel=1e-4)
+
+
+def in_this_process(monkeypatch, arguments, config):
+    monkeypatch.setenv(run.CONFIG_VARIABLE, config)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    run.main(arguments)
+
+
+PROBE = """
+import sys, json
+from pathlib import Path
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+found = [sys.argv[1:], sys.path[0], __name__, accelerator.gradient_clip.config.model_dump()]
+Path(sys.argv[1]).write_text(json.dumps(found))
+"""
+
+
+def test_scripts_and_modules_run_as_python_would_run_them(tmp_path, monkeypatch):
+    (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
+    out = str(tmp_path / "out")
+    config = {"policies": [{"type": "norm", "max_norm": 0.25}]}
+    expected = as_config(config).model_dump()
+    with monkeypatch.context() as context:
+        in_this_process(context, [str(tmp_path / "probe.py"), out, "-m"], json.dumps(config))
+    assert json.loads(Path(out).read_text()) == [
+        [out, "-m"],
+        str(tmp_path),
+        "__main__",
+        expected,
+    ]
+    Accelerator.__init__ = Accelerator.__init__.__wrapped__
+    with monkeypatch.context() as context:
+        context.syspath_prepend(str(tmp_path))
+        in_this_process(context, ["-m", "probe", out], json.dumps(config))
+    assert json.loads(Path(out).read_text())[2:] == ["__main__", expected]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("", "environment variable ACCELERATE_CLIP_CONFIG is not set"),
+        ("{policies", "which isn't JSON"),
+        ('{"policies": []}', "at least one policy is needed"),
+        ("nowhere.yaml", "nowhere.yaml: the file can't be read"),
+    ],
+)
+def test_run_says_what_is_wrong_with_the_variable(config, message, monkeypatch):
+    with pytest.raises(SystemExit, match=message):
+        in_this_process(monkeypatch, ["train.py"], config)
+    assert not hasattr(Accelerator.__init__, "__wrapped__")
+
+
+def test_run_without_a_script_shows_its_usage(monkeypatch):
+    with pytest.raises(SystemExit, match=r"usage: python -m accelerate_clip\.run script\.py"):
+        in_this_process(monkeypatch, [], "{}")
+
+
+def test_the_section_is_taken_out_and_handed_over(tmp_path, handed_over):
+    section = """
+gradient_clip_config:
+  policies:
+    - {type: zclip, decay: 9e-1}
+    - {type: norm, max_norm: .inf}
+  log: {every_n_steps: 3}
+"""
+    file = write(tmp_path, section)
+    before = Path(file).read_text()
+    launch.main(["launch", "--config_file", file, "--mixed_precision", "bf16", "a.py", "--lr", "1"])
+    assert handed_over["yaml"] == STOCK
+    assert handed_over["clip"] == load_section(file, launch.SECTION)
+    assert handed_over["clip"].policies == [ZClip(decay=0.9), ClipByNorm(max_norm=float("inf"))]
+    arguments = handed_over["arguments"]
+    assert arguments.mixed_precision == "bf16"
+    assert arguments.module
+    assert arguments.training_script == "accelerate_clip.run"
+    assert arguments.training_script_args == ["a.py", "--lr", "1"]
+    assert Path(file).read_text() == before
+    assert not Path(arguments.config_file).exists()
+    assert run.CONFIG_VARIABLE not in os.environ
+
+
+def test_a_module_stays_a_module(tmp_path, handed_over):
+    launch.main(["launch", "--config_file", write(tmp_path), "-m", "pkg.train", "-m"])
+    assert handed_over["arguments"].training_script_args == ["-m", "pkg.train", "-m"]
+
+
+def test_the_default_file_is_accelerates_own(tmp_path, handed_over, monkeypatch):
+    monkeypatch.setattr(launch, "default_config_file", lambda: Path(write(tmp_path)))
+    launch.main(["launch", "a.py"])
+    assert handed_over["yaml"] == STOCK
+    monkeypatch.setattr(launch, "default_config_file", lambda: tmp_path / "none.yaml")
+    with pytest.raises(SystemExit, match=r"No --config_file is given and .*none\.yaml doesn't"):
+        launch.main(["launch", "a.py"])
+
+
+@pytest.mark.parametrize("policy", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_survives_the_environment(policy):
+    config = as_config(policy)
+    assert as_config(json.loads(json.dumps(config.model_dump()))) == config
+
+
+@pytest.mark.parametrize(
+    ("stock", "flags", "cpu"),
+    [
+        ({}, [], "true"),
+        ({"use_cpu": False}, [], None),
+        ({"distributed_type": "NO", "num_processes": 1}, [], "true"),
+        ({"distributed_type": "NO"}, ["--multi_gpu"], "true"),
+    ],
+)
+def test_use_cpu_reaches_every_process(stock, flags, cpu, tmp_path, handed_over, capsys):
+    launch.main(["launch", "--config_file", write(tmp_path, **stock), *flags, "a.py"])
+    assert handed_over["use_cpu"] == cpu
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("stock", "flags"),
+    [
+        ({"distributed_type": "MULTI_CPU"}, []),
+        ({"distributed_type": "NO"}, []),
+        ({}, ["--cpu"]),
+        ({"num_processes": 1}, ["--cpu", "--num_processes", "3"]),
+    ],
+)
+def test_one_process_instead_of_several_is_told(stock, flags, tmp_path, handed_over, capsys):
+    launch.main(["launch", "--config_file", write(tmp_path, **stock), *flags, "a.py"])
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "starts ONE on the CPU this way; for several put 'distributed_type: MULTI_GPU'" in told
+
+
+@pytest.mark.parametrize(
+    ("stock", "flags"),
+    [
+        ({"distributed_type": "MULTI_CPU"}, ["--mpirun_hostfile", "hosts"]),
+        ({"distributed_type": "MULTI_CPU", "mpirun_config": {"mpirun_hostfile": "hosts"}}, []),
+        ({"distributed_type": "NO", "num_processes": 1}, []),
+    ],
+)
+def test_nothing_is_told_where_all_start(stock, flags, tmp_path, handed_over, capsys):
+    launch.main(["launch", "--config_file", write(tmp_path, **stock), *flags, "a.py"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("", r"yaml: the section 'gradient_clip_config' is missing\. Add it, for instance:\n"),
+        (
+            SECTION.replace("clip_config", "clipping_config"),
+            r"yaml, line 6: found 'gradient_clipping_config': the section 'gradient_clip_config'",
+        ),
+        (
+            SECTION.replace("max_norm", "max_nrm"),
+            r"yaml, line 8: policies\[0\]\.max_nrm is not a known key; did you mean 'max_norm'",
+        ),
+        (
+            SECTION.replace("{type: norm", "{type: nrm"),
+            r"yaml, line 8: policies\[0\]\.type is 'nrm'; did you mean 'norm'",
+        ),
+        (SECTION.replace("policies", "policy"), r"yaml, line 7: policy is not a known key"),
+        ("gradient_clip_config: 1.0", "found 1.0; a mapping with the key 'policies' is needed"),
+    ],
+)
+def test_a_wrong_section_is_an_error_with_its_line(section, message, tmp_path, handed_over):
+    with pytest.raises(SystemExit, match=message):
+        launch.main(["launch", "--config_file", write(tmp_path, section), "a.py"])
+    assert not handed_over
+
+
+def test_the_suggested_section_works(tmp_path, handed_over):
+    with pytest.raises(SystemExit) as stopped:
+        launch.main(["launch", "--config_file", write(tmp_path, ""), "a.py"])
+    suggested = str(stopped.value).split("for instance:")[1]
+    launch.main(["launch", "--config_file", write(tmp_path, suggested), "a.py"])
+    assert handed_over["clip"] == ClipConfig(policies=[ClipByNorm(max_norm=1.0)])
+
+
+@pytest.mark.parametrize(
+    ("stock", "flags", "message"),
+    [
+        ({}, ["--no_python"], "--no_python runs a program"),
+        ({"compute_environment": "AMAZON_SAGEMAKER"}, [], "on SageMaker"),
+        ({"distributed_type": "XLA"}, [], "On XLA"),
+        ({}, ["--tpu"], "On XLA"),
+        ({"distributed_type": "FSDP"}, [], "shards nothing on the CPU"),
+        ({}, ["--use_fsdp"], "shards nothing on the CPU"),
+    ],
+)
+def test_what_would_run_otherwise_is_refused(stock, flags, message, tmp_path, handed_over):
+    with pytest.raises(SystemExit, match=message):
+        launch.main(["launch", "--config_file", write(tmp_path, **stock), *flags, "a.py"])
+    assert not handed_over
+
+
+def test_usage(capsys):
+    launch.main(["--help"])
+    assert "accelerate-clip launch --config_file FILE" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        launch.main(["train.py"])
+    assert stopped.value.code == 2
+    assert "usage: accelerate-clip launch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=str)
+def test_shipped_files_hold_a_section_and_stock_keys(file, handed_over):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    launch.main(["launch", "--config_file", str(file), "a.py"])
+    assert set(handed_over["yaml"]) <= set(ClusterConfig.__dataclass_fields__)
+
+
+def test_a_section_can_be_read_on_its_own(tmp_path):
+    file = write(tmp_path)
+    assert load_section(file, "gradient_clip_config").policies == [ClipByNorm(max_norm=0.25)]
+    with pytest.raises(ConfigError, match="the section 'clip' is missing"):
+        load_section(file, "clip")

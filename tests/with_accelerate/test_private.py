@@ -1,0 +1,78 @@
+"""Notices when Accelerate changes what private.py touches (read in 1.15.0)."""
+
+import inspect
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from support.accelerate_cpu import with_scaler
+from torch import nn
+
+from accelerate_clip import private
+
+
+def test_prepared_objects_are_listed():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(2, 1)
+    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert private.prepared_models(accelerator) == [model]
+    assert private.prepared_optimizers(accelerator) == [opt]
+    accelerator.free_memory()
+    assert private.prepared_models(accelerator) == []
+    assert private.prepared_optimizers(accelerator) == []
+
+
+def test_a_held_step_is_a_skipped_step_without_a_scaler():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(2, 1)
+    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for held in (True, False):
+        private.hold_schedule(opt, held)
+        opt.step()
+        assert opt.step_was_skipped == held
+        assert accelerator.optimizer_step_was_skipped == held
+
+
+def test_a_held_step_is_a_skipped_step_with_a_scaler():
+    accelerator = with_scaler()
+    model = nn.Linear(2, 1)
+    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for held in (True, False):
+        opt.zero_grad()
+        accelerator.backward(model(torch.ones(1, 2)).float().sum())
+        hook = opt.optimizer.register_step_post_hook(
+            lambda *_, held=held: private.hold_schedule(opt, held)
+        )
+        opt.step()
+        hook.remove()
+        assert opt.step_was_skipped == held
+
+
+def test_the_scheduler_asks_step_was_skipped():
+    assert "opt.step_was_skipped" in inspect.getsource(AcceleratedScheduler.step)
+    assert isinstance(AcceleratedOptimizer.step_was_skipped, property)
+
+
+def test_every_write_to_a_gradient_shows():
+    parameter = nn.Parameter(torch.ones(3))
+    assert private.versions([parameter]) == []
+    parameter.sum().backward()
+    [(grad, version)] = private.versions([parameter])
+    parameter.sum().backward()
+    assert private.versions([parameter])[0][0] is grad
+    assert private.versions([parameter])[0][1] > version
+
+
+def test_the_launcher_is_where_it_was():
+    arguments = private.launch_parser().parse_args(["--num_processes", "2", "a.py", "--lr", "1"])
+    assert (arguments.training_script, arguments.training_script_args) == ("a.py", ["--lr", "1"])
+    for name in ("cpu", "module", "no_python", "config_file", "num_processes", "mpirun_hostfile"):
+        assert hasattr(arguments, name)
+    for name in ("use_deepspeed", "use_fsdp", "use_megatron_lm", "multi_gpu", "tpu"):
+        assert getattr(arguments, name) is False
+    assert private.default_config_file().suffix == ".yaml"
+
+
+def test_accelerate_prepares_optimizers_through_the_public_method():
+    assert "self.prepare_optimizer(" in inspect.getsource(Accelerator._prepare_one)

@@ -1,0 +1,147 @@
+"""What reaches a tracker, read back and compared with float64 arithmetic of its own."""
+
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import accelerate_clip
+from accelerate_clip.report import describe
+from gradclip import ClipByNorm, ClipConfig, GroupConfig, LogConfig, ZClip
+
+
+class FileTracker(GeneralTracker):
+    name = "file"
+    requires_logging_directory = False
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self):
+        return self.path
+
+    def log(self, values, step=None, **_):
+        assert all(type(value) is float for value in values.values())
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def gradient(model, inputs):
+    x, w, b = inputs.double(), model.weight.detach().double(), model.bias.detach().double()
+    error = 2 * (x @ w.T + b) / len(x)
+    return math.hypot(float((error.T @ x).norm()), float(error.sum(0).norm()))
+
+
+def run(path, config, steps, init=True):
+    accelerator = Accelerator(cpu=True, log_with=FileTracker(path))
+    accelerate_clip.enable(accelerator, config)
+    if init:
+        accelerator.init_trackers("run")
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    norms = []
+    for step in range(steps):
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) * (1 + step % 3)
+        norms.append(gradient(model, inputs))
+        opt.zero_grad()
+        accelerator.backward(model(inputs).square().mean())
+        opt.step()
+    return norms
+
+
+def test_values_steps_and_cadence(tmp_path):
+    file = tmp_path / "log"
+    config = ClipConfig(policies=[ClipByNorm(max_norm=1.5)], log=LogConfig(every_n_steps=3))
+    norms = run(file, config, 10)
+    assert min(norms) < 1.5 < max(norms)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9]
+    for line in lines:
+        norm = norms[line["step"] - 1]
+        clipped = norm > 1.5
+        rate = sum(n > 1.5 for n in norms[: line["step"]]) / line["step"]
+        coef = 1.5 / (norm + 1e-6) if clipped else 1.0
+        assert line["clip/grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert line["clip/limit"] == 1.5
+        assert line["clip/coef"] == pytest.approx(coef, rel=1e-5)
+        assert line["clip/clipped_norm"] == pytest.approx(norm * coef, rel=1e-5)
+        assert line["clip/clipped"] == clipped
+        assert line["clip/skipped"] == 0.0
+        assert line["clip/clip_rate"] == pytest.approx(rate)
+
+
+def test_every_tenth_step_unless_told_otherwise(tmp_path):
+    run(tmp_path / "log", ClipByNorm(max_norm=1.5), 21)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20]
+
+
+def test_nothing_without_trackers(tmp_path):
+    config = ClipConfig(policies=[ClipByNorm(max_norm=1.5)], log=LogConfig(every_n_steps=1))
+    run(tmp_path / "log", config, 2, init=False)
+    assert not (tmp_path / "log").exists()
+
+
+def test_several_optimizers_have_keys_of_their_own(tmp_path):
+    accelerator = Accelerator(cpu=True, log_with=FileTracker(tmp_path / "log"))
+    config = ClipConfig(policies=[ClipByNorm(max_norm=1.5)], log=LogConfig(every_n_steps=1))
+    accelerate_clip.enable(accelerator, config)
+    accelerator.init_trackers("run")
+    models = [nn.Linear(4, 1), nn.Linear(4, 1)]
+    opts = [torch.optim.SGD(m.parameters(), lr=0.01) for m in models]
+    *models, first, second = accelerator.prepare(*models, *opts)
+    inputs = torch.ones(2, 4)
+    norms = [gradient(model, inputs) for model in models]
+    accelerator.backward(sum(model(inputs).square().mean() for model in models))
+    second.step()
+    first.step()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert lines[0]["clip/grad_norm/optimizer1"] == pytest.approx(norms[1], rel=1e-5)
+    assert lines[1]["clip/grad_norm/optimizer0"] == pytest.approx(norms[0], rel=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts scalar reads on the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_no_record_between_log_entries():
+    accelerator = Accelerator(cpu=True)
+    clip = accelerate_clip.enable(
+        accelerator, ClipConfig(policies=[ClipByNorm(max_norm=math.inf)], on_nonfinite="ignore")
+    )
+    model = nn.Linear(4, 1)
+    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    stock = torch.optim.SGD(nn.Linear(4, 1).parameters(), lr=0.01)
+    del stock
+    accelerator.backward(model(torch.ones(2, 4)).square().mean())
+    with Reads() as reads:
+        clip.clippers[0].expect_new()
+        clip.clippers[0].clip()
+    alone = reads.count
+    clip.clippers[0].expect_new()
+    with Reads() as reads:
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+    assert reads.count == alone
+
+
+def test_a_configuration_in_one_line():
+    config = ClipConfig(
+        policies=[ZClip(z_threshold=3.0), ClipByNorm(max_norm=1.0)],
+        groups=[GroupConfig(match="*", policies=[])],
+    )
+    assert describe(config) == "zclip(z_threshold=3.0), norm(max_norm=1.0) and groups"

@@ -1,0 +1,82 @@
+"""save_state and load_state: a resumed run is the uninterrupted one, bitwise."""
+
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+import accelerate_clip
+from gradclip import ClipByNorm, ConfigError, ZClip
+
+POLICY = ZClip(warmup_steps=5)
+
+
+def start(policy=POLICY):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    clip = None if policy is None else accelerate_clip.enable(accelerator, policy)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.02))
+    return accelerator, clip, model, opt
+
+
+def train(accelerator, clip, model, opt, steps):
+    seen = []
+    for step in steps:
+        inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        spike = 50.0 if step % 9 == 8 else 1.0
+        opt.zero_grad()
+        accelerator.backward((model(inputs) - 1).square().mean() * spike)
+        opt.step()
+        seen.append((clip.last_record.limit, clip.last_record.clip_rate))
+    return seen
+
+
+def test_the_next_fifty_steps_are_bitwise_those_of_an_uninterrupted_run(tmp_path):
+    whole = start()
+    train(*whole, range(20))
+    whole[0].save_state(tmp_path)
+    straight = train(*whole, range(20, 70))
+    parameters = [p.detach().clone() for p in whole[2].parameters()]
+    assert float(straight[-1][1]) > 0
+
+    resumed = start()
+    resumed[0].load_state(tmp_path)
+    assert resumed[1].clippers[0].steps == 20
+    assert train(*resumed, range(20, 70)) == straight
+    assert all(map(torch.equal, parameters, resumed[2].parameters()))
+    assert resumed[1].clippers[0].steps == 70
+
+    forgetful = start()
+    (tmp_path / "gradient_clip.bin").unlink()
+    forgetful[0].load_state(tmp_path)
+    assert train(*forgetful, range(20, 70)) != straight
+
+
+def test_checkpoints_move_freely_to_and_from_runs_without_gradclip(tmp_path, caplog):
+    stock = start(policy=None)
+    stock[0].save_state(tmp_path / "stock")
+    ours = start()
+    ours[0].load_state(tmp_path / "stock")
+    assert "it was saved without gradclip. Clipping starts with fresh state" in caplog.text
+    train(*ours, range(3))
+    ours[0].save_state(tmp_path / "ours")
+    start(policy=None)[0].load_state(tmp_path / "ours")
+
+
+def test_state_of_other_policies_or_optimizers_is_refused(tmp_path):
+    ours = start()
+    ours[0].save_state(tmp_path)
+    with pytest.raises(ConfigError, match="policies"):
+        start(ClipByNorm(max_norm=1.0))[0].load_state(tmp_path)
+    accelerator, clip, _, _ = start()
+    other = nn.Linear(4, 1)
+    accelerator.prepare(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="is of 1 optimizers, 2 are prepared"):
+        clip.load_state_dict(ours[1].state_dict())
+    shutil.rmtree(tmp_path)
