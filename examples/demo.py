@@ -36,7 +36,8 @@ def run_accelerate(setting: Setting, small: bool, lines: Path) -> Run:
     launch = [sys.executable, "-m", "accelerate_clip.launch", "launch", "--config_file"]
     config = CONFIGS / "accelerate" / "two_processes.yaml"
     script = [ROOT / "examples" / "accelerate_gpt.py", "--steps", setting.steps, "--out", lines]
-    command = [*launch, config, *script, *(["--small"] if small else [])]
+    any_port = ["--main_process_port", "0"]
+    command = [*launch, config, *any_port, *script, *(["--small"] if small else [])]
     subprocess.run([str(part) for part in command], check=True, cwd=ROOT)
     return Run.from_lines(lines)
 

@@ -15,10 +15,10 @@ from gradclip import GradientClipper
 
 
 def main() -> None:
-    """Train for sixty steps and say what was clipped."""
+    """Train for fifty steps and say what was clipped."""
     options = parser("Train a small GPT in a plain loop.")
     options.add_argument("--config", default="configs/zclip.yaml", help="a policy file")
-    options.set_defaults(steps=60)
+    options.set_defaults(steps=50)
     arguments = options.parse_args()
     setting, text = setting_of(arguments), Text()
     torch.manual_seed(SEED)
