@@ -19,8 +19,15 @@ from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import refuse_lomo, refuse_unsupported, warn_if_alone
 from accelerate_clip.report import describe, is_same_rule, report
 from accelerate_clip.step import StepClipper, named_parameters
-from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, get_total_norm
-from gradclip.config import PolicyLike, as_config
+from gradclip import (
+    ClipConfig,
+    ClipRecord,
+    ConfigError,
+    GradientClipper,
+    PolicyLike,
+    as_config,
+    get_total_norm,
+)
 
 __all__ = ["AcceleratorClip", "enable"]
 

@@ -18,8 +18,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from accelerate_clip.clipper import enable
-from gradclip import ClipConfig, ConfigError
-from gradclip.config import as_config
+from gradclip import ClipConfig, ConfigError, as_config
 
 __all__ = ["CONFIG_VARIABLE", "config_from_environment", "enable_on_creation", "main"]
 

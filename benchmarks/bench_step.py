@@ -80,9 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(
-        f"{'gradients':32s} {'clips':>6s} {'ratio':>7s} {'ours ms':>9s} {'torch ms':>9s} {'aim':>6s}"
-    )
+    heads = ("gradients", "clips", "ratio", "ours ms", "torch ms", "aim")
+    print("{:32s} {:>6s} {:>7s} {:>9s} {:>9s} {:>6s}".format(*heads))
     for name, shapes, dtype, aims in (
         ("GPT-2 small, float32", gpt2_small(), torch.float32, (0.5, 0.8)),
         ("GPT-2 small, bfloat16", gpt2_small(), torch.bfloat16, (None, None)),

@@ -5,7 +5,15 @@
 >>> record = clipper.clip()  # doctest: +SKIP
 """
 
-from gradclip.config import ClipConfig, GroupConfig, LogConfig, load_section, load_yaml
+from gradclip.config import (
+    ClipConfig,
+    GroupConfig,
+    LogConfig,
+    PolicyLike,
+    as_config,
+    load_section,
+    load_yaml,
+)
 from gradclip.engine import GradientClipper
 from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
@@ -24,8 +32,10 @@ __all__ = [
     "LayoutError",
     "LogConfig",
     "NonFiniteError",
+    "PolicyLike",
     "SkipNonfinite",
     "ZClip",
+    "as_config",
     "clip_grad_norm_",
     "clip_grad_value_",
     "get_total_norm",

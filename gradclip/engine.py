@@ -129,7 +129,7 @@ class GradientClipper:
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts."""
-        return pack(self._plan.rules, self._states, self._tally.counts)
+        return pack(self._current_plan().rules, self._states, self._tally.counts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved at any world size.
@@ -138,8 +138,8 @@ class GradientClipper:
             ConfigError: If it was saved with other policies or other parameters. Nothing is
                 changed then.
         """
-        device = self._layout.devices[0]
-        self._states, self._tally.counts = unpack(state, self._plan.rules, self._states, device)
+        rules, device = self._current_plan().rules, self._layout.devices[0]
+        self._states, self._tally.counts = unpack(state, rules, self._states, device)
 
     def _lay_out(self) -> tuple[Layout, Plan]:
         parameters = collect_parameters(self._named, self._optimizer)

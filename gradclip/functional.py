@@ -128,7 +128,7 @@ def _measure(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Collected, 
         msg = f"norm_type is {norm_type!r}; it must be above 0, or inf."
         raise ConfigError(msg)
     layout = detect({str(i): grad for i, grad in enumerate(grads)})
-    collected = layout.take([grads])
+    collected = layout.take([[grad for grad in grads if grad.numel()]])
     wide = {p: is_wide(p, {grad.dtype for grad in grads})}
     kernel = kernel_for(layout.devices)
     return measure(collected.counted, wide, layout, kernel)[p].squeeze(0), collected, kernel

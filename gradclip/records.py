@@ -79,10 +79,10 @@ class Tally:
         coef = torch.where(skipped, 1.0, verdict.coef.min())
         clipped = coef < 1
         if verdict.clamped is not None:
-            clamped = verdict.clamped & ~skipped
+            clamped = verdict.clamped & skipped.logical_not()
             clipped = clipped | clamped
             clipped_norm = torch.where(clamped, torch.nan, clipped_norm)
-        happened = torch.stack([grad_norm != 0, clipped, skipped, ~verdict.finite])
+        happened = torch.stack([grad_norm != 0, clipped, skipped, verdict.finite.logical_not()])
         self.counts = self.counts + happened
         steps, total = self.counts.narrow(0, 0, 2).unbind()
         return ClipRecord(

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper
-from gradclip.config import as_config
+from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, as_config
 from lightning_clip.framework import Callback, LightningModule, Trainer, live_scaler
 from lightning_clip.refuse import refuse_optimizers, refuse_setup
 from lightning_clip.report import report

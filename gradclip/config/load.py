@@ -141,7 +141,9 @@ def parse_mapping(content: Any, where: str = "", lines: Lines | None = None) -> 
     try:
         return ClipConfig.model_validate(dict(content))
     except ValidationError as error:
-        faults = [_explain(dict(fault), where, lines or {}) for fault in error.errors()]
+        # A misspelt key also shows as a missing one; the spelling is the better hint.
+        found = sorted(error.errors(), key=lambda fault: fault["type"] == "missing")
+        faults = [_explain(dict(fault), where, lines or {}) for fault in found]
         raise ConfigError("\n".join(faults)) from None
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from gradclip.policies import AnyPolicy, ClipByValue
+from gradclip.policies.base import STRICT
 
 __all__ = ["ClipConfig", "GroupConfig", "LogConfig"]
-
-_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class LogConfig(BaseModel):
     """What is logged, and how often."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     every_n_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two log entries; null takes the trainer's own interval, or 10."""
@@ -27,7 +26,7 @@ class LogConfig(BaseModel):
 class GroupConfig(BaseModel):
     """Other rules for some parameters, which then don't count for the rest."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     match: Annotated[str, Field(min_length=1)]
     """Shell-style pattern on parameter names: `*` any text, `?` one character, `[ab]` a choice."""
@@ -43,7 +42,7 @@ class ClipConfig(BaseModel):
         LogConfig(every_n_steps=None, per_parameter=False)
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
     policies: Annotated[list[AnyPolicy], Field(min_length=1)]
     """Applied in order, each to the gradients as those before it leave them."""

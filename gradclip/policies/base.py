@@ -11,10 +11,20 @@ from torch import Tensor
 
 from gradclip.types import Decision, Scope, State, Stats
 
-__all__ = ["MaxNorm", "NormPolicy", "Policy", "coefficient"]
+__all__ = ["STRICT", "MaxNorm", "NormPolicy", "Policy", "coefficient"]
 
 MaxNorm = Annotated[float, Field(gt=0)]
 """A limit on a norm. Above 0, so that it can neither freeze nor flip; inf only measures."""
+
+
+STRICT = ConfigDict(
+    frozen=True,
+    extra="forbid",
+    strict=True,
+    use_attribute_docstrings=True,
+    ser_json_inf_nan="constants",
+)
+"""How every configuration model behaves: nothing is guessed, nothing unknown is let through."""
 
 
 class Policy(BaseModel):
@@ -25,9 +35,7 @@ class Policy(BaseModel):
     a policy needs to know neither about ranks nor about NaN.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
+    model_config = STRICT
 
     @property
     @abstractmethod
@@ -49,8 +57,8 @@ class NormPolicy(Policy):
 
     scope: Scope = "global"
     """What one coefficient covers: all parameters, an optimizer's group, or one parameter."""
-    norm_type: Annotated[float, Field(ge=1)] = 2.0
-    """p of the p-norm, at least 1; inf is the largest magnitude."""
+    norm_type: Annotated[float, Field(gt=0)] = 2.0
+    """p of the p-norm, above 0; inf is the largest magnitude."""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
     """Added to the norm when dividing by it, as torch does."""
 

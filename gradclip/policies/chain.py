@@ -60,11 +60,10 @@ def decide_all(
     Scaling a slot by c scales its p-norm by c, for every p, so gradients are read once whatever
     the number of policies. The state of a step that is not finite or is withheld is the old one.
     """
-    measured = torch.stack(list(norms.values()))
-    finite = torch.isfinite(measured).all()
-    coef = torch.ones_like(measured[0])
+    finite = torch.isfinite(torch.stack(list(norms.values()))).all()
+    coef = torch.ones_like(next(iter(norms.values())))
     limit = torch.full_like(finite, math.inf, dtype=torch.float64)
-    skip = ~finite if skip_nonfinite else None
+    skip = finite.logical_not() if skip_nonfinite else None
     clamped: Tensor | None = None
     clamps: list[tuple[float, tuple[int, ...]]] = []
     after: list[State] = []
@@ -79,7 +78,7 @@ def decide_all(
         if decision.clamp is not None:
             clamps.append((decision.clamp, rule.covers))
             clamped = _either(clamped, (stats.norms > decision.clamp).any())
-    keeps = finite if skip is None else finite & ~skip
+    keeps = finite if skip is None else finite & skip.logical_not()
     kept = [_select(keeps, new, old) for new, old in zip(after, states, strict=True)]
     return Verdict(coef, limit, finite, skip, tuple(clamps), clamped), kept
 

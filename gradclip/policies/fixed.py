@@ -77,4 +77,6 @@ class SkipNonfinite(Policy):
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Withhold a step that isn't finite."""
         ones = torch.ones_like(stats.norms)
-        return Decision(ones, torch.full_like(ones, math.inf), skip=~stats.finite), state
+        return Decision(
+            ones, torch.full_like(ones, math.inf), skip=stats.finite.logical_not()
+        ), state

@@ -134,11 +134,11 @@ class ZClip(NormPolicy):
 
         moves = ready & observed
         if self.skip_update_on_spike:
-            moves = moves & ~spike
+            moves = moves & spike.logical_not()
         mean = torch.where(moves, mean, state["mean"])
         var = torch.where(moves, var, state["var"])
 
-        started = ~ready & (seen >= self.warmup_steps)
+        started = (seen >= self.warmup_steps) & (state["seen"] < self.warmup_steps)
         center, square = _level(recent, self.warmup_steps, self.warmup)
         mean = torch.where(started, center, mean)
         var = torch.where(started, square, var)

@@ -184,6 +184,16 @@ def test_abandoned_steps_and_other_backwards_keep_it_at_once_a_step(counted):
     assert len(counted) == 3
 
 
+def test_without_accelerator_backward_each_step_is_clipped(counted):
+    _, _, model, opt = prepared(ClipByNorm(max_norm=0.3))
+    for step in range(2):
+        opt.zero_grad()
+        model(batch(step)).square().mean().backward()
+        opt.step()
+        assert norm_of(grads_of(model)) == pytest.approx(0.3, rel=1e-5)
+    assert len(counted) == 2
+
+
 def test_without_accelerator_backward_each_call_clips(counted):
     accelerator, _, model, opt = prepared(ClipByNorm(max_norm=0.3))
     for _ in range(2):

@@ -1,0 +1,127 @@
+"""A faulty file is answered with where, what was found, and what is allowed."""
+
+import math
+
+import pytest
+from support.gradients import parameters
+
+from gradclip import ClipByNorm, ClipConfig, ConfigError, GradientClipper, load_yaml
+
+GOOD = """\
+# yaml-language-server: $schema=./schema.json
+policies:
+  - type: zclip
+    decay: 0.97
+  - type: norm
+    max_norm: 1.0
+log:
+  every_n_steps: 10
+"""
+
+FAULTS = [
+    ("type: zclip", "type: zclp", r"line 3: policies\[0\]\.type is 'zclp'; did you mean 'zclip'\?"),
+    ("decay: 0.97", "decya: 0.97", r"line 4: .*\.decya is not a known key; did you mean 'decay'\?"),
+    ("decay: 0.97", "decay: 1.5", r"line 4: policies\[0\]\.decay is 1.5; it must be less than 1\."),
+    (
+        "decay: 0.97",
+        "decay: [1]",
+        r"line 4: policies\[0\]\.decay is \[1\]; it must be a valid number",
+    ),
+    ("decay: 0.97", "mode: zscor", r"line 4: .*\.mode is 'zscor'; allowed: 'zscore' or 'perc"),
+    (
+        "max_norm: 1.0",
+        "max_norm: -1.0",
+        r"line 6: policies\[1\]\.max_norm is -1.0; .*greater than 0",
+    ),
+    ("max_norm: 1.0", "max_norm: 0", r"line 6: .* is 0; it must be greater than 0"),
+    ("max_norm: 1.0", "max_norm: .nan", r"line 6: .* is nan; it must be greater than 0"),
+    ("max_norm: 1.0", "max_norm: yes", r"line 6: .* is True; .*YAML reads yes, no, on and off as"),
+    ("max_norm: 1.0", "max_norm: '1.0'", r"line 6: .* is '1.0'; .*without quotes \(infinity is"),
+    ("max_norm: 1.0", "max_norm: auto", r"line 6: .* is 'auto'; it must be a valid number"),
+    ("max_norm: 1.0", "max_norm: null", r"line 6: .* is None; it must be a valid number"),
+    ("    max_norm: 1.0\n", "", r"line 5: policies\[1\]\.max_norm is missing; add it"),
+    ("every_n_steps: 10", "every_n_steps: 0", r"line 8: log\.every_n_steps is 0; .*equal to 1"),
+    ("every_n_steps: 10", "every_n_step: 5", r"line 8: log\.every_n_step is not .*'every_n_steps'"),
+    (
+        "log:",
+        "logs:",
+        r"line 7: logs is not a known key; did you mean 'log'\? Known: policies, on_",
+    ),
+    (
+        "max_norm: 1.0",
+        "scope: layer\n    max_norm: 1.0",
+        r"line 6: .*scope is 'layer'; allowed: 'glo",
+    ),
+    (
+        "max_norm: 1.0",
+        "max_norm: 1.0\n    max_norm: 2.0",
+        r"line 7: .*max_norm is given twice \(first",
+    ),
+    ("decay: 0.97", "decay: 0.97: 1", r"line 4: this isn't YAML: mapping values are not allowed"),
+    (
+        "  - type: norm",
+        "  - kind: norm",
+        r"line 5: policies\[1\]\.type is missing; add one of: norm",
+    ),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), FAULTS, ids=[f"{n!r}" for _, n, _ in FAULTS])
+def test_a_fault_names_file_line_key_value_and_remedy(tmp_path, old, new, message):
+    assert GOOD.count(old) == 1
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(ConfigError, match=f"run\\.yaml, {message}"):
+        load_yaml(path)
+
+
+def test_the_good_file_and_every_fault_of_a_bad_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD)
+    assert [policy.type for policy in load_yaml(path).policies] == ["zclip", "norm"]
+    path.write_text(GOOD.replace("0.97", "2").replace("1.0", "-1").replace("10", "x"))
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1.0e-6", "1E-6", "0.000001"])
+def test_every_way_to_write_a_small_number(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD.replace("max_norm: 1.0", f"max_norm: {text}"))
+    assert load_yaml(path).policies[1].max_norm == 1e-6
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "None"), ("[]", r"\[\]"), ("zclip", "'zclip'")])
+def test_a_file_without_a_mapping(tmp_path, text, found):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"run\.yaml: found {found}; a mapping with the key"):
+        load_yaml(path)
+
+
+def test_a_missing_file():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: the file can't be read \(No such file"):
+        load_yaml("nowhere.yaml")
+
+
+@pytest.mark.parametrize("value", [-1.0, 0, 0.0, math.nan, True, "1.0", None, [1.0]])
+def test_thresholds_refused_in_python_and_mappings(value):
+    with pytest.raises(ValueError, match="max_norm"):
+        ClipByNorm(max_norm=value)
+    with pytest.raises(ConfigError, match=r"policies\[0\]\.max_norm is"):
+        GradientClipper({"policies": [{"type": "norm", "max_norm": value}]}, parameters().items())
+
+
+def test_what_is_no_policy():
+    for wrong in (7, [1.0], None):
+        with pytest.raises(ConfigError, match="allowed: a policy such as ZClip"):
+            GradientClipper(wrong, parameters().items())
+    with pytest.raises(ConfigError, match=r"policies is \[\]; at least one policy is needed"):
+        GradientClipper([], parameters().items())
+
+
+def test_infinity_is_a_threshold_that_measures(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("policies: [{type: norm, max_norm: .inf}]")
+    assert load_yaml(path) == ClipConfig(policies=[ClipByNorm(max_norm=math.inf)])

@@ -1,0 +1,197 @@
+"""What holds for every policy. A new policy is added to `support.gradients.POLICIES`."""
+
+import io
+import math
+from typing import get_args
+
+import pytest
+import torch
+from support.gradients import (
+    POLICIES,
+    SIZES,
+    assert_same_grads,
+    fill,
+    flat,
+    grads,
+    optimizer_for,
+    parameters,
+)
+
+from gradclip import ClipConfig, GradientClipper
+from gradclip.policies import AnyPolicy
+
+every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+
+
+def make(policy, **options):
+    params = parameters()
+    clipper = GradientClipper(policy, params.items(), optimizer_for(params), **options)
+    return params, clipper
+
+
+def run(params, clipper, steps, first=0):
+    records = []
+    for step in range(first, first + steps):
+        fill(params, step, SIZES[step % len(SIZES)])
+        records.append(clipper.clip())
+    return records
+
+
+def test_no_policy_is_missing_here():
+    union = get_args(AnyPolicy)[0]
+    assert {type(policy) for policy in POLICIES.values()} == set(get_args(union))
+
+
+@every_policy
+def test_state_round_trip_is_bitwise(policy):
+    params, clipper = make(policy)
+    run(params, clipper, 7)
+    buffer = io.BytesIO()
+    torch.save(clipper.state_dict(), buffer)
+    buffer.seek(0)
+    others, restored = make(policy)
+    restored.load_state_dict(torch.load(buffer, weights_only=True))
+    for record, again in zip(
+        run(params, clipper, 50, first=7), run(others, restored, 50, first=7), strict=True
+    ):
+        for key, value in record.as_metrics().items():
+            torch.testing.assert_close(
+                again.as_metrics()[key], value, rtol=0, atol=0, equal_nan=True
+            )
+        assert_same_grads(grads(params), grads(others))
+
+
+@every_policy
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize("on_nonfinite", ["skip", "ignore"])
+def test_a_nonfinite_step_leaves_no_trace(policy, bad, step, on_nonfinite):
+    config = ClipConfig(policies=[policy], on_nonfinite=on_nonfinite)
+    params, clipper = make(config)
+    others, clean = make(config)
+    run(params, clipper, step)
+    run(others, clean, step)
+    fill(params, 99)
+    params["layer.weight"].grad[0, 0] = bad
+    record = clipper.clip()
+    assert not record.finite
+    assert not torch.isfinite(record.grad_norm)
+    assert record.coef > 0
+    withheld = on_nonfinite == "skip" or policy.type == "skip_nonfinite"
+    assert bool(record.skipped) == withheld
+    assert (params["scale"].grad is None) == withheld
+    for after, expected in zip(
+        run(params, clipper, 9, first=step), run(others, clean, 9, first=step), strict=True
+    ):
+        assert after.limit == expected.limit
+        assert after.coef == expected.coef
+        assert_same_grads(grads(params), grads(others))
+
+
+@every_policy
+def test_raise_leaves_everything_as_it_was(policy):
+    params, clipper = make(ClipConfig(policies=[policy], on_nonfinite="raise"))
+    run(params, clipper, 6)
+    fill(params, 99, 50.0)
+    params["layer.bias"].grad[1] = math.nan
+    before, state = grads(params), clipper.state_dict()
+    with pytest.raises(RuntimeError, match=r"NaN or infinite, on this rank in layer\.bias;"):
+        clipper.clip()
+    for name, value in grads(params).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    for entry, old in zip(clipper.state_dict()["policies"], state["policies"], strict=True):
+        for name, value in entry["state"].items():
+            assert torch.equal(value, old["state"][name])
+
+
+@every_policy
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_coefficient_direction_and_limit(policy, kernel):
+    params, clipper = make(policy, kernel=kernel)
+    for step in range(12):
+        fill(params, step, SIZES[step])
+        before = flat(params)
+        record = clipper.clip()
+        after = flat(params)
+        assert 0 < record.coef <= 1
+        assert record.clipped == (not torch.equal(before, after))
+        if policy.type == "value":
+            assert after.abs().max() <= policy.clip_value + 1e-7
+        elif policy.measured[0] == "global":
+            torch.testing.assert_close(after, before * record.coef, rtol=1e-6, atol=1e-9)
+            p = policy.measured[1] or 2.0
+            assert torch.linalg.vector_norm(after, p) <= record.limit * (1 + 1e-6)
+            torch.testing.assert_close(
+                record.clipped_norm, torch.linalg.vector_norm(after, p), rtol=1e-6, atol=0
+            )
+
+
+@every_policy
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_at_or_below_the_limit_bits_stay(policy, kernel):
+    params, clipper = make(policy, kernel=kernel)
+    for step in range(8):
+        fill(params, step, 1e-3)
+        before = grads(params)
+        record = clipper.clip()
+        if not record.clipped:
+            assert_same_grads(grads(params), before)
+    assert record.coef <= 1
+
+
+@every_policy
+def test_zero_and_missing_gradients(policy):
+    params, clipper = make(policy)
+    others, clean = make(policy)
+    run(params, clipper, 6)
+    run(others, clean, 6)
+    for parameter in params.values():
+        parameter.grad = torch.zeros_like(parameter)
+    record = clipper.clip()
+    assert record.grad_norm == 0
+    assert record.coef == 1
+    assert all((p.grad == 0).all() for p in params.values())
+    for parameter in params.values():
+        parameter.grad = None
+    assert clipper.clip().grad_norm == 0
+    for after, expected in zip(
+        run(params, clipper, 6, first=6), run(others, clean, 6, first=6), strict=True
+    ):
+        assert after.limit == expected.limit
+        assert after.clip_rate == expected.clip_rate
+
+
+@every_policy
+@pytest.mark.parametrize("scale", [1024.0, 65536.0])
+def test_grad_scale_changes_nothing_but_the_gradients(policy, scale):
+    params, clipper = make(policy)
+    others, scaled = make(policy)
+    for step in range(10):
+        fill(params, step, SIZES[step])
+        fill(others, step, SIZES[step] * scale)
+        record = clipper.clip()
+        other = scaled.clip(grad_scale=torch.tensor(scale))
+        torch.testing.assert_close(other.limit, record.limit, rtol=1e-9, atol=0)
+        torch.testing.assert_close(other.grad_norm, record.grad_norm, rtol=1e-6, atol=0)
+        for name, grad in grads(others).items():
+            torch.testing.assert_close(grad / scale, params[name].grad, rtol=1e-6, atol=1e-7)
+
+
+@every_policy
+def test_kernels_agree(policy):
+    runs = {}
+    for kernel in ("cpu", "accelerator", "reference"):
+        params, clipper = make(policy, kernel=kernel)
+        runs[kernel] = [(r.as_metrics(), r) for r in run(params, clipper, 12)]
+    for kernel in ("cpu", "accelerator"):
+        for (metrics, _), (expected, _) in zip(runs[kernel], runs["reference"], strict=True):
+            for key, value in metrics.items():
+                torch.testing.assert_close(
+                    value, expected[key], rtol=1e-6, atol=1e-9, equal_nan=True, msg=key
+                )
+
+
+@every_policy
+def test_configuration_survives_json(policy):
+    config = ClipConfig(policies=[policy])
+    assert ClipConfig.model_validate_json(config.model_dump_json()) == config

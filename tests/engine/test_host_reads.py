@@ -1,0 +1,81 @@
+"""The accelerator path never waits for the device, but for the one read that withholding needs."""
+
+import pytest
+import torch
+from support.gradients import POLICIES, SHAPES
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradclip import ClipConfig, GradientClipper
+
+
+class Copies(TorchDispatchMode):
+    """Notes every copy between kinds of device, which fake tensors let pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if str(func).startswith(("aten._to_copy", "aten.copy_")):
+            source = args[1] if "copy_" in str(func) and "_to_copy" not in str(func) else args[0]
+            if source.device.type != result.device.type:
+                self.seen.append(f"{func}: {source.device.type} to {result.device.type}")
+        return result
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that cross to the host, in a real run on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith(
+            ("aten._local_scalar_dense", "aten.equal", "aten.nonzero")
+        )
+        return func(*args, **(kwargs or {}))
+
+
+FREE = {name: policy for name, policy in POLICIES.items() if policy.type != "skip_nonfinite"}
+
+
+@pytest.mark.parametrize("policy", FREE.values(), ids=FREE.keys())
+def test_a_step_on_fake_cuda_tensors_neither_syncs_nor_copies(policy):
+    with FakeTensorMode():
+        params = {
+            name: torch.nn.Parameter(torch.empty(shape, device="cuda"))
+            for name, shape in SHAPES.items()
+        }
+        values = list(params.values())
+        optimizer = torch.optim.SGD([{"params": values[:2]}, {"params": values[2:]}], lr=0.1)
+        config = ClipConfig(policies=[policy], on_nonfinite="ignore", log={"per_parameter": True})
+        clipper = GradientClipper(config, params.items(), optimizer)
+        for parameter in params.values():
+            parameter.grad = torch.empty_like(parameter)
+        with Copies() as copies:
+            record = clipper.clip()
+            record.as_metrics()
+        assert copies.seen == []
+        assert record.grad_norm.device.type == "cuda"
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_withholding_reads_the_host_once_a_step(policy):
+    params = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    values = list(params.values())
+    optimizer = torch.optim.SGD([{"params": values[:2]}, {"params": values[2:]}], lr=0.1)
+    clipper = GradientClipper(policy, params.items(), optimizer, kernel="accelerator")
+    for parameter in params.values():
+        parameter.grad = torch.ones_like(parameter)
+    with Reads() as reads:
+        clipper.clip()
+    clamps_on_cpu = policy.type == "value"
+    assert reads.count == 1 + clamps_on_cpu
+
+
+def test_fake_tensors_do_notice_a_read():
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        bool(torch.ones((), device="cuda") > 0)

@@ -1,0 +1,290 @@
+"""The same gradients cut over ranks give the one-process answer, bitwise equal on every rank."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.ranks import run_on_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
+
+import gradclip
+from gradclip import ClipByNorm, ClipByValue, ConfigError, GradientClipper, LayoutError, ZClip
+
+CASES = {
+    "norm": [ClipByNorm(max_norm=0.5)],
+    "norm_p1": [ClipByNorm(max_norm=2.0, norm_type=1.0)],
+    "norm_p3": [ClipByNorm(max_norm=0.3, norm_type=3.0)],
+    "norm_inf": [ClipByNorm(max_norm=0.1, norm_type=math.inf)],
+    "norm_p9": [ClipByNorm(max_norm=0.1, norm_type=9.0)],
+    "parameter": [ClipByNorm(max_norm=0.1, scope="parameter")],
+    "group": [ClipByNorm(max_norm=0.2, scope="group", norm_type=math.inf)],
+    "value": [ClipByValue(clip_value=0.05)],
+    "zclip": [ZClip(warmup_steps=2, max_norm=None), ClipByNorm(max_norm=1.0)],
+}
+COLLECTIVES = {"norm_inf": 1, "norm_p9": 2, "group": 1, "value": 2}
+WORLD_BATCH = 8
+
+
+def model():
+    """Sizes that cut unevenly over 2 and 4 ranks, one layer smaller than the number of ranks."""
+    generator = torch.Generator().manual_seed(1)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 1))
+    for parameter in net.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return net
+
+
+def batch(step):
+    size = 20.0 if step == 3 else 1.0
+    return torch.randn(WORLD_BATCH, 5, generator=torch.Generator().manual_seed(step)) * size
+
+
+def optimizer_for(net):
+    parameters = list(net.parameters())
+    return torch.optim.SGD([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.05)
+
+
+def whole(grad):
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
+def train(net, policies, rank=0, world=1, steps=5):
+    """A short run; per step the record and every whole clipped gradient, and the collectives."""
+    optimizer = optimizer_for(net)
+    names = (net.module if isinstance(net, DistributedDataParallel) else net).named_parameters()
+    clipper = GradientClipper(policies, names, optimizer)
+    share = WORLD_BATCH // world
+    seen, collectives = [], set()
+    for step in range(steps):
+        optimizer.zero_grad()
+        net(batch(step)[rank * share : (rank + 1) * share]).square().mean().backward()
+        with CommDebugMode() as comms:
+            record = clipper.clip()
+        collectives.add(comms.get_total_counts())
+        metrics = {key: value.clone() for key, value in record.as_metrics().items()}
+        seen.append((metrics, [whole(p.grad).clone() for p in net.parameters()]))
+        optimizer.step()
+    return seen, collectives
+
+
+def ddp(rank, world):
+    return {
+        case: train(DistributedDataParallel(model()), policies, rank, world)
+        for case, policies in CASES.items()
+    }
+
+
+def fsdp2(rank, world, ignored):
+    return {case: train(sharded(world, ignored), CASES[case], rank, world) for case in CASES}
+
+
+def sharded(world, ignored):
+    net = model()
+    mesh = init_device_mesh("cpu", (world,))
+    kept = {net[3].weight} if ignored else set()
+    if kept:  # whole on every rank, and averaged as DDP would
+        net[3].weight.register_hook(lambda grad: average(grad, world))
+    return fully_shard(net, mesh=mesh, ignored_params=kept)
+
+
+# Starting ranks costs more than what they do here, so each group runs every case.
+every_case = functools.cache(run_on_ranks)
+
+
+def average(grad, world):
+    grad = grad.clone()
+    dist.all_reduce(grad)
+    return grad / world
+
+
+def check(answers, expected):
+    for seen, _ in answers:
+        for (metrics, grads), (first, first_grads), (want, want_grads) in zip(
+            seen, answers[0][0], expected, strict=True
+        ):
+            for key, value in metrics.items():
+                torch.testing.assert_close(value, first[key], rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(
+                    value, want[key], rtol=1e-5, atol=1e-7, equal_nan=True, msg=key
+                )
+            for got, same, grad in zip(grads, first_grads, want_grads, strict=True):
+                assert torch.equal(got, same)
+                torch.testing.assert_close(got, grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_needs_no_collective(case):
+    answers = [found[case] for found in every_case(ddp, 2)]
+    expected, _ = train(model(), CASES[case])
+    assert any(metrics["clip/clipped"] for metrics, _ in expected)
+    check(answers, expected)
+    assert all(collectives == {0} for _, collectives in answers)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("world", "ignored"), [(2, False), (2, True), (4, False)])
+def test_fsdp2_needs_one_collective(case, world, ignored):
+    answers = [found[case] for found in every_case(fsdp2, world, ignored)]
+    expected, _ = train(model(), CASES[case])
+    check(answers, expected)
+    assert all(collectives == {COLLECTIVES.get(case, 1)} for _, collectives in answers)
+
+
+def one_step(rank, world):
+    """Norm and whole clipped gradients of one step, and those of all gradients in one place."""
+    net = model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    net(batch(0)).square().mean().backward()
+    full = [whole(p.grad) for p in net.parameters()]
+    exact = torch.cat([g.double().reshape(-1) for g in full]).norm()
+    record = GradientClipper(ClipByNorm(max_norm=0.01), net.named_parameters()).clip()
+    clipped = torch.cat([whole(p.grad).double().reshape(-1) for p in net.parameters()])
+    wanted = torch.cat([g.double().reshape(-1) for g in full]) * (0.01 / (exact + 1e-6))
+    return record.grad_norm, exact, clipped, wanted
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_equals_gathered_to_1e_6(world):
+    for norm, exact, clipped, wanted in run_on_ranks(one_step, world):
+        torch.testing.assert_close(norm, exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(clipped, wanted, rtol=1e-6, atol=1e-12)
+
+
+def faults(rank, world, fault):
+    """One odd step between ordinary ones; what each rank decided and the limits that followed."""
+    net = model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    policy = ZClip(warmup_steps=2, max_norm=None)
+    clipper = GradientClipper(policy, net.named_parameters())
+    limits = []
+    for step in (0, 1, 2, "odd", 3, 4):
+        net.zero_grad()
+        net(batch(0 if step == "odd" else step)).square().mean().backward()
+        if step == "odd" and rank == 1:
+            for parameter in net.parameters():
+                if fault == "no gradients":
+                    parameter.grad = None
+                elif parameter.grad.to_local().numel():
+                    parameter.grad.to_local().fill_(math.nan if fault == "nan" else math.inf)
+        if step == "odd" and fault == "none at all":
+            net.zero_grad()
+        record = clipper.clip()
+        if step == "odd":
+            odd = (bool(record.skipped), float(record.grad_norm))
+        else:
+            limits.append(float(record.limit))
+    return odd, limits
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "no gradients", "none at all"])
+def test_what_goes_wrong_on_one_rank_is_decided_by_all(fault):
+    answers = run_on_ranks(faults, 2, fault)
+    (skipped, norm), _ = answers[0]
+    assert repr(answers[0]) == repr(answers[1])
+    assert skipped == (fault in ("nan", "inf"))
+    assert math.isfinite(norm) == (not skipped)
+    if fault != "no gradients":  # a gradient on one rank alone is a real observation
+        clean = run_on_ranks(faults, 2, "none at all")
+        assert answers[0][1] == clean[0][1]
+
+
+def stages(rank, world):
+    """Each rank holds its own layer, as pipeline stages do."""
+    layer = model()[2 * rank]
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, rank + 1.0)
+    group = dist.new_group([0, 1])
+    clipper = GradientClipper(
+        ClipByNorm(max_norm=1.0), layer.named_parameters(), process_group=group
+    )
+    with pytest.raises(ConfigError, match=r"process_group is given .* scope 'global'"):
+        GradientClipper(
+            ClipByNorm(max_norm=1.0, scope="parameter"),
+            layer.named_parameters(),
+            process_group=group,
+        )
+    return clipper.clip().grad_norm
+
+
+def test_a_process_group_adds_the_parameters_of_other_ranks():
+    norms = run_on_ranks(stages, 2)
+    assert norms[0] == norms[1]
+    assert norms[0] == pytest.approx(math.sqrt(42 * 1 + 24 * 4), rel=1e-6)
+
+
+def drop_ins(rank, world):
+    net = model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    net(batch(0)).square().mean().backward()
+    wanted = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).full_tensor()
+    total = gradclip.get_total_norm([p.grad for p in net.parameters()])
+    norm = gradclip.clip_grad_norm_(net.parameters(), 0.1)
+    clipped = gradclip.get_total_norm([p.grad for p in net.parameters()])
+    gradclip.clip_grad_value_(net.parameters(), 0.01)
+    largest = gradclip.get_total_norm([p.grad for p in net.parameters()], math.inf)
+    return wanted, total, norm, clipped, largest
+
+
+def test_drop_ins_return_plain_tensors_of_the_whole_norm():
+    for wanted, total, norm, clipped, largest in run_on_ranks(drop_ins, 2):
+        assert not any(isinstance(x, DTensor) for x in (total, norm, clipped, largest))
+        torch.testing.assert_close(total, wanted, rtol=1e-5, atol=0)
+        assert torch.equal(total, norm)
+        assert clipped == pytest.approx(0.1, rel=1e-4)
+        assert largest == pytest.approx(0.01, rel=1e-6)
+
+
+def refused(rank, world):
+    policy = ClipByNorm(max_norm=1.0)
+    for original in (True, False):
+        flat = FullyShardedDataParallel(
+            model(), device_id=torch.device("cpu"), use_orig_params=original
+        )
+        with pytest.raises(LayoutError, match=r"belong to FullyShardedDataParallel \(FSDP1\)"):
+            GradientClipper(policy, flat.named_parameters())
+    net = model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    with pytest.raises(
+        LayoutError, match=r"Parameter '0.weight' is a DTensor .* the same mesh axis"
+    ):
+        GradientClipper(policy, net.named_parameters())
+
+
+def test_layouts_that_are_not_supported_are_refused_by_name():
+    run_on_ranks(refused, 4)
+
+
+def bitwise_after_resume(rank, world, folder):
+    def start():
+        net = model()
+        fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+        optimizer = optimizer_for(net)
+        policy = ZClip(warmup_steps=4, scope="parameter")
+        return net, optimizer, GradientClipper(policy, net.named_parameters(), optimizer)
+
+    def go(net, optimizer, clipper, steps):
+        limits = []
+        for step in steps:
+            optimizer.zero_grad()
+            net(batch(step)).square().mean().backward()
+            limits.append(float(clipper.clip().limit))
+            optimizer.step()
+        return limits
+
+    first, second = start(), start()
+    go(*first, range(6))
+    torch.save(first[2].state_dict(), f"{folder}/{rank}.pt")
+    second[0].load_state_dict(first[0].state_dict())
+    second[2].load_state_dict(torch.load(f"{folder}/{rank}.pt", weights_only=True))
+    assert go(*first, range(6, 20)) == go(*second, range(6, 20))
+
+
+def test_a_sharded_run_resumes_bitwise(tmp_path):
+    run_on_ranks(bitwise_after_resume, 2, str(tmp_path))

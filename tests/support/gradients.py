@@ -1,0 +1,63 @@
+"""Small models with chosen gradients."""
+
+import torch
+from torch import nn
+
+from gradclip import ClipByNorm, ClipByValue, SkipNonfinite, ZClip
+
+POLICIES = {
+    "norm": ClipByNorm(max_norm=1.0),
+    "norm_parameter": ClipByNorm(max_norm=0.5, scope="parameter"),
+    "norm_inf": ClipByNorm(max_norm=0.3, norm_type=float("inf")),
+    "norm_p3_group": ClipByNorm(max_norm=0.7, norm_type=3.0, scope="group"),
+    "value": ClipByValue(clip_value=0.2),
+    "zclip": ZClip(warmup_steps=4, max_norm=None, escape_after=6),
+    "zclip_capped": ZClip(warmup_steps=4, max_norm=2.0, variance="exact", sigma_floor=0.02),
+    "zclip_median": ZClip(warmup_steps=4, warmup="median", mode="percentile", max_norm=None),
+    "zclip_parameter": ZClip(warmup_steps=4, scope="parameter", clip_option="mean"),
+    "skip_nonfinite": SkipNonfinite(),
+}
+"""At least one of every policy type; a test checks that none is missing."""
+
+SHAPES = {"embed.weight": (6, 4), "layer.weight": (3, 4), "layer.bias": (3,), "scale": ()}
+
+
+def parameters(dtype=torch.float32):
+    return {name: nn.Parameter(torch.zeros(shape, dtype=dtype)) for name, shape in SHAPES.items()}
+
+
+def optimizer_for(params, cls=torch.optim.SGD, **options):
+    """Two parameter groups, the first of them named."""
+    values = list(params.values())
+    groups = [{"params": values[:2], "name": "matrices"}, {"params": values[2:]}]
+    return cls(groups, lr=0.1, **options)
+
+
+def fill(params, seed, size=1.0):
+    """Set every gradient to normal values, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in params.values():
+        value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * size
+        parameter.grad = value.to(parameter.dtype)
+
+
+def grads(params):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in params.items()}
+
+
+def assert_same_grads(left, right):
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        if value is None or right[name] is None:
+            assert value is right[name], name
+        else:
+            assert torch.equal(value, right[name]), name
+
+
+def flat(params):
+    """All gradients as one float64 vector."""
+    return torch.cat([p.grad.double().reshape(-1) for p in params.values() if p.grad is not None])
+
+
+SIZES = [1.0, 1.3, 0.8, 1.1, 0.9, 30.0, 1.2, 1.0, 9.0, 1.0, 1.1, 0.7]
+"""Gradient sizes of a short run with two spikes."""

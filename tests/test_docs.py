@@ -1,0 +1,64 @@
+"""Every code block a reader may copy is run."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import gradclip
+from gradclip.config import parse_mapping
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def blocks(language):
+    for page in sorted(PAGES):
+        found = re.findall(
+            rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
+        )
+        for index, code in enumerate(found):
+            yield pytest.param(code, id=f"{page.relative_to(ROOT)}-{index}")
+
+
+@pytest.mark.parametrize("code", list(blocks("python")))
+def test_python(code, monkeypatch, tmp_path):
+    for folder in ("configs", "examples"):
+        os.symlink(ROOT / folder, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+
+
+def sections(mapping):
+    """Every clip configuration in a YAML block, whatever it is nested in."""
+    if isinstance(mapping, dict):
+        if "policies" in mapping and "match" not in mapping:
+            yield mapping
+        for value in mapping.values():
+            yield from sections(value)
+    elif isinstance(mapping, list):
+        for value in mapping:
+            yield from sections(value)
+
+
+@pytest.mark.parametrize("text", list(blocks("yaml")))
+def test_yaml(text):
+    for section in sections(yaml.safe_load(text)):
+        parse_mapping(section)
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_public_name_is_mentioned():
+    text = "".join(page.read_text() for page in PAGES)
+    internal = {"ClipError", "load_yaml", "GroupConfig", "LogConfig"}
+    missing = [n for n in gradclip.__all__ if n not in text and n not in internal]
+    assert not missing
