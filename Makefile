@@ -14,7 +14,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup  ## Train a small GPT four times and compare: without clipping, fixed, ZClip, Accelerate.
-	$(BIN)/python examples/demo.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)
