@@ -42,6 +42,10 @@ class GradientClipper:
         layout: How parameters are laid out over ranks; found out from them if not given.
         kernel: "cpu", "accelerator" or "reference"; chosen by the device if not given.
 
+    Attributes:
+        config: The validated configuration.
+        last_record: What the last `clip` returned, also one made by `attach`; None before it.
+
     Raises:
         ConfigError: If the configuration isn't valid for these parameters.
         LayoutError: If the parameters are laid out in a way that isn't supported.
@@ -84,6 +88,7 @@ class GradientClipper:
         home = self._layout.devices[0]
         self._states = [rule.policy.init(len(rule.names), home) for rule in self._plan.rules]
         self._tally = Tally(home)
+        self.last_record: ClipRecord | None = None
 
     @torch.no_grad()
     def clip(self, *, grad_scale: Tensor | None = None) -> ClipRecord:
@@ -112,7 +117,8 @@ class GradientClipper:
         self._stop_if_asked(verdict)
         apply(verdict, grads.all, plan.parameters.values(), self._kernel, grad_scale)
         self._states = states
-        return self._record(norms[plan.recorded], verdict)
+        self.last_record = self._record(norms[plan.recorded], verdict)
+        return self.last_record
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Clip by itself before every `optimizer.step()`, also with a closure or a GradScaler.

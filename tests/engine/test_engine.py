@@ -266,6 +266,8 @@ class TestAttach:
         called, *_ = self.train("called")
         assert torch.equal(attached, called)
         assert clipper.state_dict()["counts"]["steps"] == 5
+        assert clipper.last_record is not None
+        assert clipper.last_record.clipped
 
     def test_removed(self):
         model = small_model()
