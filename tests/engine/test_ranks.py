@@ -195,6 +195,24 @@ def test_what_goes_wrong_on_one_rank_is_decided_by_all(fault):
         assert answers[0][1] == clean[0][1]
 
 
+def maximum(rank, world, bad):
+    net = model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    net(batch(0)).square().mean().backward()
+    if rank == world - 1:
+        net[0].weight.grad.to_local()[0, 0] = bad
+    policy = ClipByNorm(max_norm=1.0, norm_type=math.inf)
+    record = GradientClipper(policy, net.named_parameters()).clip()
+    return float(record.grad_norm), bool(record.skipped)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_maximum_over_ranks_keeps_what_is_not_finite(bad, world):
+    answers = run_on_ranks(maximum, world, bad)
+    assert {repr(answer) for answer in answers} == {repr((abs(bad), True))}
+
+
 def stages(rank, world):
     """Each rank holds its own layer, as pipeline stages do."""
     layer = model()[2 * rank]
