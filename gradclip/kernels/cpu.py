@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, compress
+from itertools import accumulate, chain, compress
 
 import torch
 from torch import Tensor
@@ -39,9 +39,9 @@ class CpuKernel:
             exact = [_exact(g, norm_type, f) for g, f in zip(grads, factors, strict=True)]
             return torch.tensor(exact, dtype=torch.float64)
         sums = [0.0] * len(grads)
-        flat = [grad for slot in grads for grad in slot]
+        flat = list(chain.from_iterable(grads))
         owners = [index for index, slot in enumerate(grads) for _ in slot]
-        sizes = [grad.numel() for grad in flat]
+        sizes = list(map(Tensor.numel, flat))
         if max(sizes, default=0) >= SMALL:
             small = [size < SMALL for size in sizes]
             for index, grad, is_small in zip(owners, flat, small, strict=True):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 __all__ = ["scale_slots_"]
+
+_dtype = attrgetter("dtype")
 
 
 def scale_slots_(slots: Iterable[tuple[list[Tensor], Tensor]]) -> None:
@@ -26,8 +29,10 @@ def scale_slots_(slots: Iterable[tuple[list[Tensor], Tensor]]) -> None:
             lone.append(slot[0])
             factors.append(coef.float())
             continue
-        double = [grad for grad in slot if grad.dtype is torch.float64]
-        single = [grad for grad in slot if grad.dtype is not torch.float64] if double else slot
+        single, double = slot, list[Tensor]()
+        if torch.float64 in map(_dtype, slot):
+            single = [grad for grad in slot if grad.dtype != torch.float64]
+            double = [grad for grad in slot if grad.dtype == torch.float64]
         if single:
             found_inf = torch.zeros((), dtype=torch.float32, device=coef.device)
             torch._amp_foreach_non_finite_check_and_unscale_(single, found_inf, coef.float())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from gradclip.errors import LayoutError
 from gradclip.types import Collected, Grads
 
 __all__ = ["LocalLayout"]
+
+_is_sparse = attrgetter("is_sparse")
 
 
 class LocalLayout:
@@ -51,7 +55,7 @@ class LocalLayout:
         Raises:
             LayoutError: If a gradient is sparse.
         """
-        if any(True in [g.is_sparse for g in slot] for slot in grads):
+        if any(map(_is_sparse, chain.from_iterable(grads))):
             msg = (
                 "A gradient is sparse, and clipping needs dense ones. Build the embedding with "
                 "sparse=False, or leave its parameters out of what is clipped."
