@@ -17,8 +17,10 @@ __all__ = ["CpuKernel"]
 # Elements per float32 partial norm. A row adds 64 values into each of 8 lanes, which bounds its
 # rounding error below 1e-6 for any values; whole tensors drift by 1e-2 at 1e8 elements.
 ROW = 512
-# Elements converted or concatenated at a time: temporaries stay at 1 MiB.
-BLOCK = 1 << 18
+# Half precision elements converted at a time: 2 MiB of float32; smaller blocks cost dispatch.
+BLOCK = 1 << 19
+# Elements concatenated, or taken in float64, at a time: temporaries stay at 1 MiB.
+BATCH = 1 << 17
 # Tensors with fewer elements are concatenated first: their cost is dispatch, not arithmetic.
 SMALL = 1 << 12
 # Float32 squares lose digits below this sum and overflow above; both are then done in float64.
@@ -52,7 +54,7 @@ class CpuKernel:
         ends = list(accumulate(sizes))
         start = 0
         while start < len(flat):
-            stop = bisect_right(ends, ends[start] - sizes[start] + BLOCK)
+            stop = bisect_right(ends, ends[start] - sizes[start] + BATCH)
             batch = slice(start, stop)
             _add_small(sums, flat[batch], owners[batch], sizes[batch], norm_type)
             start = stop
@@ -117,7 +119,7 @@ def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> flo
     """Sum of |factor * g|^p in float64, a block at a time."""
     total = 0.0
     for grad in slot:
-        for block in _flat(grad).split(BLOCK // 4):
+        for block in _flat(grad).split(BATCH // 2):
             wide = block.double() if factor == 1.0 else block.double() * factor
             total += wide.abs().pow_(norm_type).sum().item()
     return total
