@@ -1,11 +1,20 @@
 """A clipper in a plain PyTorch loop."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from support.gradients import assert_same_grads, fill, flat, grads, optimizer_for, parameters
+from support.gradients import (
+    NORM,
+    assert_same_grads,
+    backward,
+    fill,
+    flat,
+    grads,
+    optimizer_for,
+    parameters,
+    small_model,
+)
 from torch import nn
 
 from gradclip import (
@@ -19,19 +28,6 @@ from gradclip import (
     load_yaml,
 )
 from gradclip.layouts import LocalLayout
-
-NORM = ClipByNorm(max_norm=0.5)
-
-
-def small_model(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
-def backward(model, step=0, size=1.0):
-    generator = torch.Generator().manual_seed(step)
-    model.zero_grad()
-    (model(torch.randn(16, 4, generator=generator)).square().mean() * size).backward()
 
 
 class TestWhatIsClipped:
@@ -224,9 +220,9 @@ class TestWithholding:
         optimizer.step()
         for name, value in values.items():
             assert torch.equal(params[name], value)
-        for now, before in zip(optimizer.state.values(), state, strict=True):
+        for new, before in zip(optimizer.state.values(), state, strict=True):
             for key, value in before.items():
-                assert value is now[key] or torch.equal(now[key], value)
+                assert value is new[key] or torch.equal(new[key], value)
 
     def test_ignore_lets_the_step_through(self):
         params = parameters()
@@ -246,89 +242,6 @@ class TestWithholding:
         config = ClipConfig(policies=[NORM, SkipNonfinite()], on_nonfinite="ignore")
         assert GradientClipper(config, params.items()).clip().skipped
         assert all(p.grad is None for p in params.values())
-
-
-class TestAttach:
-    def train(self, clip, steps=5):
-        model = small_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
-        handle = clipper.attach(optimizer) if clip == "attached" else None
-        for step in range(steps):
-            backward(model, step, size=50)
-            if clip == "called":
-                clipper.clip()
-            optimizer.step()
-        return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), handle, clipper
-
-    def test_clips_before_each_step(self):
-        attached, _, clipper = self.train("attached")
-        called, *_ = self.train("called")
-        assert torch.equal(attached, called)
-        assert clipper.state_dict()["counts"]["steps"] == 5
-        assert clipper.last_record is not None
-        assert clipper.last_record.clipped
-
-    def test_removed(self):
-        model = small_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        handle = GradientClipper(NORM, model.named_parameters(), optimizer).attach(optimizer)
-        handle.remove()
-        backward(model, size=50)
-        before = flat(dict(model.named_parameters()))
-        optimizer.step()
-        assert torch.equal(flat(dict(model.named_parameters())), before)
-
-    @pytest.mark.parametrize("keyword", [True, False])
-    def test_a_closure_is_clipped_after_its_backward(self, keyword):
-        model, twin = small_model(), small_model()
-        results = []
-        for net, attached in ((model, True), (twin, False)):
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-            clipper = GradientClipper(NORM, net.named_parameters(), optimizer)
-            if attached:
-                clipper.attach(optimizer)
-
-            def closure(net=net, clipper=clipper, attached=attached):
-                backward(net, size=50)
-                if not attached:
-                    clipper.clip()
-                return torch.tensor(7.0)
-
-            loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
-            assert loss == 7.0
-            results.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]))
-        assert torch.equal(*results)
-
-    def test_a_foreign_optimizer_and_lbfgs_are_refused(self):
-        model = small_model()
-        clipper = GradientClipper(NORM, model.named_parameters())
-        with pytest.raises(ConfigError, match="shares no parameter with this clipper"):
-            clipper.attach(torch.optim.SGD(small_model().parameters(), lr=0.1))
-        with pytest.raises(ConfigError, match="LBFGS, which evaluates its closure several times"):
-            clipper.attach(torch.optim.LBFGS(model.parameters()))
-
-    @pytest.mark.parametrize("fused", [False, True])
-    @pytest.mark.parametrize("scale", [1.0, 1024.0])
-    def test_under_a_grad_scaler_limits_are_those_of_unscaled_gradients(self, fused, scale):
-        results = []
-        for loss_scale in (None, scale):
-            model = small_model()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-            clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
-            clipper.attach(optimizer)
-            scaler = torch.amp.GradScaler(
-                "cpu", init_scale=loss_scale or 1.0, enabled=loss_scale is not None
-            )
-            for step in range(4):
-                model.zero_grad()
-                generator = torch.Generator().manual_seed(step)
-                loss = model(torch.randn(16, 4, generator=generator)).square().mean() * 50
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-            results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
-        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
 class TestResume:
@@ -360,89 +273,6 @@ class TestResume:
         assert len(set(map(float, expected))) > 10
         for left, right in zip(first[0].parameters(), second[0].parameters(), strict=True):
             assert torch.equal(left, right)
-
-
-class TestZClip:
-    def limits(self, policy, norms):
-        parameter = nn.Parameter(torch.zeros(1))
-        clipper = GradientClipper(policy, [("p", parameter)])
-        records = []
-        for norm in norms:
-            parameter.grad = torch.tensor([norm])
-            records.append(clipper.clip())
-        return records
-
-    def steady(self, count, level=1.0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        return (level * torch.exp(0.1 * torch.randn(count, generator=generator))).tolist()
-
-    @pytest.mark.parametrize("factor", [2.0, 5.0, 0.2])
-    def test_a_lasting_change_of_level_is_followed(self, factor):
-        norms = self.steady(200) + self.steady(200, factor, seed=1)
-        policy = ZClip(max_norm=None)
-        after = self.limits(policy, norms)[200 + 30 :]
-        assert sum(bool(r.clipped) for r in after) < 20
-        if factor >= 2:
-            locked = self.limits(policy.model_copy(update={"escape_after": None}), norms)
-            assert all(r.clipped for r in locked[230:])
-
-    def test_rare_spikes_never_look_like_a_new_level(self):
-        norms = self.steady(1500)
-        spikes = range(30, 1500, 33)
-        for step in spikes:
-            norms[step] *= 40
-        records = self.limits(ZClip(max_norm=None), norms)
-        for step in spikes:
-            assert records[step].clipped
-            assert records[step].clipped_norm < 2.0
-
-    def test_a_spike_in_the_warmup_does_not_blind_a_median_start(self):
-        norms = self.steady(25)
-        norms[7] = 500.0
-        later = [*norms, 1.0, 1.1, 8.0]
-        assert not self.limits(ZClip(max_norm=None), later)[-1].clipped
-        assert self.limits(ZClip(max_norm=None, warmup="median"), later)[-1].clipped
-
-    def test_a_larger_spike_is_pulled_closer_to_the_mean(self):
-        records = [
-            self.limits(ZClip(max_norm=None), [*self.steady(25), x])[-1] for x in (2.0, 4.0, 16.0)
-        ]
-        assert all(r.clipped for r in records)
-        assert all(a.clipped_norm > b.clipped_norm for a, b in pairwise(records))
-
-    def test_exact_variance_is_the_exponentially_weighted_one(self):
-        norms = self.steady(60)
-        parameter = nn.Parameter(torch.zeros(1))
-        policy = ZClip(max_norm=None, variance="exact", z_threshold=100.0, decay=0.9)
-        clipper = GradientClipper(policy, [("p", parameter)])
-        for norm in norms:
-            parameter.grad = torch.tensor([norm])
-            clipper.clip()
-        values = torch.tensor(norms, dtype=torch.float32).double()
-        mean, var = values[:25].mean(), values[:25].var(correction=0)
-        for value in values[25:]:
-            second = 0.9 * (var + mean**2) + 0.1 * value**2
-            mean = 0.9 * mean + 0.1 * value
-            var = second - mean**2
-        state = clipper.state_dict()["policies"][0]["state"]
-        torch.testing.assert_close(state["mean"][0], mean, rtol=1e-9, atol=0)
-        torch.testing.assert_close(state["var"][0], var, rtol=1e-6, atol=0)
-
-    def test_fields_are_checked(self):
-        for field, value in (
-            ("decay", 1.0),
-            ("z_threshold", 0.0),
-            ("z_threshold", math.nan),
-            ("max_norm", -1.0),
-            ("max_norm", True),
-            ("warmup_steps", 1),
-            ("warmup_steps", 2.5),
-            ("escape_after", 0),
-            ("mode", "zcore"),
-            ("alpha", 0.9),
-        ):
-            with pytest.raises(ValueError, match=field):
-                ZClip(**{field: value})
 
 
 def test_a_yaml_path_a_mapping_and_a_policy_mean_the_same(tmp_path):

@@ -61,3 +61,17 @@ def flat(params):
 
 SIZES = [1.0, 1.3, 0.8, 1.1, 0.9, 30.0, 1.2, 1.0, 9.0, 1.0, 1.1, 0.7]
 """Gradient sizes of a short run with two spikes."""
+
+
+NORM = ClipByNorm(max_norm=0.5)
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def backward(model, step=0, size=1.0):
+    generator = torch.Generator().manual_seed(step)
+    model.zero_grad()
+    (model(torch.randn(16, 4, generator=generator)).square().mean() * size).backward()

@@ -1,0 +1,94 @@
+"""A clipper that is attached to an optimizer clips inside its step."""
+
+import pytest
+import torch
+from support.gradients import NORM, backward, flat, small_model
+
+from gradclip import ConfigError, GradientClipper
+
+
+def train(clip, steps=5):
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
+    handle = clipper.attach(optimizer) if clip == "attached" else None
+    for step in range(steps):
+        backward(model, step, size=50)
+        if clip == "called":
+            clipper.clip()
+        optimizer.step()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), handle, clipper
+
+
+def test_clips_before_each_step():
+    attached, _, clipper = train("attached")
+    called, *_ = train("called")
+    assert torch.equal(attached, called)
+    assert clipper.state_dict()["counts"]["steps"] == 5
+    assert clipper.last_record is not None
+    assert clipper.last_record.clipped
+
+
+def test_removed():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    handle = GradientClipper(NORM, model.named_parameters(), optimizer).attach(optimizer)
+    handle.remove()
+    backward(model, size=50)
+    before = flat(dict(model.named_parameters()))
+    optimizer.step()
+    assert torch.equal(flat(dict(model.named_parameters())), before)
+
+
+@pytest.mark.parametrize("keyword", [True, False])
+def test_a_closure_is_clipped_after_its_backward(keyword):
+    model, twin = small_model(), small_model()
+    results = []
+    for net, attached in ((model, True), (twin, False)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        clipper = GradientClipper(NORM, net.named_parameters(), optimizer)
+        if attached:
+            clipper.attach(optimizer)
+
+        def closure(net=net, clipper=clipper, attached=attached):
+            backward(net, size=50)
+            if not attached:
+                clipper.clip()
+            return torch.tensor(7.0)
+
+        loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+        assert loss == 7.0
+        results.append(torch.cat([p.detach().reshape(-1) for p in net.parameters()]))
+    assert torch.equal(*results)
+
+
+def test_a_foreign_optimizer_and_lbfgs_are_refused():
+    model = small_model()
+    clipper = GradientClipper(NORM, model.named_parameters())
+    with pytest.raises(ConfigError, match="shares no parameter with this clipper"):
+        clipper.attach(torch.optim.SGD(small_model().parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="LBFGS, which evaluates its closure several times"):
+        clipper.attach(torch.optim.LBFGS(model.parameters()))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_under_a_grad_scaler_limits_are_those_of_unscaled_gradients(fused, scale):
+    results = []
+    for loss_scale in (None, scale):
+        model = small_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
+        clipper.attach(optimizer)
+        scaler = torch.amp.GradScaler(
+            "cpu", init_scale=loss_scale or 1.0, enabled=loss_scale is not None
+        )
+        for step in range(4):
+            model.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            loss = model(torch.randn(16, 4, generator=generator)).square().mean() * 50
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
