@@ -92,3 +92,28 @@ def test_under_a_grad_scaler_limits_are_those_of_unscaled_gradients(fused, scale
             scaler.update()
         results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_under_a_grad_scaler_changes_nothing_and_the_scale_backs_off(fused):
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
+    clipper.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def step(size):
+        model.zero_grad()
+        loss = model(torch.ones(16, 4)).square().mean() * size
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(1e30)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert scaler.get_scale() == 2.0**119
+    assert all(s["step"] == 0 for s in optimizer.state.values())
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 1.0})
+    step(1.0)
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
