@@ -231,7 +231,7 @@ def _fields_beside(loc: Sequence[str | int], types: Mapping[str, type[BaseModel]
     """The keys allowed where a key was found."""
     named = [part for part in loc[:-1] if isinstance(part, str)]
     if named and named[-1] in types:
-        return list(types[named[-1]].model_fields)
+        return sorted(types[named[-1]].model_fields, key=lambda field: field != "type")
     model: type[BaseModel] = ClipConfig
     for part in named:
         annotation = model.model_fields[part].annotation
