@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from support.nets import uneven_net
 from support.ranks import run_on_ranks
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,15 +30,6 @@ CASES = {
 }
 COLLECTIVES = {"norm_inf": 1, "norm_p9": 2, "group": 1, "value": 2}
 WORLD_BATCH = 8
-
-
-def model():
-    """Sizes that cut unevenly over 2 and 4 ranks, one layer smaller than the number of ranks."""
-    generator = torch.Generator().manual_seed(1)
-    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 1))
-    for parameter in net.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
-    return net
 
 
 def batch(step):
@@ -76,7 +67,7 @@ def train(net, policies, rank=0, world=1, steps=5):
 
 def ddp(rank, world):
     return {
-        case: train(DistributedDataParallel(model()), policies, rank, world)
+        case: train(DistributedDataParallel(uneven_net(1)), policies, rank, world)
         for case, policies in CASES.items()
     }
 
@@ -86,7 +77,7 @@ def fsdp2(rank, world, ignored):
 
 
 def sharded(world, ignored):
-    net = model()
+    net = uneven_net(1)
     mesh = init_device_mesh("cpu", (world,))
     kept = {net[3].weight} if ignored else set()
     if kept:  # whole on every rank, and averaged as DDP would
@@ -122,7 +113,7 @@ def check(answers, expected):
 @pytest.mark.parametrize("case", CASES)
 def test_ddp_needs_no_collective(case):
     answers = [found[case] for found in every_case(ddp, 2)]
-    expected, _ = train(model(), CASES[case])
+    expected, _ = train(uneven_net(1), CASES[case])
     assert any(metrics["clip/clipped"] for metrics, _ in expected)
     check(answers, expected)
     assert all(collectives == {0} for _, collectives in answers)
@@ -132,14 +123,14 @@ def test_ddp_needs_no_collective(case):
 @pytest.mark.parametrize(("world", "ignored"), [(2, False), (2, True), (4, False)])
 def test_fsdp2_needs_one_collective(case, world, ignored):
     answers = [found[case] for found in every_case(fsdp2, world, ignored)]
-    expected, _ = train(model(), CASES[case])
+    expected, _ = train(uneven_net(1), CASES[case])
     check(answers, expected)
     assert all(collectives == {COLLECTIVES.get(case, 1)} for _, collectives in answers)
 
 
 def one_step(rank, world):
     """Norm and whole clipped gradients of one step, and those of all gradients in one place."""
-    net = model()
+    net = uneven_net(1)
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
     net(batch(0)).square().mean().backward()
     full = [whole(p.grad) for p in net.parameters()]
@@ -159,7 +150,7 @@ def test_sharded_equals_gathered_to_1e_6(world):
 
 def faults(rank, world, fault):
     """One odd step between ordinary ones; what each rank decided and the limits that followed."""
-    net = model()
+    net = uneven_net(1)
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
     policy = ZClip(warmup_steps=2, max_norm=None)
     clipper = GradientClipper(policy, net.named_parameters())
@@ -196,7 +187,7 @@ def test_what_goes_wrong_on_one_rank_is_decided_by_all(fault):
 
 
 def maximum(rank, world, bad):
-    net = model()
+    net = uneven_net(1)
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
     net(batch(0)).square().mean().backward()
     if rank == world - 1:
@@ -215,7 +206,7 @@ def test_a_maximum_over_ranks_keeps_what_is_not_finite(bad, world):
 
 def stages(rank, world):
     """Each rank holds its own layer, as pipeline stages do."""
-    layer = model()[2 * rank]
+    layer = uneven_net(1)[2 * rank]
     for parameter in layer.parameters():
         parameter.grad = torch.full_like(parameter, rank + 1.0)
     group = dist.new_group([0, 1])
@@ -238,7 +229,7 @@ def test_a_process_group_adds_the_parameters_of_other_ranks():
 
 
 def drop_ins(rank, world):
-    net = model()
+    net = uneven_net(1)
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
     net(batch(0)).square().mean().backward()
     wanted = torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).full_tensor()
@@ -263,11 +254,11 @@ def refused(rank, world):
     policy = ClipByNorm(max_norm=1.0)
     for original in (True, False):
         flat = FullyShardedDataParallel(
-            model(), device_id=torch.device("cpu"), use_orig_params=original
+            uneven_net(1), device_id=torch.device("cpu"), use_orig_params=original
         )
         with pytest.raises(LayoutError, match=r"belong to FullyShardedDataParallel \(FSDP1\)"):
             GradientClipper(policy, flat.named_parameters())
-    net = model()
+    net = uneven_net(1)
     fully_shard(net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     with pytest.raises(
         LayoutError, match=r"Parameter '0.weight' is a DTensor .* the same mesh axis"
@@ -281,7 +272,7 @@ def test_layouts_that_are_not_supported_are_refused_by_name():
 
 def bitwise_after_resume(rank, world, folder):
     def start():
-        net = model()
+        net = uneven_net(1)
         fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
         optimizer = optimizer_for(net)
         policy = ZClip(warmup_steps=4, scope="parameter")

@@ -1,13 +1,12 @@
 """Steps on one process: who clips, how often, and what a withheld step leaves behind."""
 
 import copy
-import logging
 import math
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from support.prepared import batch, grads_of, net, norm_of, prepared
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,43 +15,11 @@ from gradclip import (
     ClipByNorm,
     ClipByValue,
     ClipConfig,
-    ConfigError,
     GradientClipper,
     GroupConfig,
-    LayoutError,
     LogConfig,
     NonFiniteError,
-    ZClip,
 )
-
-
-def net(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def prepared(policy, *, optimizer=torch.optim.SGD, before=True, **kwargs):
-    accelerator = Accelerator(cpu=True, **kwargs)
-    clip = accelerate_clip.enable(accelerator, policy) if before else None
-    model = net()
-    model, opt = accelerator.prepare(model, optimizer(model.parameters(), lr=0.1))
-    clip = clip or accelerate_clip.enable(accelerator, policy)
-    return accelerator, clip, model, opt
-
-
-def batch(seed=0, size=6):
-    return torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def norm_of(grads):
-    return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
-
-
-def grads_of(model):
-    return [p.grad.clone() for p in model.parameters()]
 
 
 @pytest.fixture
@@ -278,24 +245,6 @@ def test_names_are_the_models_own_and_groups_match_them():
     assert set(clip.last_record.per_parameter) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
-def test_groups_need_the_model_before_its_optimizer():
-    accelerator = Accelerator(cpu=True)
-    groups = [GroupConfig(match="2.*", policies=[])]
-    config = ClipConfig(policies=[ClipByNorm(max_norm=9.0)], groups=groups)
-    accelerate_clip.enable(accelerator, config)
-    with pytest.raises(ConfigError, match="prepare the model before its optimizer"):
-        accelerator.prepare(torch.optim.SGD(net().parameters(), lr=0.1))
-
-
-def test_foreign_parameters_are_refused():
-    accelerator, _, _, _ = prepared(ClipByNorm(max_norm=1.0))
-    message = "got 4 parameters, none of which belongs to one of the 1 optimizers prepared"
-    with pytest.raises(ConfigError, match=message):
-        accelerator.clip_grad_norm_(net().parameters(), 1.0)
-    with pytest.raises(ConfigError, match=r"accelerator\.clip_grad_value_ got 4 parameters"):
-        accelerator.clip_grad_value_(net().parameters(), 1.0)
-
-
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("calls", [True, False], ids=["loop clips", "loop doesn't"])
 def test_a_withheld_step_changes_nothing_and_holds_the_schedule(optimizer, calls):
@@ -332,69 +281,6 @@ def test_raise_stops_with_the_gradients_as_they_were():
     with pytest.raises(NonFiniteError, match=r"0\.weight"):
         accelerator.clip_grad_norm_(model.parameters(), 0.3)
     assert all(map(torch.equal, raw, grads_of(model)))
-
-
-def test_enabling_twice_is_refused():
-    accelerator, _, _, _ = prepared(ZClip())
-    with pytest.raises(ConfigError, match="clipping is enabled on this Accelerator already"):
-        accelerate_clip.enable(accelerator, ZClip())
-
-
-def test_a_wrong_policy_is_refused_before_anything_is_changed():
-    accelerator = Accelerator(cpu=True)
-    with pytest.raises(ConfigError, match=r"policies\[0\]\.max_norm"):
-        accelerate_clip.enable(accelerator, {"policies": [{"type": "norm", "max_norm": -1.0}]})
-    assert accelerator.clip_grad_norm_.__func__ is Accelerator.clip_grad_norm_
-    accelerate_clip.enable(accelerator, ClipByNorm(max_norm=1.0))
-
-
-def test_lbfgs_is_refused():
-    with pytest.raises(ConfigError, match="LBFGS"):
-        prepared(ZClip(), optimizer=torch.optim.LBFGS)
-
-
-def test_a_refused_optimizer_leaves_the_others_without_hooks():
-    accelerator = Accelerator(cpu=True)
-    model = net()
-    good, bad = torch.optim.SGD(model.parameters(), 0.1), torch.optim.LBFGS(model.parameters())
-    model, good, bad = accelerator.prepare(model, good, bad)
-    with pytest.raises(ConfigError, match="LBFGS"):
-        accelerate_clip.enable(accelerator, ClipByNorm(max_norm=0.3))
-    accelerator.backward(model(batch()).square().mean())
-    raw = grads_of(model)
-    good.step()
-    assert all(map(torch.equal, raw, grads_of(model)))
-
-
-@pytest.mark.parametrize(
-    ("kind", "way_out"),
-    [
-        (DistributedType.DEEPSPEED, "Let DeepSpeed clip"),
-        (DistributedType.MEGATRON_LM, "Let Megatron-LM clip"),
-        (DistributedType.XLA, "Run without accelerate_clip"),
-    ],
-)
-def test_frameworks_that_step_by_themselves_are_refused(kind, way_out):
-    accelerator = Accelerator(cpu=True)
-    accelerator.state.distributed_type = kind
-    with pytest.raises(LayoutError, match=f"supported: one process, DDP, and FSDP2. {way_out}"):
-        accelerate_clip.enable(accelerator, ZClip())
-
-
-def test_lomo_is_refused():
-    accelerator = Accelerator(cpu=True)
-    accelerate_clip.enable(accelerator, ZClip())
-    accelerator.has_lomo_optimizer = True
-    with pytest.raises(ConfigError, match="update parameters during backward"):
-        accelerator.prepare(torch.optim.SGD(net().parameters(), lr=0.1))
-
-
-def test_processes_that_do_not_join_are_told(monkeypatch, caplog):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    accelerator = Accelerator(cpu=False)
-    caplog.set_level(logging.WARNING)
-    accelerate_clip.enable(accelerator, ZClip())
-    assert "2 processes were started, but Accelerate joins none" in caplog.text
 
 
 def test_free_memory_lets_go_of_the_old_optimizers(counted):

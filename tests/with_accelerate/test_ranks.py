@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
 from support.accelerate_cpu import joined, with_fsdp
+from support.nets import uneven_net
 from support.ranks import run_on_ranks
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 import accelerate_clip
@@ -17,14 +17,6 @@ from gradclip import ClipByNorm, LayoutError, ZClip
 
 POLICIES = [ZClip(warmup_steps=3, max_norm=20.0), ClipByNorm(max_norm=4.0)]
 STEPS = 12
-
-
-def net():
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 1))
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
-    return model
 
 
 def whole(tensor):
@@ -53,7 +45,7 @@ def train(accelerator, clip, model, opt, steps, calls=True):
 
 def prepare(accelerator, enable_after=False):
     clip = None if enable_after else accelerate_clip.enable(accelerator, POLICIES)
-    model = net()
+    model = uneven_net()
     model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.02))
     return clip or accelerate_clip.enable(accelerator, POLICIES), model, opt
 

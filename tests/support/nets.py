@@ -1,0 +1,18 @@
+"""Models whose weights depend on a seed alone, whatever else has used random numbers."""
+
+import torch
+from torch import nn
+
+
+def filled(model, seed):
+    """Set every parameter to normal values, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def uneven_net(seed=0):
+    """Sizes that cut unevenly over 2 and 4 ranks, one layer smaller than the number of ranks."""
+    layers = (nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 1))
+    return filled(nn.Sequential(*layers), seed)
