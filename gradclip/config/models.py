@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field
 
-from gradclip.policies import AnyPolicy, ClipByValue
+from gradclip.policies import AnyPolicy, ClipByValue, Policy
 from gradclip.policies.base import STRICT
 
 __all__ = ["ClipConfig", "GroupConfig", "LogConfig"]
+
+
+def _clamps_stand_last(policies: list[Policy]) -> list[Policy]:
+    if any(isinstance(policy, ClipByValue) for policy in policies[:-1]):
+        msg = (
+            "has 'value' before another policy; clamping elements changes norms in a way later "
+            "policies can't know. Move it to the end."
+        )
+        raise ValueError(msg)
+    return policies
+
+
+PolicyList = Annotated[list[AnyPolicy], AfterValidator(_clamps_stand_last)]
 
 
 class LogConfig(BaseModel):
@@ -30,7 +43,7 @@ class GroupConfig(BaseModel):
 
     match: Annotated[str, Field(min_length=1)]
     """Shell-style pattern on parameter names: `*` any text, `?` one character, `[ab]` a choice."""
-    policies: list[AnyPolicy]
+    policies: PolicyList
     """Their policies, in order; an empty list leaves them unclipped."""
 
 
@@ -44,7 +57,7 @@ class ClipConfig(BaseModel):
 
     model_config = STRICT
 
-    policies: Annotated[list[AnyPolicy], Field(min_length=1)]
+    policies: Annotated[PolicyList, Field(min_length=1)]
     """Applied in order, each to the gradients as those before it leave them."""
     on_nonfinite: Literal["skip", "raise", "ignore"] = "skip"
     """A NaN or infinite gradient: withhold the step, stop with an error, or let it pass."""
@@ -52,17 +65,3 @@ class ClipConfig(BaseModel):
     """First match wins; parameters that match none get `policies`."""
     log: LogConfig = LogConfig()
     """Logging."""
-
-    @model_validator(mode="after")
-    def _clamps_stand_last(self) -> ClipConfig:
-        chains = {"policies": self.policies}
-        chains |= {f"groups[{i}].policies": group.policies for i, group in enumerate(self.groups)}
-        for where, policies in chains.items():
-            for index, policy in enumerate(policies[:-1]):
-                if isinstance(policy, ClipByValue):
-                    msg = (
-                        f"{where}[{index}] is 'value' and not the last: clamping elements changes "
-                        "norms in a way later policies can't know. Move it to the end."
-                    )
-                    raise ValueError(msg)
-        return self

@@ -75,6 +75,14 @@ def test_a_fault_names_file_line_key_value_and_remedy(tmp_path, old, new, messag
         load_yaml(path)
 
 
+def test_a_clamp_that_is_not_the_last_names_its_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    clamp = "policies:\n  - {type: value, clip_value: 1.0}\n"
+    path.write_text(GOOD.replace("policies:\n", clamp))
+    with pytest.raises(ConfigError, match=r"run\.yaml, line 2: policies has 'value' before"):
+        load_yaml(path)
+
+
 def test_the_good_file_and_every_fault_of_a_bad_one(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(GOOD)

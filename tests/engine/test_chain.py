@@ -85,7 +85,7 @@ def test_zclip_under_a_ceiling_sees_norms_before_the_ceiling():
 
 
 def test_value_stands_last():
-    with pytest.raises(ConfigError, match=r"policies\[0\] is 'value' and not the last.*Move it"):
+    with pytest.raises(ConfigError, match=r"policies has 'value' before another policy; .*Move it"):
         GradientClipper(
             [ClipByValue(clip_value=1.0), ClipByNorm(max_norm=1.0)], parameters().items()
         )
