@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -17,11 +16,11 @@ from gradclip.config import ClipConfig, PolicyLike, as_config
 from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.hooks import clip_before_step
 from gradclip.kernels import KernelName, kernel_for
-from gradclip.layouts import detect
+from gradclip.layouts import Groups, detect, gathered, is_flat, local_part
 from gradclip.measure import measure
 from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
-from gradclip.scopes import Plan, build_plan, collect_parameters, group_names
+from gradclip.scopes import Plan, build_plan, collect_parameters, facts_of
 from gradclip.state import carry_over, pack, unpack
 from gradclip.types import Layout, Verdict
 
@@ -38,7 +37,11 @@ class GradientClipper:
             an optimizer, also which parameters to clip.
         optimizer: Whose parameters to clip, and whose parameter groups scope "group" means.
         process_group: One more group of ranks to reduce over, which hold other parameters of the
-            same model (pipeline stages, say).
+            same model (pipeline stages), or a mapping from patterns of parameter names to such
+            groups, first match first (`{"*.experts.*": expert_group}`); None in it, as for
+            what no pattern matches, says that every rank holds a copy, and the first of each
+            group one to count. For scopes other than "global" one name on several ranks means
+            one parameter, cut over them.
         layout: How parameters are laid out over ranks; found out from them if not given.
         kernel: "cpu", "accelerator" or "reference"; chosen by the device if not given.
 
@@ -66,7 +69,7 @@ class GradientClipper:
         named_parameters: Iterable[tuple[str, Parameter]] | None = None,
         optimizer: Optimizer | None = None,
         *,
-        process_group: ProcessGroup | None = None,
+        process_group: Groups | None = None,
         layout: Layout | None = None,
         kernel: KernelName | None = None,
     ) -> None:
@@ -156,21 +159,21 @@ class GradientClipper:
     def _lay_out(self) -> tuple[Layout, Plan]:
         parameters = collect_parameters(self._named, self._optimizer)
         layout = self._given_layout or detect(parameters, self._process_group)
-        groups = group_names(self._optimizer, parameters.values())
-        plan = build_plan(self.config, parameters, groups, layout.devices[0])
+        facts = gathered(facts_of(parameters, self._optimizer), self._process_group)
+        plan = build_plan(self.config, facts, parameters, layout.devices[0])
         scopes = {rule.policy.measured[0] for rule in plan.rules}
-        if self._process_group is not None and (len(plan.slots) > 1 or scopes != {"global"}):
-            msg = (
-                "process_group is given and the configuration cuts parameters into several slots "
-                f"({', '.join(map(repr, plan.slot_names[:3]))}), which ranks holding other "
-                "parameters don't share; allowed with it: scope 'global', no groups, and "
-                "log.per_parameter false. Use those, or leave process_group out."
-            )
-            raise ConfigError(msg)
         if "group" in scopes and self._optimizer is None:
             msg = (
                 "scope is 'group', and without an optimizer there are no parameter groups; "
                 "pass optimizer=..., or use scope 'global' or 'parameter'."
+            )
+            raise ConfigError(msg)
+        flat = [name for name, p in parameters.items() if is_flat(p)]
+        if flat and ("parameter" in scopes or self.config.log.per_parameter):
+            msg = (
+                f"A scope is 'parameter' or log.per_parameter is true, and {flat[0]!r} is a "
+                "FlatParameter of FSDP1, many parameters in one; allowed: scope 'global' or "
+                "'group'. Wrap with use_orig_params=True to tell parameters apart."
             )
             raise ConfigError(msg)
         return layout, plan
@@ -196,10 +199,11 @@ class GradientClipper:
     def _stop_if_asked(self, verdict: Verdict) -> None:
         if self.config.on_nonfinite != "raise" or bool(verdict.finite):
             return
-        bad: list[str] = []
-        for name, parameter in self._plan.parameters.items():
-            grads = self._layout.collect([[parameter]]).all[0]
-            bad += [name for grad in grads if not torch.isfinite(grad).all()]
+        bad = [
+            name
+            for name, parameter in self._plan.parameters.items()
+            if parameter.grad is not None and not local_part(parameter.grad).isfinite().all()
+        ]
         where = f"on this rank in {', '.join(bad[:5])}" if bad else "on another rank"
         if len(bad) > 5:
             where += f" and {len(bad) - 5} more"

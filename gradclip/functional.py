@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.kernels import kernel_for
-from gradclip.layouts import detect
+from gradclip.layouts import completed, detect
 from gradclip.measure import is_wide, measure
-from gradclip.types import Collected, Kernel
+from gradclip.types import Collected, Kernel, Layout
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"]
 
@@ -54,14 +54,16 @@ def clip_grad_norm_(
     if not limit >= 0:
         msg = f"max_norm is {max_norm!r}; it must be 0 or more (inf only measures)."
         raise ConfigError(msg)
-    grads = [p.grad for p in _listed(parameters) if p.grad is not None]
-    total, collected, kernel = _measure(grads, norm_type)
+    owners = _listed(parameters)
+    layout = detect({str(i): p for i, p in enumerate(owners)})
+    collected = layout.collect([owners])
+    total, kernel = _measure(collected, layout, norm_type, owners)
     if error_if_nonfinite:
         _refuse_nonfinite(total, norm_type)
-    if math.isfinite(limit) and grads:
+    if math.isfinite(limit):
         coef = (limit / (total + 1e-6)).clamp(max=1.0)
         kernel.scale_(collected.all, coef.unsqueeze(0))
-    return _rounded(total, grads)
+    return _rounded(total, owners)
 
 
 @torch.no_grad()
@@ -83,9 +85,9 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     if not limit >= 0:
         msg = f"clip_value is {clip_value!r}; it must be 0 or more."
         raise ConfigError(msg)
-    grads = [p.grad for p in _listed(parameters) if p.grad is not None]
-    layout = detect({str(i): grad for i, grad in enumerate(grads)})
-    kernel_for(layout.devices).clamp_(layout.take([grads]).all[0], limit)
+    owners = _listed(parameters)
+    layout = detect({str(i): p for i, p in enumerate(owners)})
+    kernel_for(layout.devices).clamp_(layout.collect([owners]).all[0], limit)
 
 
 @torch.no_grad()
@@ -111,8 +113,9 @@ def get_total_norm(
         NonFiniteError: If asked for; it is a RuntimeError, as in torch.
     """
     del foreach
-    listed = _listed(tensors)
-    total, *_ = _measure(listed, norm_type)
+    listed = [completed(tensor) for tensor in _listed(tensors)]
+    layout = detect({str(i): tensor for i, tensor in enumerate(listed)})
+    total, _ = _measure(layout.take([[(t, t) for t in listed]]), layout, norm_type, listed)
     if error_if_nonfinite:
         _refuse_nonfinite(total, norm_type)
     return _rounded(total, listed)
@@ -122,16 +125,16 @@ def _listed(tensors: Tensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
-def _measure(grads: list[Tensor], norm_type: float) -> tuple[Tensor, Collected, Kernel]:
+def _measure(
+    collected: Collected, layout: Layout, norm_type: float, owners: list[Tensor]
+) -> tuple[Tensor, Kernel]:
     p = float(norm_type)
     if not p > 0:
         msg = f"norm_type is {norm_type!r}; it must be above 0, or inf."
         raise ConfigError(msg)
-    layout = detect({str(i): grad for i, grad in enumerate(grads)})
-    collected = layout.take([[grad for grad in grads if grad.numel()]])
-    wide = {p: is_wide(p, {grad.dtype for grad in grads})}
+    wide = {p: is_wide(p, {owner.dtype for owner in owners})}
     kernel = kernel_for(layout.devices)
-    return measure(collected.counted, wide, layout, kernel)[p].squeeze(0), collected, kernel
+    return measure(collected.counted, wide, layout, kernel)[p].squeeze(0), kernel
 
 
 def _refuse_nonfinite(total: Tensor, norm_type: float) -> None:

@@ -16,9 +16,12 @@ from gradclip.errors import ConfigError
 from gradclip.measure import is_wide
 from gradclip.policies import NormPolicy, Policy, Rule
 
-__all__ = ["Plan", "build_plan", "collect_parameters", "group_names"]
+__all__ = ["Fact", "Plan", "build_plan", "collect_parameters", "facts_of"]
 
 _LEVELS = ("global", "group", "parameter")
+
+Fact = tuple[str, torch.dtype]
+"""A parameter's optimizer group, by name, and its dtype."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Plan:
     """Everything about a step that depends on the parameters and the configuration alone.
 
     Attributes:
-        parameters: By name, in a fixed order.
+        parameters: Those this rank holds, by name, in a fixed order.
         slots: The parameters of each measured slot: the coarsest cut that every policy's own
             slots can be put together from.
         slot_names: One name per measured slot.
@@ -86,8 +89,7 @@ def collect_parameters(
                 "[('decoder.' + n, p) for n, p in decoder.named_parameters()]."
             )
             raise ConfigError(msg)
-        if parameter.numel():
-            found[name] = parameter
+        found[name] = parameter
     if not found:
         msg = (
             "GradientClipper got no parameters: a generator may have been used up. Pass a new one."
@@ -96,31 +98,29 @@ def collect_parameters(
     return found
 
 
-def group_names(
-    optimizer: Optimizer | None, parameters: Iterable[Parameter]
-) -> dict[Parameter, str]:
-    """The name of each parameter's optimizer group: its `name`, else `group<i>`."""
-    if optimizer is None:
-        return dict.fromkeys(parameters, "group0")
-    return {
-        parameter: str(group.get("name", f"group{index}"))
-        for index, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-    }
+def facts_of(parameters: Mapping[str, Parameter], optimizer: Optimizer | None) -> dict[str, Fact]:
+    """What a plan needs to know of each parameter.
+
+    A parameter's optimizer group is named by its `name`, else `group<i>`.
+    """
+    groups: dict[Parameter, str] = {}
+    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
+        groups |= dict.fromkeys(group["params"], str(group.get("name", f"group{index}")))
+    return {name: (groups.get(p, "group0"), p.dtype) for name, p in parameters.items()}
 
 
 def build_plan(
     config: ClipConfig,
+    facts: Mapping[str, Fact],
     parameters: Mapping[str, Parameter],
-    groups: Mapping[Parameter, str],
     device: torch.device,
 ) -> Plan:
     """Cut parameters into slots and give every policy its own.
 
     Args:
         config: Policies, and other policies for some parameters.
-        parameters: By name, each once.
-        groups: Name of each parameter's optimizer group.
+        facts: What is known of every parameter, also of those that only other ranks hold.
+        parameters: Those that this rank holds, by name.
         device: Where decisions are made.
 
     Raises:
@@ -128,15 +128,16 @@ def build_plan(
     """
     chains = [config.policies, *(group.policies for group in config.groups)]
     policies = [policy for chain in chains for policy in chain]
-    chain_of = _match(config, parameters)
+    chain_of = _match(config, facts)
     depth = 2 if config.log.per_parameter else 0
     depth = max([depth, *(_LEVELS.index(policy.measured[0]) for policy in policies)])
 
     # A slot is named by its path: chain, optimizer group, parameter, as deep as needed.
     slots: dict[tuple[str, ...], list[Parameter]] = {}
-    for name, parameter in parameters.items():
-        path = (str(chain_of[name]), groups[parameter], name)
-        slots.setdefault(path[: depth + 1], []).append(parameter)
+    for name, (group, _) in facts.items():
+        slot = slots.setdefault((str(chain_of[name]), group, name)[: depth + 1], [])
+        if name in parameters:
+            slot.append(parameters[name])
     rules = [
         rule
         for index, chain in enumerate(chains)
@@ -145,7 +146,7 @@ def build_plan(
     ]
     recorded = next((p.norm_type for p in policies if isinstance(p, NormPolicy)), 2.0)
     needed = [p for policy in policies if (p := policy.measured[1]) is not None]
-    dtypes = {parameter.dtype for parameter in parameters.values()}
+    dtypes = {dtype for _, dtype in facts.values()}
     return Plan(
         parameters=parameters,
         slots=list(slots.values()),
@@ -155,14 +156,14 @@ def build_plan(
     )
 
 
-def _match(config: ClipConfig, parameters: Mapping[str, Parameter]) -> dict[str, int]:
+def _match(config: ClipConfig, names: Iterable[str]) -> dict[str, int]:
     """Which list of policies each parameter gets: 0 for the main one, else 1 + the group."""
-    chain_of = dict.fromkeys(parameters, 0)
+    chain_of = dict.fromkeys(names, 0)
     for index, group in reversed(list(enumerate(config.groups))):
-        matched = [name for name in parameters if fnmatch.fnmatchcase(name, group.match)]
+        matched = [name for name in chain_of if fnmatch.fnmatchcase(name, group.match)]
         if not matched:
-            near = difflib.get_close_matches(group.match, parameters, n=3, cutoff=0.3)
-            nearest = near or list(parameters)[:3]
+            near = difflib.get_close_matches(group.match, chain_of, n=3, cutoff=0.3)
+            nearest = near or list(chain_of)[:3]
             msg = (
                 f"groups[{index}].match is {group.match!r} and matches no parameter; "
                 f"nearest names: {', '.join(nearest)}. Correct the pattern or remove the group."

@@ -8,7 +8,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 __all__ = [
     "Collected",
@@ -106,8 +105,8 @@ class Layout(Protocol):
         """Where local gradients are; measures, decisions and records live on the first."""
         ...
 
-    def collect(self, slots: Sequence[Sequence[Parameter]]) -> Collected:
-        """Take the local gradients of this step, without a copy."""
+    def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
+        """Take the local part of `.grad` of each slot's parameters, without a copy."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:

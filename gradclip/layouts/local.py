@@ -10,21 +10,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Parameter
+from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
-from gradclip.types import Collected, Grads
+from gradclip.types import Collected
 
-__all__ = ["LocalLayout"]
+__all__ = ["LocalLayout", "Owned", "local_part"]
+
+Owned = Sequence[Sequence[tuple[Tensor, Tensor]]]
+"""For each slot its gradients, each after the parameter (or the tensor itself) it is of."""
 
 _is_sparse = attrgetter("is_sparse")
 
 
 class LocalLayout:
-    """Whole gradients, so no collective, unless a process group adds one axis."""
+    """Whole gradients, so no collective, unless groups are given whose ranks hold other parts."""
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], process_group: ProcessGroup | None = None
+        self, parameters: Mapping[str, Tensor], groups: Sequence[ProcessGroup] = ()
     ) -> None:
         complex_ = [name for name, p in parameters.items() if p.is_complex()]
         if complex_:
@@ -33,41 +36,44 @@ class LocalLayout:
                 "them as real tensors (torch.view_as_real), or leave them out of the optimizer."
             )
             raise LayoutError(msg)
-        self._groups: list[ProcessGroup] = [] if process_group is None else [process_group]
-        self._devices = tuple(dict.fromkeys(p.device for p in parameters.values()))
+        self._groups = list(groups)
+        parts = [local_part(p) for p in parameters.values()]
+        self._devices = tuple(dict.fromkeys(part.device for part in parts))
+        self._some_empty = not all(part.numel() for part in parts)
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """Where local gradients are; measures and decisions live on the first."""
         return self._devices or (torch.device("cpu"),)
 
-    def collect(self, slots: Sequence[Sequence[Parameter]]) -> Collected:
+    def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
         """Take `.grad` of each parameter that has one.
 
         Raises:
             LayoutError: If a gradient can't be measured; see `take`.
         """
-        return self.take([[g for p in slot if (g := p.grad) is not None] for slot in slots])
+        return self.take([[(p, g) for p in slot if (g := p.grad) is not None] for slot in slots])
 
-    def take(self, grads: Grads) -> Collected:
-        """Take the local part of gradients, without a copy.
+    def take(self, slots: Owned) -> Collected:
+        """Take the local part of gradients, given with whose they are, without a copy.
 
         Raises:
             LayoutError: If a gradient is sparse.
         """
-        if any(map(_is_sparse, chain.from_iterable(grads))):
+        held = [[grad for _, grad in slot] for slot in slots]
+        if any(map(_is_sparse, chain.from_iterable(held))):
             msg = (
                 "A gradient is sparse, and clipping needs dense ones. Build the embedding with "
                 "sparse=False, or leave its parameters out of what is clipped."
             )
             raise LayoutError(msg)
-        return Collected(all=grads, counted=grads)
+        if self._some_empty:
+            held = [[grad for grad in slot if grad.numel()] for slot in held]
+        return Collected(all=held, counted=held)
 
     def sum(self, values: Tensor) -> Tensor:
         """One all-reduce for each group of ranks that hold other parts; none if there is none."""
-        for group in self._groups:
-            dist.all_reduce(values, dist.ReduceOp.SUM, group)
-        return values
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
         """The largest over the same groups, reduced as integers.
@@ -78,6 +84,22 @@ class LocalLayout:
         if not self._groups:
             return values
         bits = values.abs().view(torch.int64)
+        return self._reduce(bits, dist.ReduceOp.MAX).view(torch.float64)
+
+    def _reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        home = values.device
         for group in self._groups:
-            dist.all_reduce(bits, dist.ReduceOp.MAX, group)
-        return bits.view(torch.float64)
+            values = values.to(_device_of(group, values.device))
+            dist.all_reduce(values, op, group)
+        return values.to(home)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _device_of(group: ProcessGroup, near: torch.device) -> torch.device:
+    """Where a group can reduce: here, else where it has a backend (shards offloaded to CPU)."""
+    kinds = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
+    return near if near.type in kinds else torch.device(kinds[0])

@@ -1,74 +1,84 @@
-"""DTensor parameters over one mesh axis: `fully_shard` (FSDP2)."""
+"""Parameters cut over ranks: FSDP, tensor, expert and pipeline parallel, alone and together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
-from gradclip.layouts.local import LocalLayout
-from gradclip.types import Collected, Grads
+from gradclip.layouts.geometry import Axis, Cut, counts
+from gradclip.layouts.local import LocalLayout, Owned
+from gradclip.layouts.partial import PartialSums
+from gradclip.types import Collected
 
 __all__ = ["ShardedLayout"]
 
 
 class ShardedLayout(LocalLayout):
-    """Each rank holds a slice of the sharded parameters and all of the others.
+    """Each rank holds parts of some parameters and all of others.
 
-    A sharded gradient is counted by every rank, each its own slice; a whole one (an ignored or a
-    replicated parameter) by the first rank of the axis alone. Then one sum over the axis is the
-    sum over every element, and the same bits on every rank.
+    Each gradient element is counted by one rank alone, so one sum over the axes is the sum over
+    every element, and the same bits on every rank.
+
+    Args:
+        parameters: Every parameter by name, in the same order on every rank.
+        cuts: How each of them lies over ranks, by name.
+        axes: The axes to sum over (`gradclip.layouts.geometry.reduction_axes`).
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], process_group: ProcessGroup | None = None
+        self, parameters: Mapping[str, Tensor], cuts: Mapping[str, Cut], axes: Sequence[Axis]
     ) -> None:
-        super().__init__(parameters, process_group)
-        sharded = {name: p for name, p in parameters.items() if isinstance(p, DTensor)}
-        first = next(iter(sharded.values()))
-        mesh = first.device_mesh
-        for name, p in sharded.items():
-            if p.device_mesh != mesh or mesh.ndim != 1:
-                msg = (
-                    f"Parameter {name!r} is a DTensor over {p.device_mesh}, placed "
-                    f"{p.placements}; supported: every DTensor over one and the same mesh axis. "
-                    "Shard the whole model with fully_shard over a one-dimensional mesh."
-                )
-                raise LayoutError(msg)
-        local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters.values())
-        self._devices = tuple(dict.fromkeys(p.device for p in local))
-        self._groups.insert(0, mesh.get_group())
-        self._leads = mesh.get_local_rank() == 0
+        super().__init__(parameters, _groups(axes))
+        rank = dist.get_rank()
+        self._names = {p: name for name, p in parameters.items()}
+        self._counted = {p for name, p in parameters.items() if counts(cuts[name], axes, rank)}
+        self._partial = PartialSums(parameters)
 
-    def take(self, grads: Grads) -> Collected:
-        """Take the local shard of each gradient, without a copy.
+    def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
+        """Take the local part of `.grad` of each parameter; partial sums are reduced first.
 
         Raises:
-            LayoutError: If a gradient is sparse, or still waits for its reduction (Partial).
+            LayoutError: If a gradient can't be measured; see `take`.
         """
-        whole = super().take(grads).all
-        shards = [[(g, part) for g in slot if (part := _shard(g)).numel()] for slot in whole]
-        held = [[part for _, part in slot] for slot in shards]
-        if self._leads:
-            return Collected(all=held, counted=held)
-        split = [[part for g, part in slot if _is_split(g)] for slot in shards]
-        return Collected(all=held, counted=split)
+        self._partial.reduce()
+        return super().collect(slots)
 
+    def take(self, slots: Owned) -> Collected:
+        """Take the local part of gradients, given with whose they are, without a copy.
 
-def _is_split(grad: Tensor) -> bool:
-    return isinstance(grad, DTensor) and isinstance(grad.placements[0], Shard)
+        Raises:
+            LayoutError: If a gradient is sparse, or lies over ranks as its parameter doesn't.
+        """
+        parts = [
+            [(p, part) for p, g in slot if (part := self._part(p, g)).numel()] for slot in slots
+        ]
+        held = super().take(parts).all
+        counted = [[part for p, part in slot if p in self._counted] for slot in parts]
+        return Collected(all=held, counted=counted)
 
-
-def _shard(grad: Tensor) -> Tensor:
-    if not isinstance(grad, DTensor):
-        return grad
-    if grad.placements[0].is_partial():
+    def _part(self, owner: Tensor, grad: Tensor) -> Tensor:
+        if not isinstance(grad, DTensor):
+            return grad
+        if isinstance(owner, DTensor) and grad.placements == owner.placements:
+            return grad.to_local()
         msg = (
-            f"A gradient is a DTensor placed {grad.placements}: a partial sum that no collective "
-            "has reduced yet. Redistribute it before clipping, or let fully_shard reduce it."
+            f"The gradient of {self._names[owner]!r} is a DTensor placed {grad.placements}, its "
+            f"parameter is placed {getattr(owner, 'placements', 'on no mesh')}; supported: both "
+            "alike, or a gradient that is Partial where its parameter is Replicate on every "
+            "axis. Call grad.redistribute(placements=parameter.placements) after backward."
         )
         raise LayoutError(msg)
-    return grad.to_local()
+
+
+def _groups(axes: Sequence[Axis]) -> list[ProcessGroup]:
+    """Axes that together hold every rank are summed over at once."""
+    whole = math.prod(len(axis.ranks) for axis in axes) == dist.get_world_size()
+    if len(axes) > 1 and whole and dist.group.WORLD is not None:
+        return [dist.group.WORLD]
+    return [axis.group for axis in axes]

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import gradclip
-from gradclip import ClipByNorm, ClipByValue, ConfigError, GradientClipper, LayoutError, ZClip
+from gradclip import ClipByNorm, ClipByValue, GradientClipper, ZClip
 
 CASES = {
     "norm": [ClipByNorm(max_norm=0.5)],
@@ -204,30 +204,6 @@ def test_a_maximum_over_ranks_keeps_what_is_not_finite(bad, world):
     assert {repr(answer) for answer in answers} == {repr((abs(bad), True))}
 
 
-def stages(rank, world):
-    """Each rank holds its own layer, as pipeline stages do."""
-    layer = uneven_net(1)[2 * rank]
-    for parameter in layer.parameters():
-        parameter.grad = torch.full_like(parameter, rank + 1.0)
-    group = dist.new_group([0, 1])
-    clipper = GradientClipper(
-        ClipByNorm(max_norm=1.0), layer.named_parameters(), process_group=group
-    )
-    with pytest.raises(ConfigError, match=r"process_group is given .* scope 'global'"):
-        GradientClipper(
-            ClipByNorm(max_norm=1.0, scope="parameter"),
-            layer.named_parameters(),
-            process_group=group,
-        )
-    return clipper.clip().grad_norm
-
-
-def test_a_process_group_adds_the_parameters_of_other_ranks():
-    norms = run_on_ranks(stages, 2)
-    assert norms[0] == norms[1]
-    assert norms[0] == pytest.approx(math.sqrt(42 * 1 + 24 * 4), rel=1e-6)
-
-
 def drop_ins(rank, world):
     net = uneven_net(1)
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
@@ -248,26 +224,6 @@ def test_drop_ins_return_plain_tensors_of_the_whole_norm():
         assert torch.equal(total, norm)
         assert clipped == pytest.approx(0.1, rel=1e-4)
         assert largest == pytest.approx(0.01, rel=1e-6)
-
-
-def refused(rank, world):
-    policy = ClipByNorm(max_norm=1.0)
-    for original in (True, False):
-        flat = FullyShardedDataParallel(
-            uneven_net(1), device_id=torch.device("cpu"), use_orig_params=original
-        )
-        with pytest.raises(LayoutError, match=r"belong to FullyShardedDataParallel \(FSDP1\)"):
-            GradientClipper(policy, flat.named_parameters())
-    net = uneven_net(1)
-    fully_shard(net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    with pytest.raises(
-        LayoutError, match=r"Parameter '0.weight' is a DTensor .* the same mesh axis"
-    ):
-        GradientClipper(policy, net.named_parameters())
-
-
-def test_layouts_that_are_not_supported_are_refused_by_name():
-    run_on_ranks(refused, 4)
 
 
 def bitwise_after_resume(rank, world, folder):

@@ -1,0 +1,329 @@
+"""One small network under every parallel layout, with real gradients of one and the same batch."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+CPU = torch.device("cpu")
+BATCH = 8
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 24)
+        self.down = nn.Linear(24, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def network(head=True):
+    """Blocks and a head of 3 rows, which leave the last of 4 ranks without a shard."""
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block(), *([nn.Linear(8, 3)] if head else []))
+
+
+def batch():
+    return torch.randn(BATCH, 8, generator=torch.Generator().manual_seed(7)) * 3
+
+
+def share(rank, world):
+    return batch()[rank * BATCH // world : (rank + 1) * BATCH // world]
+
+
+def loss(output):
+    return output.square().mean()
+
+
+def alone():
+    """The gradients of the whole batch in one process."""
+    net = network()
+    loss(net(batch())).backward()
+    return {name: p.grad.double() for name, p in net.named_parameters()}
+
+
+@dataclass
+class Cell:
+    """A model cut in some way, after backward.
+
+    Attributes:
+        named: The parameters this rank holds.
+        whole: Gathers every gradient, named as in one process where that makes sense.
+        options: What the clipper has to be told.
+        sums: Axes to sum over, in separate messages.
+        partial: Messages that complete partial sums.
+    """
+
+    named: list
+    whole: Callable[[], dict] = None
+    options: dict = field(default_factory=dict)
+    sums: int = 1
+    partial: int = 0
+
+    def __post_init__(self):
+        self.whole = self.whole or (lambda: {name: full(p.grad) for name, p in self.named})
+
+
+def full(grad):
+    return (
+        None
+        if grad is None
+        else (grad.full_tensor() if isinstance(grad, DTensor) else grad).double()
+    )
+
+
+def gathered(named, group):
+    """Gradients that differ over a group under one name are one parameter cut over it."""
+    mine = {name: full(p.grad) for name, p in named}
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group)
+    names = dict.fromkeys(name for one in found for name in one)
+    return {
+        name: torch.cat([one[name].reshape(-1) for one in found if name in one]) for name in names
+    }
+
+
+def ddp(rank, world):
+    net = network()
+    wrapped = DistributedDataParallel(net)
+    loss(wrapped(share(rank, world))).backward()
+    return Cell(list(net.named_parameters()), sums=0)
+
+
+def fsdp1(rank, world, strategy="FULL_SHARD", orig=True, ignored=False, mixed=False):
+    net = network()
+    if mixed:
+        net[1].bfloat16()
+        net[1].register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
+        net[1].register_forward_hook(lambda *args: args[-1].float())
+    options = {"device_id": CPU, "use_orig_params": orig}
+    options["sharding_strategy"] = ShardingStrategy[strategy]
+    if "HYBRID" in strategy:
+        options["device_mesh"] = init_device_mesh("cpu", (2, world // 2))
+    if ignored:
+        options["ignored_states"] = [net[2].weight]
+        net[2].weight.register_hook(functools.partial(average, world=world))
+    for index in (0, 1):
+        net[index] = FullyShardedDataParallel(net[index], **options)
+    wrapped = FullyShardedDataParallel(net, **options)
+    loss(wrapped(share(rank, world))).backward()
+    named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in wrapped.named_parameters()]
+
+    def whole():
+        if orig:
+            with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+                return {name: p.grad.double().clone() for name, p in named}
+        split = {
+            module._handle.flat_param: module.process_group
+            for module in FullyShardedDataParallel.fsdp_modules(wrapped)
+            if module._handle.uses_sharded_strategy
+        }
+        return {
+            name: gathered([(name, p)], split[p])[name] if p in split else p.grad.double().clone()
+            for name, p in named
+        }
+
+    return Cell(named, whole, sums=0 if strategy == "NO_SHARD" else 1)
+
+
+def average(grad, world):
+    grad = grad.clone()
+    dist.all_reduce(grad)
+    return grad / world
+
+
+def fsdp2(rank, world, hybrid=False, ignored=False):
+    names = ("replicate", "shard")
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=names) if hybrid else None
+    mesh = mesh or init_device_mesh("cpu", (world,))
+    net = network()
+    kept = {net[2].weight} if ignored else set()
+    for p in kept:
+        p.register_hook(functools.partial(average, world=world))
+    for module in (net[0], net[1], net):
+        fully_shard(module, mesh=mesh, ignored_params=kept)
+    loss(net(share(rank, world))).backward()
+    return Cell(list(net.named_parameters()))
+
+
+PLAN = {
+    f"{i}.{name}": style
+    for i in (0, 1)
+    for name, style in (("up", ColwiseParallel()), ("down", RowwiseParallel()))
+}
+
+
+def tp(rank, world):
+    net = parallelize_module(network(), init_device_mesh("cpu", (world,)), PLAN)
+    loss(net(batch())).backward()
+    return Cell(list(net.named_parameters()))
+
+
+def sequence(rank, world):
+    """Tensor parallel with norms over a cut batch: their gradients are partial sums."""
+    plan = {}
+    for i in (0, 1):
+        plan[f"{i}.norm"] = SequenceParallel(sequence_dim=0)
+        plan[f"{i}.up"] = ColwiseParallel(input_layouts=Shard(0))
+        plan[f"{i}.down"] = RowwiseParallel(output_layouts=Shard(0))
+    net = parallelize_module(network(head=False), init_device_mesh("cpu", (world,)), plan)
+    net(share(rank, world)).square().sum().div(BATCH * 8).backward()
+    assert net[0].norm.weight.grad.placements[0].is_partial()
+    return Cell(list(net.named_parameters()), partial=1)
+
+
+def partial(rank, world):
+    """One replicated weight whose gradient is a partial sum, by hand."""
+    mesh = init_device_mesh("cpu", (world,))
+    net = network()
+    weight = nn.Parameter(distribute_tensor(net[2].weight.detach(), mesh, [Replicate()]))
+    x = DTensor.from_local(share(rank, world), mesh, [Shard(0)])
+    loss(x @ weight.T).backward()
+    assert weight.grad.placements[0].is_partial()
+    return Cell([("weight", weight)], sums=0, partial=1)
+
+
+def fsdp2_tp(rank, world):
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    net = parallelize_module(network(), mesh["tp"], PLAN)
+    for module in (net[0], net[1], net):
+        fully_shard(module, mesh=mesh["dp"])
+    loss(net(share(mesh["dp"].get_local_rank(), world // 2))).backward()
+    return Cell(list(net.named_parameters()))
+
+
+class Experts(nn.Module):
+    """Dense and router, the same on every rank, and an expert that each `ep` rank has its own."""
+
+    def __init__(self, ep):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = nn.Linear(8, 8)
+        self.router = nn.Linear(8, 2)
+        torch.manual_seed(10 + ep)
+        self.expert = nn.Linear(8, 6, bias=False)
+
+    def forward(self, x):
+        return self.expert(torch.relu(self.dense(x))) + self.router(x).sum(-1, keepdim=True)
+
+
+def ep(rank, world, idle=False):
+    """Experts over one mesh, the dense part over another, the router whole."""
+    experts = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("edp", "ep"))
+    net = Experts(experts["ep"].get_local_rank())
+    router = set(net.router.parameters())
+    for p in router:
+        p.register_hook(functools.partial(average, world=world))
+    fully_shard(net.expert, mesh=experts["edp"])
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)), ignored_params=router)
+    loss(net(share(rank, world))).backward()
+    named = list(net.named_parameters())
+
+    def whole():
+        return {
+            name: gathered([(name, p)], experts["ep"].get_group())[name]
+            if name == "expert.weight"
+            else full(p.grad)
+            for name, p in named
+        }
+
+    return Cell(named, whole)
+
+
+def ep_plain(rank, world):
+    """Experts without a mark: the user names their group."""
+    groups = [dist.new_group([i, i + world // 2]) for i in range(world // 2)]
+    group = groups[rank % (world // 2)]
+    net = Experts(dist.get_rank(group))
+    loss(net(share(0, 1))).backward()
+    for p in [*net.dense.parameters(), *net.router.parameters()]:
+        p.grad = average(p.grad, world)
+    named = list(net.named_parameters())
+
+    def whole():
+        return {
+            name: gathered([(name, p)], group)[name] if "expert" in name else full(p.grad)
+            for name, p in named
+        }
+
+    return Cell(named, whole, {"process_group": {"expert.*": group}})
+
+
+def pp(rank, world, chunks=1):
+    """Pipeline stages, one or more of them on each rank."""
+    torch.manual_seed(0)
+    stages = world * chunks
+    parts = [nn.Sequential(Block(), Block()) for _ in range(stages)]
+    mine = [rank + world * chunk for chunk in range(chunks)]
+    built = [PipelineStage(parts[i], i, stages, CPU) for i in mine]
+    if chunks == 1:
+        schedule = ScheduleGPipe(built[0], n_microbatches=4, loss_fn=lambda y, _: loss(y))
+    else:
+        schedule = ScheduleInterleaved1F1B(built, n_microbatches=4, loss_fn=lambda y, _: loss(y))
+    inputs = (batch(),) if rank == 0 else ()
+    target = {"target": batch()} if mine[-1] == stages - 1 else {}
+    schedule.step(*inputs, **target)
+    named = [(f"{i}.{name}", p) for i in mine for name, p in parts[i].named_parameters()]
+    return Cell(
+        named, lambda: gathered(named, dist.group.WORLD), {"process_group": dist.group.WORLD}
+    )
+
+
+def pp_fsdp2(rank, world):
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("pp", "dp"))
+    stage, group = mesh["pp"].get_local_rank(), mesh["pp"].get_group()
+    torch.manual_seed(0)
+    part = [Block(), nn.Sequential(Block(), nn.Linear(8, 3))][stage]
+    fully_shard(part, mesh=mesh["dp"])
+    loss(part(share(mesh["dp"].get_local_rank(), world // 2))).backward()
+    named = [(f"{stage}.{name}", p) for name, p in part.named_parameters()]
+    return Cell(named, lambda: gathered(named, group), {"process_group": group})
+
+
+CELLS = {
+    "DDP": (ddp, {}, (2, 4)),
+    "FSDP1": (fsdp1, {}, (2, 4)),
+    "FSDP1 flat": (fsdp1, {"orig": False}, (2, 4)),
+    "FSDP1 SHARD_GRAD_OP": (fsdp1, {"strategy": "SHARD_GRAD_OP"}, (2,)),
+    "FSDP1 NO_SHARD": (fsdp1, {"strategy": "NO_SHARD"}, (2, 4)),
+    "FSDP1 NO_SHARD flat": (fsdp1, {"strategy": "NO_SHARD", "orig": False}, (2,)),
+    "FSDP1 HYBRID_SHARD": (fsdp1, {"strategy": "HYBRID_SHARD"}, (4,)),
+    "FSDP1 HYBRID_SHARD flat": (fsdp1, {"strategy": "HYBRID_SHARD", "orig": False}, (4,)),
+    "FSDP1 ignored": (fsdp1, {"ignored": True}, (2, 4)),
+    "FSDP1 mixed dtypes": (fsdp1, {"mixed": True}, (2,)),
+    "FSDP2": (fsdp2, {}, (2, 4)),
+    "FSDP2 ignored": (fsdp2, {"ignored": True}, (2, 4)),
+    "HSDP": (fsdp2, {"hybrid": True}, (4,)),
+    "TP": (tp, {}, (2, 4)),
+    "TP + sequence parallel": (sequence, {}, (2, 4)),
+    "partial sum": (partial, {}, (2, 4)),
+    "FSDP2 x TP": (fsdp2_tp, {}, (4,)),
+    "EP": (ep, {}, (4,)),
+    "EP, named group": (ep_plain, {}, (2, 4)),
+    "PP": (pp, {}, (2, 4)),
+    "PP, 2 stages a rank": (pp, {"chunks": 2}, (2,)),
+    "PP x FSDP2": (pp_fsdp2, {}, (4,)),
+}
+"""Every layout: how it is built, and at how many ranks."""
+
+
+def build(name, rank, world) -> Cell:
+    make, options, _ = CELLS[name]
+    return make(rank, world, **options)
