@@ -12,11 +12,15 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.geometry import Axis, Cut
 
 __all__ = ["flat_cuts", "is_flat", "is_flattened"]
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Cuts found so far, so that the drop-ins don't look again on every step."""
 
 
 def is_flattened(parameter: Tensor) -> bool:
@@ -33,19 +37,14 @@ def flat_cuts(flattened: Mapping[str, Tensor]) -> dict[str, Cut]:
     """How the parameters of FSDP1 lie over ranks.
 
     Raises:
-        LayoutError: If one of them belongs to no live FSDP module, or FSDP1 shards what tensor
-            parallelism has cut before.
+        LayoutError: If one of them belongs to no live FSDP module.
     """
-    cuts: dict[Tensor, Cut] = {}
-    for handle in gc.get_objects():
-        if type(handle) is FlatParamHandle:
-            flat = handle.flat_param
-            cut = Cut()
-            if handle.uses_sharded_strategy:
-                ranks = tuple(dist.get_process_group_ranks(handle.process_group))
-                cut = Cut(split=(Axis(ranks, handle.process_group),))
-            cuts.update(dict.fromkeys(flat._params or [flat], cut))
-    lost = [name for name, p in flattened.items() if p not in cuts]
+    if any(p not in _known for p in flattened.values()):
+        for handle in gc.get_objects():
+            if type(handle) is FlatParamHandle:
+                for p in handle.flat_param._params or [handle.flat_param]:
+                    _known[p] = _cut_by(handle)
+    lost = [name for name, p in flattened.items() if p not in _known]
     if lost:
         msg = (
             f"Parameters {lost[:3]} belong to FullyShardedDataParallel (FSDP1), and no live FSDP "
@@ -54,4 +53,11 @@ def flat_cuts(flattened: Mapping[str, Tensor]) -> dict[str, Cut]:
             "wrapped model's parameters, after wrapping."
         )
         raise LayoutError(msg)
-    return {name: cuts[p] for name, p in flattened.items()}
+    return {name: _known[p] for name, p in flattened.items()}
+
+
+def _cut_by(handle: FlatParamHandle) -> Cut:
+    if not handle.uses_sharded_strategy:
+        return Cut()
+    group = handle.process_group
+    return Cut(split=(Axis(tuple(dist.get_process_group_ranks(group)), group),))

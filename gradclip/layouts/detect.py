@@ -1,0 +1,157 @@
+"""From parameters to their layout: found out from the tensors, and from groups the user names."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+
+from gradclip.errors import LayoutError
+from gradclip.layouts.flat import flat_cuts, is_flattened
+from gradclip.layouts.geometry import Axis, Cut, reduction_axes
+from gradclip.layouts.local import LocalLayout
+from gradclip.layouts.sharded import ShardedLayout
+
+__all__ = ["Groups", "detect", "gathered"]
+
+Groups = ProcessGroup | Mapping[str, ProcessGroup | None]
+"""Which ranks hold other parameters: a group for all, or by pattern of the parameter's name."""
+
+Fact = TypeVar("Fact")
+
+
+def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> LocalLayout:
+    """Find out from the parameters themselves how they are laid out.
+
+    Args:
+        parameters: Every parameter by name, in the same order on every rank.
+        groups: A group whose ranks hold other parameters of the same model, or one for each
+            pattern of names, first match first; None, as for what no pattern matches, says that
+            every rank holds the same.
+
+    Raises:
+        LayoutError: If a parameter is laid out in a way that isn't supported, or the first rank
+            of a group lacks copies that others have.
+    """
+    partitioned = [name for name, p in parameters.items() if hasattr(p, "ds_id")]
+    if partitioned:
+        msg = (
+            f"Parameters {partitioned[:3]} are partitioned by DeepSpeed, which keeps their "
+            "gradients to itself; supported: one process, DDP, and fully_shard (FSDP2). "
+            "Let DeepSpeed clip ('gradient_clipping' in its config), or use FSDP2."
+        )
+        raise LayoutError(msg)
+    cuts = _cuts(parameters)
+    if groups is None:
+        _warn_of_forgotten_axes(parameters, cuts.values())
+    else:
+        named = {name: _group_of(name, groups) for name in parameters}
+        _check_copies(parameters, named)
+        cuts = {
+            name: Cut((*cut.split, _axis(group)), cut.copied) if (group := named[name]) else cut
+            for name, cut in cuts.items()
+        }
+    axes = reduction_axes(cuts.values())
+    if axes or any(isinstance(p, DTensor) for p in parameters.values()):
+        return ShardedLayout(parameters, cuts, axes)
+    return LocalLayout(parameters)
+
+
+def gathered(facts: dict[str, Fact], groups: Groups | None) -> dict[str, Fact]:
+    """What this rank knows of its parameters, by name, and what ranks with other ones know.
+
+    Args:
+        facts: Anything that can be pickled.
+        groups: As for `detect`; every rank of them takes part.
+
+    Returns:
+        The same names in the same order on every rank of the groups.
+    """
+    for group in _distinct(groups):
+        facts = {name: fact for one in _exchanged(facts, group) for name, fact in one.items()}
+    return facts
+
+
+def _cuts(parameters: Mapping[str, Tensor]) -> dict[str, Cut]:
+    """How each parameter lies over ranks; a plain tensor is the same on every rank."""
+    cuts: dict[str, Cut] = flat_cuts({n: p for n, p in parameters.items() if is_flattened(p)})
+    known: dict[tuple[DeviceMesh, tuple[Placement, ...]], Cut] = {}
+    for name, p in parameters.items():
+        if isinstance(p, DTensor):
+            key = (p.device_mesh, p.placements)
+            known[key] = known.get(key) or _cut_over(*key)
+            cuts[name] = known[key]
+    return {name: cuts.get(name, Cut()) for name in parameters}
+
+
+def _cut_over(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Cut:
+    axes = [_axis(group) for group in mesh.get_all_groups()]
+    whole = [p.is_replicate() or p.is_partial() for p in placements]
+    return Cut(
+        split=tuple(axis for axis, same in zip(axes, whole, strict=True) if not same),
+        copied=tuple(axis for axis, same in zip(axes, whole, strict=True) if same),
+    )
+
+
+def _axis(group: ProcessGroup) -> Axis:
+    return Axis(tuple(dist.get_process_group_ranks(group)), group)
+
+
+def _group_of(name: str, groups: Groups) -> ProcessGroup | None:
+    by_pattern = groups if isinstance(groups, Mapping) else {"*": groups}
+    return next((g for match, g in by_pattern.items() if fnmatch.fnmatchcase(name, match)), None)
+
+
+def _distinct(groups: Groups | None) -> list[ProcessGroup]:
+    named = groups.values() if isinstance(groups, Mapping) else [groups]
+    return list(dict.fromkeys(group for group in named if group is not None))
+
+
+def _exchanged(mine: Fact, group: ProcessGroup) -> list[Fact]:
+    found = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group)
+    return found
+
+
+def _check_copies(
+    parameters: Mapping[str, Tensor], named: Mapping[str, ProcessGroup | None]
+) -> None:
+    """A group's first rank counts what all of its ranks hold a copy of, so it must have it."""
+    copies = {name: p.numel() for name, p in parameters.items() if named[name] is None}
+    for group in dict.fromkeys(group for group in named.values() if group is not None):
+        first, *others = _exchanged(copies, group)
+        for index, other in enumerate(others, 1):
+            if sum(other.values()) > sum(first.values()):
+                lost = [name for name in other if name not in first]
+                msg = (
+                    f"process_group: rank {index} of a group holds {lost[:3]}, matched by no "
+                    "pattern and so taken for copies, and the group's first rank, which counts "
+                    "copies, doesn't hold them. Give a pattern and group for them, or keep their "
+                    "copy on the first rank too."
+                )
+                raise LayoutError(msg)
+
+
+def _warn_of_forgotten_axes(parameters: Mapping[str, Tensor], cuts: Iterable[Cut]) -> None:
+    """Say so where meshes are slices of a larger one, and nothing tells what the rest holds."""
+    lines = [set(axis.ranks) for cut in set(cuts) for axis in (*cut.split, *cut.copied)]
+    meshes = {p.device_mesh for p in parameters.values() if isinstance(p, DTensor)}
+    for root in {mesh._get_root_mesh() for mesh in meshes}:
+        for dim, name in enumerate(root.mesh_dim_names or ()):
+            ranks = set(dist.get_process_group_ranks(root.get_group(dim)))
+            if len(ranks) > 1 and all(len(ranks & line) < 2 for line in lines):
+                warnings.warn(
+                    f"Parameters lie over slices of {root}, none over its axis {name!r}: ranks "
+                    "along it are taken to hold copies. If they hold other parameters (pipeline "
+                    f"stages, experts), pass process_group=mesh.get_group({name!r}); "
+                    "process_group={} says that they don't.",
+                    stacklevel=4,
+                )
