@@ -77,7 +77,7 @@ class PartialSums:
             return _WHOLE
         if placement.reduce_op not in ("sum", "avg"):
             msg = (
-                f"The gradient of {self._names[parameter]!r} is {placement} over ranks; "
+                f"The gradient of {self._names[parameter]!r} is {placement!r} over ranks; "
                 "supported: Partial('sum') and Partial('avg'). Redistribute it after backward."
             )
             raise LayoutError(msg)
