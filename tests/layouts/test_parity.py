@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 from support.comms import CountComms
-from support.cuts import CELLS, alone, build
+from support.cuts import CELLS, alone, build, copied
 from support.ranks import run_on_ranks
-from torch.distributed.tensor import DTensor
 
 from gradclip import ClipByNorm, GradientClipper
 
@@ -76,20 +75,6 @@ def cell(rank, world, name):
         metrics = {key: value.clone() for key, value in record.as_metrics().items()}
         found[norm_type, scope] = metrics, comms.messages, coef
     return found, (built.sums, built.partial)
-
-
-def copied(grad):
-    """A clone would reduce a partial sum."""
-    if not isinstance(grad, DTensor):
-        return None if grad is None else grad.clone()
-    return DTensor.from_local(
-        grad.to_local().clone(),
-        grad.device_mesh,
-        grad.placements,
-        run_check=False,
-        shape=grad.shape,
-        stride=grad.stride(),
-    )
 
 
 ranks = functools.cache(run_on_ranks)

@@ -100,6 +100,20 @@ def gathered(named, group):
     }
 
 
+def copied(grad):
+    """A clone would reduce a partial sum."""
+    if not isinstance(grad, DTensor):
+        return None if grad is None else grad.clone()
+    return DTensor.from_local(
+        grad.to_local().clone(),
+        grad.device_mesh,
+        grad.placements,
+        run_check=False,
+        shape=grad.shape,
+        stride=grad.stride(),
+    )
+
+
 def ddp(rank, world):
     net = network()
     wrapped = DistributedDataParallel(net)
