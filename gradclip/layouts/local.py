@@ -102,4 +102,6 @@ def local_part(tensor: Tensor) -> Tensor:
 def _device_of(group: ProcessGroup, near: torch.device) -> torch.device:
     """Where a group can reduce: here, else where it has a backend (shards offloaded to CPU)."""
     kinds = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
-    return near if near.type in kinds else torch.device(kinds[0])
+    if near.type in kinds:
+        return near
+    return group.bound_device_id or torch.device(kinds[0])
