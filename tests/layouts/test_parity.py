@@ -3,6 +3,8 @@
 import functools
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +95,15 @@ def test_every_norm_and_scope_equals_one_process(name, world):
                 )
             wanted = partial + sums * MESSAGES.get(key[0], 1)
             assert len(messages) == wanted, key
+
+
+def test_the_table_in_the_documentation_is_what_was_counted():
+    page = (Path(__file__).parents[2] / "docs/layouts.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([\d, ]+) \| (\d) \| (\d) \|$", page, re.MULTILINE)
+    assert {name: worlds for name, worlds, *_ in rows} == {
+        name: ", ".join(map(str, worlds)) for name, (*_, worlds) in CELLS.items()
+    }
+    for name, worlds, *counts in rows:
+        for world in worlds.split(", "):
+            _, counted = ranks(cell, int(world), name)[0]
+            assert list(map(int, counts)) == list(counted), name
