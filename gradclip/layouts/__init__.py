@@ -1,7 +1,7 @@
 """Geometry: the only place that knows about ranks."""
 
+from gradclip.layouts.cuts import is_flat
 from gradclip.layouts.detect import Groups, detect, gathered
-from gradclip.layouts.flat import is_flat
 from gradclip.layouts.local import LocalLayout, local_part
 from gradclip.layouts.partial import completed
 from gradclip.layouts.sharded import ShardedLayout

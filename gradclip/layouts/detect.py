@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from gradclip.errors import LayoutError
-from gradclip.layouts.flat import flat_cuts, is_flattened
-from gradclip.layouts.geometry import Axis, Cut, reduction_axes
+from gradclip.layouts.cuts import axis_of, cut_over, flat_cuts, is_flattened
+from gradclip.layouts.geometry import Cut, reduction_axes
 from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.sharded import ShardedLayout
 
@@ -51,12 +51,13 @@ def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> Lo
         raise LayoutError(msg)
     cuts = _cuts(parameters)
     if groups is None:
+        _refuse_marked(parameters)
         _warn_of_forgotten_axes(parameters, cuts.values())
     else:
         named = {name: _group_of(name, groups) for name in parameters}
         _check_copies(parameters, named)
         cuts = {
-            name: Cut((*cut.split, _axis(group)), cut.copied) if (group := named[name]) else cut
+            name: Cut((*cut.split, axis_of(group)), cut.copied) if (group := named[name]) else cut
             for name, cut in cuts.items()
         }
     axes = reduction_axes(cuts.values())
@@ -87,22 +88,9 @@ def _cuts(parameters: Mapping[str, Tensor]) -> dict[str, Cut]:
     for name, p in parameters.items():
         if isinstance(p, DTensor):
             key = (p.device_mesh, p.placements)
-            known[key] = known.get(key) or _cut_over(*key)
+            known[key] = known.get(key) or cut_over(*key)
             cuts[name] = known[key]
     return {name: cuts.get(name, Cut()) for name in parameters}
-
-
-def _cut_over(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Cut:
-    axes = [_axis(group) for group in mesh.get_all_groups()]
-    whole = [p.is_replicate() or p.is_partial() for p in placements]
-    return Cut(
-        split=tuple(axis for axis, same in zip(axes, whole, strict=True) if not same),
-        copied=tuple(axis for axis, same in zip(axes, whole, strict=True) if same),
-    )
-
-
-def _axis(group: ProcessGroup) -> Axis:
-    return Axis(tuple(dist.get_process_group_ranks(group)), group)
 
 
 def _group_of(name: str, groups: Groups) -> ProcessGroup | None:
@@ -119,6 +107,23 @@ def _exchanged(mine: Fact, group: ProcessGroup) -> list[Fact]:
     found = [mine] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
     return found
+
+
+def _refuse_marked(parameters: Mapping[str, Tensor]) -> None:
+    """Megatron's marks of plain tensors that differ by rank, without the ranks they differ over."""
+    marked = [
+        name
+        for name, p in parameters.items()
+        if getattr(p, "tensor_model_parallel", False) or not getattr(p, "allreduce", True)
+    ]
+    if marked:
+        msg = (
+            f"Parameters {marked[:3]} are marked as different on every rank of some group "
+            "(tensor_model_parallel=True, or allreduce=False for experts), and nothing says which "
+            "group; supported: DTensors, whose mesh says it, and process_group={pattern: group} "
+            "with a pattern for these names."
+        )
+        raise LayoutError(msg)
 
 
 def _check_copies(

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+from support.cuts import PLAN, network
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import parallelize_module
 
 import gradclip
 from gradclip import ClipByNorm, ConfigError, GradientClipper, LayoutError
@@ -75,8 +77,21 @@ def copies(rank, world):
         GradientClipper(POLICY, named, process_group={"a": dist.group.WORLD})
 
 
+def marked(rank, world):
+    """Plain tensors that say they differ by rank, but not over which group."""
+    del rank, world
+    for mark, value in (("tensor_model_parallel", True), ("allreduce", False)):
+        p = torch.nn.Parameter(torch.ones(2))
+        p.grad = torch.ones(2)
+        setattr(p, mark, value)
+        with pytest.raises(LayoutError, match=r"\['experts'\] are marked as different on every"):
+            GradientClipper(POLICY, [("experts", p)])
+        clipper = GradientClipper(POLICY, [("experts", p)], process_group={"*": dist.group.WORLD})
+        assert float(clipper.clip().grad_norm) == pytest.approx(2.0)
+
+
 def every_refusal(rank, world):
-    for case in (flat, taken_out, placed_otherwise, copies):
+    for case in (flat, taken_out, placed_otherwise, copies, marked):
         case(rank, world)
 
 
@@ -99,5 +114,20 @@ def forgotten(rank, world):
         gradclip.get_total_norm([p.detach() for p in net.parameters()])
 
 
-def test_axes_that_nothing_speaks_of_are_said():
-    run_on_ranks(forgotten, 4)
+def flat_over_tensor_parallel(rank, world):
+    """One FlatParameter holds what tensor parallelism cut and what it didn't."""
+    del rank, world
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    net = parallelize_module(network(), mesh["tp"], PLAN)
+    net = FullyShardedDataParallel(net, device_mesh=mesh["dp"], device_id=torch.device("cpu"))
+    with pytest.raises(LayoutError, match=r"tensor parallelism has cut, .* use_orig_params=True"):
+        GradientClipper(POLICY, net.named_parameters())
+
+
+def on_a_grid(rank, world):
+    forgotten(rank, world)
+    flat_over_tensor_parallel(rank, world)
+
+
+def test_what_a_grid_of_ranks_leaves_open():
+    run_on_ranks(on_a_grid, 4)

@@ -91,7 +91,7 @@ def full(grad):
 
 def gathered(named, group):
     """Gradients that differ over a group under one name are one parameter cut over it."""
-    mine = {name: full(p.grad) for name, p in named}
+    mine = {name: full(p.grad) for name, p in named if p.grad is not None}
     found = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
     names = dict.fromkeys(name for one in found for name in one)
@@ -223,6 +223,31 @@ def fsdp2_tp(rank, world):
     return Cell(list(net.named_parameters()))
 
 
+def fsdp1_tp(rank, world):
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    net = parallelize_module(network(), mesh["tp"], PLAN)
+    before = {
+        name: (p.to_local().shape, p.placements[0]) if isinstance(p, DTensor) else (p.shape, None)
+        for name, p in net.named_parameters()
+    }
+    options = {"device_mesh": mesh["dp"], "device_id": CPU, "use_orig_params": True}
+    wrapped = FullyShardedDataParallel(net, **options)
+    loss(wrapped(share(mesh["dp"].get_local_rank(), world // 2))).backward()
+    named = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in wrapped.named_parameters()]
+
+    def whole():
+        found = {}
+        for name, grad in gathered(named, mesh["dp"].get_group()).items():
+            shape, placement = before[name]
+            parts = [torch.empty(shape, dtype=grad.dtype) for _ in range(2)]
+            dist.all_gather(parts, grad.view(shape), mesh["tp"].get_group())
+            cut = isinstance(placement, Shard)
+            found[name] = torch.cat(parts, placement.dim) if cut else parts[0]
+        return found
+
+    return Cell(named, whole)
+
+
 class Experts(nn.Module):
     """Dense and router, the same on every rank, and an expert that each `ep` rank has its own."""
 
@@ -329,6 +354,7 @@ CELLS = {
     "TP + sequence parallel": (sequence, {}, (2, 4)),
     "partial sum": (partial, {}, (2, 4)),
     "FSDP2 x TP": (fsdp2_tp, {}, (4,)),
+    "FSDP1 x TP": (fsdp1_tp, {}, (4,)),
     "EP": (ep, {}, (4,)),
     "EP, named group": (ep_plain, {}, (2, 4)),
     "PP": (pp, {}, (2, 4)),

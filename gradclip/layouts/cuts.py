@@ -1,0 +1,97 @@
+"""How parameters lie over ranks: as their mesh says, or as the FSDP1 module that holds them does.
+
+FSDP1's flat shards don't say which ranks hold the rest. Only its handles know, which modules hold
+and parameters don't, so they are looked for among all live objects, once. Read in torch 2.13.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
+from torch.distributed.tensor.placement_types import Placement
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gradclip.errors import LayoutError
+from gradclip.layouts.geometry import Axis, Cut
+
+__all__ = ["axis_of", "cut_over", "flat_cuts", "is_flat", "is_flattened"]
+
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Cuts found so far, so that the drop-ins don't look again on every step."""
+
+
+def axis_of(group: ProcessGroup) -> Axis:
+    """The ranks of a group that this rank is in."""
+    return Axis(tuple(dist.get_process_group_ranks(group)), group)
+
+
+def cut_over(mesh: DeviceMesh, placements: Sequence[Placement]) -> Cut:
+    """How a DTensor lies over the axes of its mesh."""
+    axes = [axis_of(group) for group in mesh.get_all_groups()]
+    whole = [p.is_replicate() or p.is_partial() for p in placements]
+    return Cut(
+        split=tuple(axis for axis, same in zip(axes, whole, strict=True) if not same),
+        copied=tuple(axis for axis, same in zip(axes, whole, strict=True) if same),
+    )
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 holds this parameter, as it was or as part of a flat one."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def is_flat(parameter: Tensor) -> bool:
+    """Whether this is several parameters in one (`use_orig_params=False`)."""
+    return isinstance(parameter, FlatParameter)
+
+
+def flat_cuts(flattened: Mapping[str, Tensor]) -> dict[str, Cut]:
+    """How the parameters of FSDP1 lie over ranks.
+
+    Raises:
+        LayoutError: If one of them belongs to no live FSDP module, or is a FlatParameter over
+            tensor parallelism.
+    """
+    if any(p not in _known for p in flattened.values()):
+        for handle in gc.get_objects():
+            if type(handle) is FlatParamHandle:
+                _known.update(_cuts_by(handle))
+    lost = [name for name, p in flattened.items() if p not in _known]
+    if lost:
+        msg = (
+            f"Parameters {lost[:3]} belong to FullyShardedDataParallel (FSDP1), and no live FSDP "
+            "module holds them, so nothing says which ranks hold the rest; supported: parameters "
+            "of a wrapped model that is in use. Build the optimizer and the clipper from the "
+            "wrapped model's parameters, after wrapping."
+        )
+        raise LayoutError(msg)
+    return {name: _known[p] for name, p in flattened.items()}
+
+
+def _cuts_by(handle: FlatParamHandle) -> dict[Tensor, Cut]:
+    """The parameters of one handle; tensor parallelism may have cut them before it did."""
+    flat = handle.flat_param
+    split = (axis_of(handle.process_group),) if handle.uses_sharded_strategy else ()
+    before = [
+        Cut() if spec is None else cut_over(spec.mesh, spec.placements)
+        for spec in flat._param_extensions
+    ]
+    if flat._params is None:
+        if any(cut != Cut() for cut in before):
+            msg = (
+                "A FlatParameter of FSDP1 holds parameters that tensor parallelism has cut, and "
+                "others it hasn't; supported: FSDP1 over tensor parallelism with "
+                "use_orig_params=True, and fully_shard. Wrap with use_orig_params=True."
+            )
+            raise LayoutError(msg)
+        return {flat: Cut(split)}
+    return {
+        p: Cut((*split, *cut.split), cut.copied)
+        for p, cut in zip(flat._params, before, strict=True)
+    }
