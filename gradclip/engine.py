@@ -199,11 +199,7 @@ class GradientClipper:
     def _stop_if_asked(self, verdict: Verdict) -> None:
         if self.config.on_nonfinite != "raise" or bool(verdict.finite):
             return
-        bad = [
-            name
-            for name, parameter in self._plan.parameters.items()
-            if parameter.grad is not None and not local_part(parameter.grad).isfinite().all()
-        ]
+        bad = [name for name, p in self._plan.parameters.items() if not self._is_finite(p.grad)]
         where = f"on this rank in {', '.join(bad[:5])}" if bad else "on another rank"
         if len(bad) > 5:
             where += f" and {len(bad) - 5} more"
@@ -212,6 +208,10 @@ class GradientClipper:
             "on_nonfinite is 'raise'; 'skip' withholds such steps instead."
         )
         raise NonFiniteError(msg)
+
+    def _is_finite(self, grad: Tensor | None) -> bool:
+        part = None if grad is None else local_part(grad)
+        return part is None or not part.numel() or bool(self._kernel.peaks([[part]]).isfinite())
 
     def _record(self, norms: Tensor, verdict: Verdict) -> ClipRecord:
         plan = self._plan

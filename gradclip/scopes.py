@@ -181,8 +181,16 @@ def _rule(
     own = list(dict.fromkeys(measured[i][: depth + 1] for i in covers))
     index = {path: i for i, path in enumerate(own)}
     owners = [index.get(path[: depth + 1], len(own)) for path in measured]
-    owner = torch.tensor(owners, device=device)
-    members = owner == torch.arange(len(own), device=device).unsqueeze(1)
+    held: list[list[int]] = [[] for _ in own]
+    for i in covers:
+        held[owners[i]].append(i)
+    width = max(map(len, held), default=0)
+    members = [places + [len(measured)] * (width - len(places)) for places in held]
     names = tuple(path[-1] if depth else "global" for path in own)
-    same = len(own) == len(measured)
-    return Rule(policy, names, covers, None if same else members, owner)
+    return Rule(
+        policy,
+        names,
+        covers,
+        None if len(own) == len(measured) else torch.tensor(members, device=device),
+        torch.tensor(owners, device=device),
+    )

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from gradclip.kernels.pieces import flat_pieces
 from gradclip.kernels.scaling import scale_slots_
 from gradclip.types import Grads
 
 __all__ = ["AcceleratorKernel"]
+
+# The orders that torch's multi-tensor norm has kernels for; others it measures one by one, each
+# from a float64 copy.
+FUSED = (1.0, 2.0, math.inf)
+# Its scratch memory: a float64 for each chunk of the largest tensor, times the tensors of a call,
+# and a block of 512 bytes for each result. These bounds keep both at half a MiB.
+CHUNK, CHUNKS, RESULTS = 1 << 16, 1 << 16, 1 << 10
+# Elements taken in float64 at a time: 1 MiB.
+PIECE = 1 << 17
 
 
 class AcceleratorKernel:
@@ -22,22 +34,33 @@ class AcceleratorKernel:
 
     def peaks(self, grads: Grads) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
-        return _stack([_norms(slot, float("inf")).amax() if slot else None for slot in grads])
+        if all(len(slot) == 1 for slot in grads):
+            return _norms([slot[0] for slot in grads], math.inf)
+        found = _zeros(grads)
+        for slot, peak in zip(grads, found.unbind(), strict=True):
+            if slot:
+                peak += _norms(slot, math.inf).amax()
+        return found
 
     def power_sums(self, grads: Grads, norm_type: float, scale: Tensor | None = None) -> Tensor:
         """Sum of |scale * g|^p per slot; see `gradclip.types.Kernel`."""
-        if scale is not None:
-            scaled = zip(grads, scale.unbind(), strict=True)
-            return _stack([_scaled(slot, norm_type, s) if slot else None for slot, s in scaled])
-        if all(len(slot) == 1 for slot in grads):
+        fused = scale is None and norm_type in FUSED
+        if fused and all(len(slot) == 1 for slot in grads):
             return _norms([slot[0] for slot in grads], norm_type).pow(norm_type)
-        return _stack(
-            [_norms(slot, norm_type).pow(norm_type).sum() if slot else None for slot in grads]
-        )
+        sums = _zeros(grads)
+        scales = [None] * len(grads) if scale is None else scale.unbind()
+        for slot, total, factor in zip(grads, sums.unbind(), scales, strict=True):
+            if slot and fused:
+                total += _norms(slot, norm_type).pow(norm_type).sum()
+                continue
+            for grad in slot:
+                for piece in flat_pieces(grad, PIECE):
+                    total += _wide(piece, norm_type, factor)
+        return sums
 
     def scale_(self, grads: Grads, coef: Tensor) -> None:
         """Multiply in place; see `gradclip.types.Kernel`. A coefficient of 1 changes no bit."""
-        scale_slots_(pair for pair in zip(grads, coef.unbind(), strict=True) if pair[0])
+        scale_slots_(grads, coef)
 
     def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp in place; see `gradclip.types.Kernel`."""
@@ -46,16 +69,49 @@ class AcceleratorKernel:
 
 
 def _norms(tensors: list[Tensor], norm_type: float) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors, norm_type, dtype=torch.float64))
+    """The norm of each tensor, float64, by as few calls as memory allows."""
+    batches = list(_batches(tensors))
+    # A maximum is exact in the gradients' own type.
+    kind = None if norm_type == math.inf else torch.float64
+    parts = [
+        torch.stack(torch._foreach_norm([tensors[i] for i in batch], norm_type, kind)).double()
+        for batch in batches
+    ]
+    norms = torch.cat(parts)
+    places = list(chain.from_iterable(batches))
+    if places == sorted(places):
+        return norms
+    found = dict(zip(places, norms.unbind(), strict=True))
+    return torch.stack([found[place] for place in range(len(tensors))])
 
 
-def _scaled(slot: list[Tensor], norm_type: float, scale: Tensor) -> Tensor:
-    """One tensor at a time, since a scaled float64 copy is needed."""
-    norms = [_norms([g.double() * scale.to(g.device)], norm_type) for g in slot]
-    return torch.cat(norms).pow(norm_type).sum()
+def _batches(tensors: list[Tensor]) -> Iterator[list[int]]:
+    """Places of tensors of one dtype, which is what the multi-tensor norm takes at once."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        by_dtype.setdefault(tensor.dtype, []).append(place)
+    for places in by_dtype.values():
+        batch: list[int] = []
+        widest = 1
+        for place in places:
+            wider = max(widest, -(-tensors[place].numel() // CHUNK))
+            if batch and (len(batch) == RESULTS or (len(batch) + 1) * wider > CHUNKS):
+                yield batch
+                batch, wider = [], -(-tensors[place].numel() // CHUNK)
+            batch.append(place)
+            widest = wider
+        yield batch
 
 
-def _stack(measures: Sequence[Tensor | None]) -> Tensor:
-    device = next((m.device for m in measures if m is not None), torch.device("cpu"))
-    empty = torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack([empty if m is None else m for m in measures])
+def _wide(piece: Tensor, norm_type: float, factor: Tensor | None) -> Tensor:
+    """The power sum of a (scaled) float64 copy, which is freed on return."""
+    wide = piece.to(torch.float64, copy=True)
+    if factor is not None:
+        wide.mul_(factor)
+    return torch.linalg.vector_norm(wide, norm_type).pow(norm_type)
+
+
+def _zeros(grads: Grads) -> Tensor:
+    """One float64 per slot: results written here one by one share a block of memory."""
+    device = next((grad.device for slot in grads for grad in slot), torch.device("cpu"))
+    return torch.zeros(len(grads), dtype=torch.float64, device=device)

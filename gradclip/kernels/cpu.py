@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, compress
 
 import torch
 from torch import Tensor
 
+from gradclip.kernels.pieces import flat_pieces
 from gradclip.kernels.scaling import scale_slots_
 from gradclip.types import Grads
 
 __all__ = ["CpuKernel"]
 
+# Temporaries of a step stay below 2 MiB whatever the size of a tensor: the sizes here see to it.
+
 # Elements per float32 partial norm. A row adds 64 values into each of 8 lanes, which bounds its
 # rounding error below 1e-6 for any values; whole tensors drift by 1e-2 at 1e8 elements.
 ROW = 512
-# Half precision elements converted at a time: 2 MiB of float32; smaller blocks cost dispatch.
-BLOCK = 1 << 19
+# Float32 elements read at a time: 0.4 MiB of row norms.
+PIECE = 1 << 24
+# Half precision elements converted at a time, into 1.75 MiB; smaller blocks cost dispatch.
+BLOCK = 7 << 16
 # Elements concatenated, or taken in float64, at a time: temporaries stay at 1 MiB.
 BATCH = 1 << 17
 # Tensors with fewer elements are concatenated first: their cost is dispatch, not arithmetic.
@@ -65,9 +70,9 @@ class CpuKernel:
 
     def scale_(self, grads: Grads, coef: Tensor) -> None:
         """Multiply in place, leaving slots with a coefficient of 1 unread."""
-        wanted = (factor != 1.0 for factor in coef.tolist())
-        slots = zip(grads, coef.unbind(), wanted, strict=True)
-        scale_slots_((slot, factor) for slot, factor, needed in slots if slot and needed)
+        wanted = [c != 1.0 for c in coef.tolist()]
+        if any(wanted):
+            scale_slots_([slot if w else [] for slot, w in zip(grads, wanted, strict=True)], coef)
 
     def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp in place; see `gradclip.types.Kernel`."""
@@ -75,37 +80,44 @@ class CpuKernel:
             grad.clamp_(-limit, limit)  # type: ignore[arg-type]  # either kind
 
 
-def _flat(grad: Tensor) -> Tensor:
-    """All elements as one dimension, in memory order, so that dense layouts need no copy."""
-    if not grad.is_contiguous():
-        grad = grad.permute(sorted(range(grad.ndim), key=grad.stride, reverse=True))
-    return grad.reshape(-1)
-
-
 def _large(grad: Tensor, norm_type: float) -> float:
-    flat = _flat(grad)
-    if flat.dtype == torch.float64:
-        return _exact([flat], norm_type)
-    whole = flat.numel() - flat.numel() % ROW
-    norms = []
-    if whole:
-        # Half precision is converted a block at a time, float32 needs no copy.
-        blocks = flat[:whole].split(whole if flat.dtype == torch.float32 else BLOCK)
-        norms = [_norm(block.float().view(-1, ROW), norm_type) for block in blocks]
-    if whole < flat.numel():
-        norms.append(_norm(flat[whole:].float().view(1, -1), norm_type))
-    return torch.cat(norms).double().pow_(norm_type).sum().item() if norms else 0.0
+    """Sum of |g|^p from norms of rows, added up in float64."""
+    if grad.dtype == torch.float64:
+        return _exact([grad], norm_type)
+    total = 0.0
+    for block in _single(grad):
+        rows, rest = divmod(block.numel(), ROW)
+        parts = []
+        if rows:
+            parts.append(block[: rows * ROW].view(rows, ROW))
+        if rest:
+            parts.append(block[rows * ROW :].view(1, rest))
+        for part in parts:
+            norms = torch.linalg.vector_norm(part, norm_type, dim=1)
+            total += norms.double().pow_(norm_type).sum().item()
+    return total
 
 
-def _norm(rows: Tensor, norm_type: float) -> Tensor:
-    return torch.linalg.vector_norm(rows, norm_type, dim=1)
+def _single(grad: Tensor) -> Iterator[Tensor]:
+    """All elements in float32, copied where they are in half precision."""
+    if grad.dtype == torch.float32:
+        return flat_pieces(grad, PIECE)
+    return _copies([grad], BLOCK, torch.float32)
+
+
+def _copies(grads: Sequence[Tensor], size: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """All elements in another type, a piece at a time in one buffer, free to be overwritten."""
+    buffer = torch.empty(min(size, max(map(Tensor.numel, grads), default=0)), dtype=dtype)
+    for grad in grads:
+        for piece in flat_pieces(grad, size):
+            yield buffer[: piece.numel()].copy_(piece)
 
 
 def _add_small(
     sums: list[float], grads: list[Tensor], owners: list[int], sizes: list[int], norm_type: float
 ) -> None:
     """Concatenate small gradients and add the power sum of each to its slot."""
-    buffer = torch.cat([grad if grad.ndim == 1 else _flat(grad) for grad in grads])
+    buffer = torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
     if owners[0] == owners[-1]:
         sums[owners[0]] += _large(buffer, norm_type)
         return
@@ -116,15 +128,14 @@ def _add_small(
 
 
 def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> float:
-    """Sum of |factor * g|^p in float64, a block at a time."""
+    """Sum of |factor * g|^p in float64, a piece at a time."""
     total = 0.0
-    for grad in slot:
-        for block in _flat(grad).split(BATCH // 2):
-            wide = block.double() if factor == 1.0 else block.double() * factor
-            total += wide.abs().pow_(norm_type).sum().item()
+    for wide in _copies(slot, BATCH, torch.float64):
+        total += wide.mul_(factor).abs_().pow_(norm_type).sum().item()
     return total
 
 
 def _peak(slot: Sequence[Tensor]) -> Tensor:
-    peaks = [torch.stack(torch.aminmax(grad)).abs_().amax().double() for grad in slot]
-    return torch.stack(peaks).amax() if peaks else torch.zeros((), dtype=torch.float64)
+    pieces = (piece for grad in slot for piece in flat_pieces(grad, PIECE))
+    ends = list(chain.from_iterable(map(torch.aminmax, pieces)))
+    return torch.stack(ends).abs_().amax().double() if ends else torch.zeros(()).double()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from operator import attrgetter
 
 import torch
 from torch import Tensor
+
+from gradclip.types import Grads
 
 __all__ = ["scale_slots_"]
 
 _dtype = attrgetter("dtype")
 
 
-def scale_slots_(slots: Iterable[tuple[list[Tensor], Tensor]]) -> None:
-    """Multiply the gradients of each slot in place by its 0-d float64 coefficient.
+def scale_slots_(slots: Grads, coef: Tensor) -> None:
+    """Multiply the gradients of each slot in place by its coefficient, float64 of shape (slots,).
 
     `torch._foreach_mul_` would round the coefficient to the gradients' dtype (a bfloat16
     coefficient is off by up to 0.4 %), so a slot in single or half precision takes the loss
@@ -24,19 +25,21 @@ def scale_slots_(slots: Iterable[tuple[list[Tensor], Tensor]]) -> None:
     """
     lone: list[Tensor] = []
     factors: list[Tensor] = []
-    for slot, coef in slots:
+    found_inf = torch.zeros((), dtype=torch.float32, device=coef.device)
+    for slot, exact, rounded in zip(slots, coef.unbind(), coef.float().unbind(), strict=True):
+        if not slot:
+            continue
         if len(slot) == 1 and slot[0].dtype == torch.float32:
             lone.append(slot[0])
-            factors.append(coef.float())
+            factors.append(rounded)
             continue
         single, double = slot, list[Tensor]()
         if torch.float64 in map(_dtype, slot):
             single = [grad for grad in slot if grad.dtype != torch.float64]
             double = [grad for grad in slot if grad.dtype == torch.float64]
         if single:
-            found_inf = torch.zeros((), dtype=torch.float32, device=coef.device)
-            torch._amp_foreach_non_finite_check_and_unscale_(single, found_inf, coef.float())
+            torch._amp_foreach_non_finite_check_and_unscale_(single, found_inf, rounded)
         if double:
-            torch._foreach_mul_(double, coef)
+            torch._foreach_mul_(double, exact)
     if lone:
         torch._foreach_mul_(lone, factors)

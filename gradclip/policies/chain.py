@@ -26,7 +26,8 @@ class Rule:
         policy: What decides.
         names: One name per slot of this policy.
         covers: Indices of the measured slots this policy governs.
-        members: Bool of shape (slots, measured slots); None if both are the same.
+        members: Int64 of shape (slots, most members of one): the measured slots of each, filled
+            up with the number of measured slots; None if both are the same.
         owner: Int64 of shape (measured slots,): the policy's slot, or its slot count for a
             measured slot that this policy leaves alone.
     """
@@ -89,7 +90,8 @@ def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> T
     Args:
         norms: Shape (n,), float64.
         norm_type: p, or inf.
-        members: Bool of shape (m, n), which slots each union holds; None for one of all.
+        members: Int64 of shape (m, k), the slots of each union, filled up with n; None for one of
+            all. A table of m times n would grow with the square of a model's parameters.
 
     Returns:
         Shape (m,), or 0-d for one union. Sums run over a dim, in one order on every device, so
@@ -97,7 +99,7 @@ def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> T
     """
     if members is None and norms.numel() == 1:
         return norms.squeeze(0)
-    parts = norms if members is None else torch.where(members, norms, 0.0)
+    parts = norms if members is None else torch.cat([norms, norms.new_zeros(1)]).take(members)
     peak = parts.amax(-1)
     if norm_type == math.inf:
         return peak
