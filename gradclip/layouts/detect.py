@@ -10,13 +10,12 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.cuts import axis_of, cut_over, flat_cuts, is_flattened
-from gradclip.layouts.geometry import Cut, reduction_axes
+from gradclip.layouts.geometry import Cut, distinct, reduction_axes
 from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.sharded import ShardedLayout
 
@@ -84,13 +83,15 @@ def gathered(facts: dict[str, Fact], groups: Groups | None) -> dict[str, Fact]:
 def _cuts(parameters: Mapping[str, Tensor]) -> dict[str, Cut]:
     """How each parameter lies over ranks; a plain tensor is the same on every rank."""
     cuts: dict[str, Cut] = flat_cuts({n: p for n, p in parameters.items() if is_flattened(p)})
-    known: dict[tuple[DeviceMesh, tuple[Placement, ...]], Cut] = {}
+    whole = Cut()
+    known: dict[tuple[int, tuple[Placement, ...]], Cut] = {}
     for name, p in parameters.items():
         if isinstance(p, DTensor):
-            key = (p.device_mesh, p.placements)
-            known[key] = known.get(key) or cut_over(*key)
+            key = (id(p.device_mesh), p.placements)
+            if key not in known:
+                known[key] = cut_over(p.device_mesh, p.placements)
             cuts[name] = known[key]
-    return {name: cuts.get(name, Cut()) for name in parameters}
+    return {name: cuts.get(name, whole) for name in parameters}
 
 
 def _group_of(name: str, groups: Groups) -> ProcessGroup | None:
@@ -147,7 +148,7 @@ def _check_copies(
 
 def _warn_of_forgotten_axes(parameters: Mapping[str, Tensor], cuts: Iterable[Cut]) -> None:
     """Say so where meshes are slices of a larger one, and nothing tells what the rest holds."""
-    lines = [set(axis.ranks) for cut in set(cuts) for axis in (*cut.split, *cut.copied)]
+    lines = [set(axis.ranks) for cut in distinct(cuts) for axis in (*cut.split, *cut.copied)]
     meshes = {p.device_mesh for p in parameters.values() if isinstance(p, DTensor)}
     for root in {mesh._get_root_mesh() for mesh in meshes}:
         for dim, name in enumerate(root.mesh_dim_names or ()):

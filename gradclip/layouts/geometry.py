@@ -13,7 +13,7 @@ from typing import Any
 
 from gradclip.errors import LayoutError
 
-__all__ = ["Axis", "Cut", "counts", "reduction_axes"]
+__all__ = ["Axis", "Cut", "counts", "distinct", "reduction_axes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,11 @@ class Cut:
     copied: tuple[Axis, ...] = ()
 
 
+def distinct(cuts: Iterable[Cut]) -> list[Cut]:
+    """Each object once: parameters that lie alike share theirs, and ranks are many to compare."""
+    return list({id(cut): cut for cut in cuts}.values())
+
+
 def reduction_axes(cuts: Iterable[Cut]) -> list[Axis]:
     """The axes to sum over, one after the other: orthogonal, and every split lies within one.
 
@@ -59,7 +64,7 @@ def reduction_axes(cuts: Iterable[Cut]) -> list[Axis]:
     Raises:
         LayoutError: If two of them share some ranks but neither holds the other.
     """
-    split = {axis for cut in cuts for axis in cut.split if len(axis.ranks) > 1}
+    split = {axis for cut in distinct(cuts) for axis in cut.split if len(axis.ranks) > 1}
     largest = [a for a in split if not any(a != b and a.within(b) for b in split)]
     largest.sort(key=lambda axis: (axis.ranks[1] - axis.ranks[0], axis.ranks))
     for a, b in combinations(largest, 2):

@@ -36,9 +36,10 @@ class PartialSums:
         self._names = {p: name for name, p in parameters.items()}
         self._meshes: dict[DeviceMesh, list[DTensor]] = {}
         for p in parameters.values():
-            if not isinstance(p, DTensor) or not p.requires_grad or p.device_mesh.size() == 1:
+            if not isinstance(p, DTensor) or not p.requires_grad:
                 continue
-            if all(placement.is_replicate() for placement in p.placements):
+            whole = all(placement.is_replicate() for placement in p.placements)
+            if whole and p.device_mesh.size() > 1:
                 self._meshes.setdefault(p.device_mesh, []).append(p)
         self._kinds: dict[DTensor, list[int]] = {}
 

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
-from gradclip.layouts.geometry import Axis, Cut, counts
+from gradclip.layouts.geometry import Axis, Cut, counts, distinct
 from gradclip.layouts.local import LocalLayout, Owned
 from gradclip.layouts.partial import PartialSums
 from gradclip.types import Collected
@@ -36,8 +36,9 @@ class ShardedLayout(LocalLayout):
     ) -> None:
         super().__init__(parameters, _groups(axes))
         rank = dist.get_rank()
+        mine = {id(cut): counts(cut, axes, rank) for cut in distinct(cuts.values())}
         self._names = {p: name for name, p in parameters.items()}
-        self._counted = {p for name, p in parameters.items() if counts(cuts[name], axes, rank)}
+        self._counted = {p for name, p in parameters.items() if mine[id(cuts[name])]}
         self._partial = PartialSums(parameters)
 
     def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
