@@ -15,6 +15,7 @@ from gradclip.apply import apply
 from gradclip.config import ClipConfig, PolicyLike, as_config
 from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.hooks import clip_before_step
+from gradclip.in_backward import has_hooks, refuse_lost_gradients
 from gradclip.kernels import KernelName, kernel_for
 from gradclip.layouts import Groups, detect, gathered, is_flat, local_part
 from gradclip.measure import measure
@@ -109,10 +110,13 @@ class GradientClipper:
         Raises:
             NonFiniteError: If `on_nonfinite` is "raise" and a gradient on any rank is not
                 finite. Gradients and state are then as they were.
+            ConfigError: If no rank ever had a gradient, and a hook may have taken them.
         """
         plan = self._current_plan()
         grads = self._layout.collect(plan.slots)
         norms = measure(grads.counted, plan.norm_types, self._layout, self._kernel)
+        if not any(grads.all):
+            self._stop_if_lost(norms[plan.recorded])
         if grad_scale is not None:
             norms = {p: norm / grad_scale for p, norm in norms.items()}
         skips = self.config.on_nonfinite == "skip"
@@ -195,6 +199,12 @@ class GradientClipper:
             self._plan = plan
             self._signature = self._what_may_change()
         return self._plan
+
+    def _stop_if_lost(self, norms: Tensor) -> None:
+        """Without hooks a step without gradients is a step like any other."""
+        parameters = self._plan.parameters
+        if has_hooks(parameters) and not bool(norms.any()) and not bool(self._tally.counts[0]):
+            refuse_lost_gradients(parameters)
 
     def _stop_if_asked(self, verdict: Verdict) -> None:
         if self.config.on_nonfinite != "raise" or bool(verdict.finite):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
+from gradclip.in_backward import refuse_steps_in_backward
 from gradclip.measure import is_wide
 from gradclip.policies import NormPolicy, Policy, Rule
 
@@ -59,7 +60,8 @@ def collect_parameters(
     optimizer's own `param_names`, else from their place in it.
 
     Raises:
-        ConfigError: If neither is given, there is no parameter, or two have one name.
+        ConfigError: If neither is given, there is no parameter, two have one name, or one is
+            stepped inside backward.
     """
     if named_parameters is None and optimizer is None:
         msg = (
@@ -95,6 +97,7 @@ def collect_parameters(
             "GradientClipper got no parameters: a generator may have been used up. Pass a new one."
         )
         raise ConfigError(msg)
+    refuse_steps_in_backward(found)
     return found
 
 

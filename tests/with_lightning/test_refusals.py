@@ -189,6 +189,17 @@ def test_scaled_gradients_are_told_from_the_attributes_that_lightning_uses(optim
     assert seen.norms[0] / plain.norms[0] == pytest.approx(256.0 if scaled else 1.0, rel=0.02)
 
 
+def test_an_optimizer_that_steps_inside_backward():
+    class InBackward(Small):
+        def configure_optimizers(self):
+            each = {p: torch.optim.SGD([p], lr=0.1) for p in self.parameters()}
+            for parameter in self.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda p: each[p].step())
+            return super().configure_optimizers()
+
+    refused("An optimizer steps inside backward: 'net.0.weight'", module=InBackward())
+
+
 def test_validating_is_never_refused():
     class Validates(Clips):
         def validation_step(self, batch, _):
