@@ -29,6 +29,7 @@ schema: setup  ## Write configs/schema.json anew from the models.
 
 bench: setup  ## Times against torch, as ratios within one run.
 	$(BIN)/python benchmarks/bench_step.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ranks.py
 
 clean:
 	rm -rf .venv demo

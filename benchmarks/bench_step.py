@@ -50,8 +50,26 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def alternate(
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    before: Callable[[], None],
+    repeats: int,
+) -> tuple[float, float, float]:
+    """Median ratio ours/theirs, and the median milliseconds of each, called in turn."""
+    pairs = []
+    for _ in range(repeats + 2):
+        before()
+        mine = timed(ours)
+        before()
+        pairs.append((mine, timed(theirs)))
+    pairs = pairs[2:]
+    medians = [statistics.median(column) * 1e3 for column in zip(*pairs, strict=True)]
+    return statistics.median(a / b for a, b in pairs), *medians
+
+
 def compare(params: list[Parameter], clips: bool, repeats: int) -> tuple[float, float, float]:
-    """Median ratio ours/torch, and the median milliseconds of each."""
+    """A step against torch's on the same gradients."""
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
     limit = norm * (0.9999 if clips else 1e3)
     clipper = GradientClipper(
@@ -62,15 +80,22 @@ def compare(params: list[Parameter], clips: bool, repeats: int) -> tuple[float, 
     def restore() -> None:
         torch._foreach_copy_([p.grad for p in params], saved)
 
-    ours, theirs = [], []
-    for _ in range(repeats + 2):
-        restore()
-        ours.append(timed(clipper.clip))
-        restore()
-        theirs.append(timed(lambda: torch.nn.utils.clip_grad_norm_(params, limit)))
-    ours, theirs = ours[2:], theirs[2:]
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    return ratio, statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
+    return alternate(
+        clipper.clip, lambda: torch.nn.utils.clip_grad_norm_(params, limit), restore, repeats
+    )
+
+
+def print_heads() -> None:
+    heads = ("gradients", "clips", "ratio", "ours ms", "torch ms", "aim")
+    print("{:32s} {:>6s} {:>7s} {:>9s} {:>9s} {:>6s}".format(*heads))
+
+
+def print_row(
+    name: str, clips: bool, found: tuple[float, float, float], aim: float | None, note: str = ""
+) -> None:
+    ratio, ours, theirs = found
+    shown = "" if aim is None else f"{aim:.2f}"
+    print(f"{name:32s} {clips!s:>6s} {ratio:7.3f} {ours:9.2f} {theirs:9.2f} {shown:>6s} {note}")
 
 
 def main() -> None:
@@ -80,8 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    heads = ("gradients", "clips", "ratio", "ours ms", "torch ms", "aim")
-    print("{:32s} {:>6s} {:>7s} {:>9s} {:>9s} {:>6s}".format(*heads))
+    print_heads()
     for name, shapes, dtype, aims in (
         ("GPT-2 small, float32", gpt2_small(), torch.float32, (0.5, 0.8)),
         ("GPT-2 small, bfloat16", gpt2_small(), torch.bfloat16, (None, None)),
@@ -89,10 +113,9 @@ def main() -> None:
     ):
         params = parameters(shapes, dtype)
         for clips, aim in zip((False, True), aims, strict=True):
-            ratio, ours, theirs = compare(params, clips, options.repeats)
-            rows.append({"gradients": name, "clips": clips, "ratio": ratio, "aim": aim})
-            shown = "" if aim is None else f"{aim:.2f}"
-            print(f"{name:32s} {clips!s:>6s} {ratio:7.3f} {ours:9.2f} {theirs:9.2f} {shown:>6s}")
+            found = compare(params, clips, options.repeats)
+            rows.append({"gradients": name, "clips": clips, "ratio": found[0], "aim": aim})
+            print_row(name, clips, found, aim)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=1)

@@ -27,7 +27,7 @@ BLOCK = 7 << 16
 # Elements concatenated, or taken in float64, at a time: temporaries stay at 1 MiB.
 BATCH = 1 << 17
 # Tensors with fewer elements are concatenated first: their cost is dispatch, not arithmetic.
-SMALL = 1 << 12
+SMALL = 1 << 14
 # Float32 squares lose digits below this sum and overflow above; both are then done in float64.
 TRUSTED = 1e-18
 
