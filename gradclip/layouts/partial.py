@@ -14,7 +14,7 @@ from gradclip.errors import LayoutError
 
 __all__ = ["PartialSums", "completed"]
 
-BUCKET = 1 << 18
+BUCKET = 1 << 17
 """Elements that are copied together into one message; a larger gradient is sent as it is."""
 
 _NOTHING, _WHOLE, _PARTIAL = range(3)
