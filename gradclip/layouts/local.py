@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
-from gradclip.types import Collected
+from gradclip.types import Collected, Grads
 
-__all__ = ["LocalLayout", "Owned", "local_part"]
+__all__ = ["LocalLayout", "Owned", "local_part", "refuse_sparse"]
 
 Owned = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """For each slot its gradients, each after the parameter (or the tensor itself) it is of."""
@@ -61,12 +61,7 @@ class LocalLayout:
             LayoutError: If a gradient is sparse.
         """
         held = [[grad for _, grad in slot] for slot in slots]
-        if any(map(_is_sparse, chain.from_iterable(held))):
-            msg = (
-                "A gradient is sparse, and clipping needs dense ones. Build the embedding with "
-                "sparse=False, or leave its parameters out of what is clipped."
-            )
-            raise LayoutError(msg)
+        refuse_sparse(held)
         if self._some_empty:
             held = [[grad for grad in slot if grad.numel()] for slot in held]
         return Collected(all=held, counted=held)
@@ -92,6 +87,16 @@ class LocalLayout:
             values = values.to(_device_of(group, values.device))
             dist.all_reduce(values, op, group)
         return values.to(home)
+
+
+def refuse_sparse(grads: Grads) -> None:
+    """Raise a LayoutError if there is a sparse gradient."""
+    if any(map(_is_sparse, chain.from_iterable(grads))):
+        msg = (
+            "A gradient is sparse, and clipping needs dense ones. Build the embedding with "
+            "sparse=False, or leave its parameters out of what is clipped."
+        )
+        raise LayoutError(msg)
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.geometry import Axis, Cut, counts, distinct
-from gradclip.layouts.local import LocalLayout, Owned
+from gradclip.layouts.local import LocalLayout, Owned, refuse_sparse
 from gradclip.layouts.partial import PartialSums
 from gradclip.types import Collected
 
@@ -39,6 +39,7 @@ class ShardedLayout(LocalLayout):
         mine = {id(cut): counts(cut, axes, rank) for cut in distinct(cuts.values())}
         self._names = {p: name for name, p in parameters.items()}
         self._counted = {p for name, p in parameters.items() if mine[id(cuts[name])]}
+        self._all_counted = len(self._counted) == len(self._names)
         self._partial = PartialSums(parameters)
 
     def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
@@ -56,12 +57,16 @@ class ShardedLayout(LocalLayout):
         Raises:
             LayoutError: If a gradient is sparse, or lies over ranks as its parameter doesn't.
         """
-        parts = [
-            [(p, part) for p, g in slot if (part := self._part(p, g)).numel()] for slot in slots
-        ]
-        held = super().take(parts).all
-        counted = [[part for p, part in slot if p in self._counted] for slot in parts]
-        return Collected(all=held, counted=counted)
+        held: list[list[Tensor]] = []
+        counted: list[list[Tensor]] = []
+        for slot in slots:
+            parts = [(owner, self._part(owner, grad)) for owner, grad in slot]
+            held.append([part for _, part in parts if part.numel()])
+            if not self._all_counted:
+                mine = (x for owner, x in parts if owner in self._counted)
+                counted.append([part for part in mine if part.numel()])
+        refuse_sparse(held)
+        return Collected(all=held, counted=held if self._all_counted else counted)
 
     def _part(self, owner: Tensor, grad: Tensor) -> Tensor:
         if not isinstance(grad, DTensor):
