@@ -21,6 +21,9 @@ __all__ = ["Fact", "Plan", "build_plan", "collect_parameters", "facts_of"]
 
 _LEVELS = ("global", "group", "parameter")
 
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
+
 Fact = tuple[str, torch.dtype]
 """A parameter's optimizer group, by name, and its dtype."""
 
@@ -57,7 +60,8 @@ def collect_parameters(
     """The parameters to clip, by name, each once.
 
     With an optimizer these are its parameters; names come from `named_parameters`, else from the
-    optimizer's own `param_names`, else from their place in it.
+    optimizer's own `param_names`, else from their place in it. They are those of the unwrapped
+    model, so that patterns, metrics and saved state mean the same under every wrapper.
 
     Raises:
         ConfigError: If neither is given, there is no parameter, two have one name, or one is
@@ -70,11 +74,12 @@ def collect_parameters(
         )
         raise ConfigError(msg)
     names: dict[Parameter, str] = {}
-    for name, parameter in named_parameters or ():
+    named = list(named_parameters or ())
+    for (_, parameter), name in zip(named, _unwrapped([name for name, _ in named]), strict=True):
         names.setdefault(parameter, name)
     if optimizer is not None:
         places = [
-            (parameter, group.get("param_names", ()), f"group{index}", place)
+            (parameter, _unwrapped(group.get("param_names", ())), f"group{index}", place)
             for index, group in enumerate(optimizer.param_groups)
             for place, parameter in enumerate(group["params"])
         ]
@@ -99,6 +104,15 @@ def collect_parameters(
         raise ConfigError(msg)
     refuse_steps_in_backward(found)
     return found
+
+
+def _unwrapped(names: Iterable[str]) -> list[str]:
+    """The names in the user's own model; DDP puts one `module.` before all of them."""
+    names = list(names)
+    for wrapper in _WRAPPERS:
+        names = [name.replace(wrapper, "") for name in names]
+    by_ddp = all(name.startswith("module.") for name in names)
+    return [name.removeprefix("module.") for name in names] if by_ddp else names
 
 
 def facts_of(parameters: Mapping[str, Parameter], optimizer: Optimizer | None) -> dict[str, Fact]:

@@ -47,8 +47,11 @@ class Small(LightningModule):
             return None
         if self.by_step:
             batch = self.trainer.global_step
-        loss = self.loss(inputs(max(batch, 0))[self.global_rank :: self.trainer.world_size])
+        loss = self.loss(self.share(inputs(max(batch, 0))))
         return loss * math.nan if batch == NAN else loss
+
+    def share(self, rows: Tensor) -> Tensor:
+        return rows[self.global_rank :: self.trainer.world_size]
 
     def loss(self, rows: Tensor) -> Tensor:
         return self.net(rows.to(next(self.parameters()).dtype)).square().mean()
