@@ -100,7 +100,7 @@ class GradientClip(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the clippers; a second fit of the same module goes on with its state."""
-        refuse_optimizers(trainer)
+        refuse_optimizers(trainer, pl_module)
         if self._module is pl_module:
             self._saved = self.state_dict()
         self._module = pl_module

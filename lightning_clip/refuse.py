@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 
 from gradclip import ConfigError
 from lightning_clip.framework import (
@@ -60,18 +60,29 @@ def refuse_setup(trainer: Trainer, module: LightningModule, kind: type[Callback]
     _refuse_own_clipping(module)
 
 
-def refuse_optimizers(trainer: Trainer) -> None:
+def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
     """Check the optimizers, which exist once the strategy is set up.
 
     Raises:
-        ConfigError: If one steps in a way that a hook before the step can't clip rightly.
+        ConfigError: If one steps in a way that a hook before the step can't clip rightly, or
+            holds parameters that the module no longer has.
     """
+    held = {id(parameter) for parameter in module.parameters()}
     for index, optimizer in enumerate(trainer.optimizers):
         name = f"Optimizer {index} ({type(optimizer).__name__})"
         if isinstance(optimizer, LBFGS):
             msg = (
                 f"{name} and GradientClip: it evaluates its closure several times a step and "
                 "would be clipped each time. Use another optimizer or remove GradientClip."
+            )
+            raise ConfigError(msg)
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        # A wrapper that isn't a torch optimizer has parameters of its own making.
+        if isinstance(optimizer, Optimizer) and not any(id(p) in held for p in own):
+            msg = (
+                f"{name} holds no parameter of {type(module).__name__}, so training would change "
+                "nothing: sharding may have put others in their place after it was built. Build "
+                "it from self.parameters() in configure_optimizers."
             )
             raise ConfigError(msg)
         if live_scaler(trainer) is not None and unscales_in_step(optimizer):

@@ -113,6 +113,17 @@ class After(Before):
         return [float(record.limit) for record in self.records]
 
 
+class Logged(Callback):
+    """What the Trainer was told about clipping after each step."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer, *_: object) -> None:
+        logged = trainer.callback_metrics
+        self.metrics.append({k: v.clone() for k, v in logged.items() if k.startswith("clip/")})
+
+
 def grads_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Whole gradients of an optimizer's parameters."""
     held = [p.grad for group in optimizer.param_groups for p in group["params"]]

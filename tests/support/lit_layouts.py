@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class Plain(Small):
     """Ranks share the rows of a batch, but for those of one tensor-parallel group."""
 
     def __init__(self) -> None:
-        super().__init__(lambda parameters: torch.optim.SGD(parameters, lr=0.05), by_step=True)
+        # Momentum: Lightning can't load the state of an optimizer that has none.
+        super().__init__(functools.partial(torch.optim.SGD, lr=0.05, momentum=0.5), by_step=True)
         self.net = parallel_net()
 
     def loss(self, rows: torch.Tensor) -> torch.Tensor:
@@ -122,8 +124,11 @@ def shard(net: torch.nn.Module, mesh: Any) -> None:
 
 
 def fsdp1(**options: Any) -> CpuFSDP:
-    """Two FSDP modules, one within the other; the inner one's names carry the wrapper's."""
-    return CpuFSDP(auto_wrap_policy={torch.nn.LayerNorm}, **options)
+    """Two FSDP modules, one within the other; the inner one's names carry the wrapper's.
+
+    Checkpoints are sharded: putting whole ones together crashes in torch 2.13 on a CPU.
+    """
+    return CpuFSDP(auto_wrap_policy={torch.nn.LayerNorm}, state_dict_type="sharded", **options)
 
 
 def tensor(data: int, size: int) -> ModelParallelStrategy:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from support.lit import After, Before, Small, trainer_of
 from support.ranks import run_on_ranks
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from gradclip import ZClip
 from lightning_clip import GradientClip
@@ -114,34 +114,3 @@ def test_a_sharded_run_resumes_with_its_state(tmp_path):
     for whole, resumed, steps in run_on_ranks(resume_sharded, 2, str(tmp_path)):
         assert resumed == whole[8:]
         assert steps == [20]
-
-
-class CpuFSDP(FSDPStrategy):
-    """FSDP1 on a CPU: the stock strategy asks for a GPU."""
-
-    def _setup_model(self, model):
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
-
-
-class Flat(Small):
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.trainer.model.parameters(), lr=0.1)
-
-
-def fsdp1(rank, world, use_orig_params):
-    trainer = trainer_of(
-        GradientClip(POLICY), strategy=CpuFSDP(use_orig_params=use_orig_params), devices=world
-    )
-    try:
-        trainer.fit(Small() if use_orig_params else Flat(), range(3))
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "no error", ""
-
-
-@pytest.mark.parametrize("use_orig_params", [True, False])
-def test_fsdp1_is_refused(use_orig_params):
-    for name, message in run_on_ranks(fsdp1, 2, use_orig_params):
-        assert name == "LayoutError"
-        assert "FullyShardedDataParallel (FSDP1)" in message
-        assert "fully_shard" in message
