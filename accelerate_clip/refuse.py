@@ -14,7 +14,7 @@ __all__ = ["refuse_lomo", "refuse_unsupported", "warn_if_alone"]
 
 _logger = get_logger(__name__)
 
-_SUPPORTED = "supported: one process, DDP, and FSDP2"
+_SUPPORTED = "supported: one process, DDP, FSDP, tensor parallel"
 _REFUSED = {
     DistributedType.DEEPSPEED: (
         "DeepSpeed, which steps inside accelerator.backward and keeps its gradients to itself",
@@ -37,16 +37,12 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
     """Raise if gradients can't be reached before the optimizer's step.
 
     Raises:
-        LayoutError: For DeepSpeed, Megatron-LM, XLA and FSDP1; says what to do instead.
+        LayoutError: For DeepSpeed, Megatron-LM and XLA; says what to do instead.
     """
     kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        found = "FSDP1, whose flat parameters don't say which ranks hold what"
-        way_out = "Set 'fsdp_version: 2' in fsdp_config (FullyShardedDataParallelPlugin)"
-    elif kind in _REFUSED:
-        found, way_out = _REFUSED[kind]
-    else:
+    if kind not in _REFUSED:
         return
+    found, way_out = _REFUSED[kind]
     msg = f"accelerate_clip.enable: this Accelerator uses {found}; {_SUPPORTED}. {way_out}."
     raise LayoutError(msg)
 

@@ -163,10 +163,3 @@ def scaler_plugin(scale: float) -> FSDPPrecision:
     plugin = FSDPPrecision("16-mixed")
     plugin.scaler = ShardedGradScaler(device="cpu", init_scale=scale)
     return plugin
-
-
-def whole_parameters(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Every parameter put together again, in the order of the module."""
-    with FullyShardedDataParallel.summon_full_params(module, writeback=False):
-        held = [p.detach() for p in module.parameters()]
-        return [getattr(p, "full_tensor", p.clone)().clone() for p in held]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 def filled(model, seed):
@@ -22,3 +23,10 @@ def parallel_net(seed=0):
     """A layer for every style of tensor parallelism, and two that nothing cuts."""
     layers = (nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 2))
     return filled(nn.Sequential(*layers), seed)
+
+
+def whole_parameters(module):
+    """Every parameter put together again, in the order of the module."""
+    with FullyShardedDataParallel.summon_full_params(module, writeback=False):
+        held = [p.detach() for p in module.parameters()]
+        return [getattr(p, "full_tensor", p.clone)().clone() for p in held]

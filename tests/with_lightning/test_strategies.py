@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 from support.lit import Logged, trainer_of
-from support.lit_layouts import STRATEGIES, Plain, whole_parameters
+from support.lit_layouts import STRATEGIES, Plain
+from support.nets import whole_parameters
 from support.ranks import run_on_ranks
 
 from lightning_clip import GradientClip
