@@ -18,7 +18,7 @@ from torch.nn import Module
 from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import refuse_lomo, refuse_unsupported, warn_if_alone
 from accelerate_clip.report import describe, is_same_rule, report
-from accelerate_clip.step import StepClipper, named_parameters
+from accelerate_clip.step import StepClipper, accumulated_norm, named_parameters
 from gradclip import (
     ClipConfig,
     ClipRecord,
@@ -26,7 +26,6 @@ from gradclip import (
     GradientClipper,
     PolicyLike,
     as_config,
-    get_total_norm,
 )
 
 __all__ = ["AcceleratorClip", "enable"]
@@ -53,7 +52,7 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
 
     Raises:
         ConfigError: If the policy isn't valid, or clipping is enabled already.
-        LayoutError: If the accelerator uses DeepSpeed, Megatron-LM, XLA or FSDP1.
+        LayoutError: If the accelerator uses DeepSpeed, Megatron-LM or XLA.
 
     Example:
         >>> from accelerate import Accelerator
@@ -124,7 +123,8 @@ class AcceleratorClip:
         """`accelerator.clip_grad_norm_`: clip each optimizer that owns one of the parameters.
 
         While gradients are being accumulated (`accelerator.sync_gradients` is false), nothing
-        is clipped, and the norm of what has been accumulated on this process is returned.
+        is clipped, and the norm of what has been accumulated on this process is returned (of all
+        processes' with `sync_each_batch`; NaN under FSDP2, which shows no gradients then).
 
         Args:
             parameters: As from `model.parameters()`.
@@ -192,7 +192,14 @@ class AcceleratorClip:
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)
         if not self._accelerator.sync_gradients:
-            return self._accumulated_norm(owners)
+            norm = accumulated_norm(self._accelerator, owners, self._norm_type)
+            if bool(norm.isnan()) and self._accelerator.is_fsdp2:
+                self._say(
+                    "accumulated",
+                    f"accelerator.{call}: the norm of accumulated gradients is NaN, as FSDP2 shows "
+                    "none before it reduces them. Call it when accelerator.sync_gradients is true.",
+                )
+            return norm
         records: list[ClipRecord] = []
         for clipper in owners:
             if not self._watched:
@@ -218,12 +225,6 @@ class AcceleratorClip:
             )
             raise ConfigError(msg)
         return owners
-
-    def _accumulated_norm(self, owners: list[StepClipper]) -> Tensor:
-        grads = [p.grad for clipper in owners for p in clipper.parameters if p.grad is not None]
-        norm = get_total_norm(grads, self._norm_type)
-        scaler = self._accelerator.scaler
-        return norm if scaler is None else norm / scaler.get_scale()
 
     def _combined(self, norms: list[Tensor]) -> Tensor:
         if len(norms) == 1:

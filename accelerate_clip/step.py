@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from accelerate_clip.private import Versions, hold_schedule, versions
-from gradclip import ClipConfig, ClipRecord, GradientClipper
+from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
 
-__all__ = ["StepClipper", "named_parameters"]
+__all__ = ["StepClipper", "accumulated_norm", "named_parameters"]
 
 
 class StepClipper(GradientClipper):
@@ -130,3 +132,28 @@ def named_parameters(
     if len(trained) == 1:
         return next(iter(trained.values()))
     return [(f"model{i}.{name}", p) for i, named in trained.items() for name, p in named]
+
+
+def accumulated_norm(
+    accelerator: Accelerator, clippers: Sequence[StepClipper], norm_type: float
+) -> Tensor:
+    """The norm of gradients that aren't complete yet.
+
+    Args:
+        accelerator: While its `sync_gradients` is false.
+        clippers: Of which optimizers.
+        norm_type: p of the p-norm.
+
+    Returns:
+        0-d, of this process's gradients; of all ranks' where each batch is reduced
+        (`sync_each_batch`); else NaN under FSDP2, which shows none before it reduces them.
+    """
+    parameters = [p for clipper in clippers for p in clipper.parameters]
+    if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        norm = clip_grad_norm_(parameters, math.inf, norm_type)
+    elif accelerator.is_fsdp2:
+        norm = torch.tensor(math.nan)
+    else:
+        # FSDP1 holds whole gradients now, whatever its parameters are: no sum over ranks.
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)
+    return norm if accelerator.scaler is None else norm / accelerator.scaler.get_scale()

@@ -13,7 +13,7 @@ from support.ranks import run_on_ranks
 from torch.distributed.tensor import DTensor
 
 import accelerate_clip
-from gradclip import ClipByNorm, LayoutError, ZClip
+from gradclip import ClipByNorm, ZClip
 
 POLICIES = [ZClip(warmup_steps=3, max_norm=20.0), ClipByNorm(max_norm=4.0)]
 STEPS = 12
@@ -124,41 +124,3 @@ def test_a_resumed_run_goes_on_bitwise(kind):
             assert all(map(torch.equal, straight[1], resumed[1]))
     finally:
         shutil.rmtree(folder)
-
-
-def refused(rank, world):
-    accelerator = with_fsdp(sharding(version=1))
-    try:
-        accelerate_clip.enable(accelerator, POLICIES)
-    except LayoutError as error:
-        return str(error)
-
-
-def test_fsdp1_is_refused():
-    for message in run_on_ranks(refused, 2):
-        assert "uses FSDP1" in message
-        assert "fsdp_version: 2" in message
-
-
-def accumulated(rank, world):
-    accelerator = joined(gradient_accumulation_steps=2)
-    clip, model, opt = prepare(accelerator)
-    norms = []
-    for step in range(4):
-        with accelerator.accumulate(model):
-            inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
-            accelerator.backward(model(inputs.view(world, -1, 5)[rank]).square().mean())
-            accelerator.clip_grad_norm_(model.parameters(), 4.0)
-            norms.append(None if clip.last_record is None else clip.last_record.grad_norm)
-            opt.step()
-            opt.zero_grad()
-    return norms, clip.clippers[0].steps
-
-
-def test_ddp_accumulates_without_clipping_in_between():
-    answers = run_on_ranks(accumulated, 2)
-    assert answers[0] == answers[1]
-    norms, steps = answers[0]
-    assert steps == 2
-    assert norms[0] is None
-    assert norms[1] == norms[2] != norms[3]
