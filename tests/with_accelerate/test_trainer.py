@@ -1,5 +1,6 @@
 """transformers' Trainer: its own clipping call and its logged norm, under FSDP."""
 
+import contextlib
 import os
 
 import pytest
@@ -36,21 +37,22 @@ def train(folder, world, fsdp=None):
     torch.manual_seed(0)
     sizes = {"vocab_size": 16, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2}
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=3,
-        per_device_train_batch_size=4 // world,
-        gradient_accumulation_steps=2,
-        learning_rate=0.01,
-        max_grad_norm=0.2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        **({"fsdp": "full_shard", "fsdp_config": WRAPPED | fsdp} if fsdp else {}),
-    )
-    with sharding_on_cpu():
+    options = {"fsdp": "full_shard", "fsdp_config": WRAPPED | fsdp} if fsdp else {}
+    with sharding_on_cpu() if fsdp else contextlib.nullcontext():
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=3,
+            per_device_train_batch_size=4 // world,
+            gradient_accumulation_steps=2,
+            learning_rate=0.01,
+            max_grad_norm=0.2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            **options,
+        )
         model = GPT2LMHeadModel(GPT2Config(**sizes, **no_dropout))
         trainer = Trainer(model=model, args=arguments, train_dataset=Rows())
     clip = accelerate_clip.enable(trainer.accelerator, NORM)
