@@ -4,11 +4,11 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ParallelismConfig
-from support.accelerate_cpu import joined, with_fsdp, with_tensor_parallel
-from support.nets import parallel_net
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import accelerate_clip
+from support.accelerate_cpu import joined, with_fsdp, with_tensor_parallel
+from support.nets import parallel_net
 
 
 def sharding(version, **options):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from support.lit import Small
-from support.nets import parallel_net
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -20,6 +18,9 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+
+from support.lit import Small
+from support.nets import parallel_net
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,7 @@ class Hybrid(Plain):
 class Tensor(Plain):
     """Tensor parallel; the last two layers are whole on every rank."""
 
-    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    plan: ClassVar = {"0": ColwiseParallel(), "2": RowwiseParallel()}
 
     def share(self, rows: torch.Tensor) -> torch.Tensor:
         mesh = self.device_mesh["data_parallel"]
@@ -102,7 +103,7 @@ class Tensor(Plain):
 class Sequence(Tensor):
     """Tensor parallel with a norm whose rows are cut, which leaves its gradients partial sums."""
 
-    plan = {
+    plan: ClassVar = {
         "0": ColwiseParallel(),
         "2": RowwiseParallel(output_layouts=Shard(0)),
         "3": SequenceParallel(sequence_dim=0),

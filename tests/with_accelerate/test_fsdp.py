@@ -130,6 +130,7 @@ def on_rank(rank, world, name, state):
 
 NAMES = ("ddp", "fsdp1", "fsdp2")
 
+
 @functools.cache
 def alone():
     return {

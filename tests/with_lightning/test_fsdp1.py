@@ -10,7 +10,7 @@ from support.lit import Logged, trainer_of
 from support.lit_layouts import STRATEGIES, Plain, fsdp1, scaler_plugin
 from support.ranks import run_on_ranks
 
-from gradclip import NonFiniteError
+from gradclip import ConfigError, NonFiniteError
 from lightning_clip import GradientClip
 
 NORM = {"policies": [{"type": "norm", "max_norm": 2.0}]}
@@ -22,7 +22,7 @@ class Watch(Callback):
     def __init__(self):
         self.norms, self.grads = [], []
 
-    def on_before_optimizer_step(self, trainer, _module, optimizer):
+    def on_before_optimizer_step(self, _trainer, _module, optimizer):
         held = [p.grad for group in optimizer.param_groups for p in group["params"]]
         self.grads = [grad.clone() for grad in held if grad is not None]
         total = torch.zeros((), dtype=torch.float64)
@@ -73,7 +73,8 @@ def raising(rank, world):
         trainer.fit(Plain(), range(8))
     held = [p.grad for group in trainer.optimizers[0].param_groups for p in group["params"]]
     after = [grad for grad in held if grad is not None]
-    same = [torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(after, poison.grads)]
+    pairs = zip(after, poison.grads, strict=True)
+    same = [torch.equal(now.nan_to_num(7), old.nan_to_num(7)) for now, old in pairs]
     return str(error.value), trainer.global_step, same
 
 
@@ -98,7 +99,7 @@ def refused(rank, world):
     found = []
     for policy, module, strategy, options in cases:
         trainer = trainer_of(GradientClip(policy), strategy=strategy, devices=world, **options)
-        with pytest.raises(Exception) as error:
+        with pytest.raises((ConfigError, ValueError)) as error:
             trainer.fit(module, range(2))
         found.append(f"{type(error.value).__name__}: {error.value}")
     return found
