@@ -110,7 +110,7 @@ def _refuse(arguments: Namespace, rest: Mapping[str, Any], file: Path) -> None:
             f"'distributed_type: MULTI_GPU' in {file} for DDP, or 'use_cpu: false' on GPUs"
         )
     if found:
-        msg = f"{found}; allowed: Python scripts on one process, DDP, or FSDP2."
+        msg = f"{found}; allowed: Python scripts on one process, DDP, FSDP or tensor parallel."
         raise ConfigError(msg)
 
 

@@ -18,8 +18,9 @@ __all__ = ["GradientClip"]
 class GradientClip(Callback):
     """Clips gradients before each optimizer step of a Lightning Trainer.
 
-    Works in automatic and manual optimisation, with gradient accumulation, on one process, with
-    DDP and with ModelParallelStrategy (`fully_shard`), in 32-bit, bf16 and 16-mixed precision.
+    Works in automatic and manual optimisation, with gradient accumulation, on one process and
+    under DDPStrategy, FSDPStrategy and ModelParallelStrategy (`fully_shard`, tensor parallel), in
+    32-bit, bf16 and 16-mixed precision. Norms and limits are those of one process.
     Every optimizer has its own limits and adaptive state, which are saved and restored with the
     Trainer's checkpoints and kept over several `trainer.fit` calls of the same module.
 
@@ -40,9 +41,10 @@ class GradientClip(Callback):
 
     Raises:
         ConfigError: If the configuration isn't valid. When fitting starts, also if something
-            else clips too, or an optimizer or strategy can't be clipped from a callback.
+            else clips too, an optimizer or strategy can't be clipped from a callback, or scope
+            "parameter" meets the flat parameters of `FSDPStrategy(use_orig_params=False)`.
         LayoutError: When fitting starts, if parameters are laid out in a way that isn't
-            supported (FSDP1).
+            supported.
 
     Example:
         >>> from gradclip import ClipByNorm, ZClip
