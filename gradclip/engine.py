@@ -17,7 +17,7 @@ from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
 from gradclip.kernels import KernelName, kernel_for
-from gradclip.layouts import Groups, detect, gathered, is_flat, local_part
+from gradclip.layouts import Groups, detect, gathered, is_flat, is_flattened, local_part
 from gradclip.measure import measure
 from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
@@ -183,10 +183,10 @@ class GradientClipper:
         return layout, plan
 
     def _what_may_change(self) -> tuple[object, ...]:
-        """Cheap to compare each step: the optimizer's groups, and where the parameters are."""
+        """Cheap to compare each step: the optimizer's groups, and how the parameters lie."""
         groups = self._optimizer.param_groups if self._optimizer else ()
         first = next(iter(self._plan.parameters.values()))
-        return (first.device, *(len(group["params"]) for group in groups))
+        return (first.device, is_flattened(first), *(len(group["params"]) for group in groups))
 
     def _current_plan(self) -> Plan:
         """The plan; made anew, state carried over, when parameters were added or moved."""

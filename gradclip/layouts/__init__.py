@@ -1,6 +1,6 @@
 """Geometry: the only place that knows about ranks."""
 
-from gradclip.layouts.cuts import is_flat
+from gradclip.layouts.cuts import is_flat, is_flattened
 from gradclip.layouts.detect import Groups, detect, gathered
 from gradclip.layouts.local import LocalLayout, local_part
 from gradclip.layouts.partial import completed
@@ -14,5 +14,6 @@ __all__ = [
     "detect",
     "gathered",
     "is_flat",
+    "is_flattened",
     "local_part",
 ]

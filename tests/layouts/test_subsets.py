@@ -56,6 +56,26 @@ def adapters(rank, world, kind):
     return record.grad_norm, drop_in, whole(kind, net, named)
 
 
+def built_before(rank, world):
+    """FSDP1 keeps the parameters, so the clipper still has them, and makes shards of them."""
+    net = Block()
+    clipper = GradientClipper(ClipByNorm(max_norm=0.1), net.named_parameters())
+    wrapped("fsdp1", net, world)
+    again = GradientClipper(ClipByNorm(max_norm=0.1), net.named_parameters())
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 1.0 + rank)
+    before = [clipper.clip().grad_norm, clipper.clip().grad_norm]
+    assert again.clip().grad_norm == before[1]
+    return before
+
+
+def test_a_model_wrapped_after_its_clipper_was_built():
+    first, second = run_on_ranks(built_before, 2)
+    assert first == second
+    size = sum(p.numel() for p in Block().parameters())
+    assert float(first[0]) ** 2 == pytest.approx(size / 2 * (1 + 4), rel=0.02)  # and padding
+
+
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
 def test_trained_parameters_beside_frozen_ones(kind):
     alone = Adapted()
