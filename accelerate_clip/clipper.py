@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from accelerate_clip.private import prepared_models, prepared_optimizers
-from accelerate_clip.refuse import refuse_lomo, refuse_unsupported, warn_if_alone
+from accelerate_clip.refuse import refuse_lomo, refuse_stale, refuse_unsupported, warn_if_alone
 from accelerate_clip.report import describe, is_same_rule, report
 from accelerate_clip.step import StepClipper, accumulated_norm, named_parameters
 from gradclip import (
@@ -263,6 +263,8 @@ class AcceleratorClip:
 
     def _build(self, prepared: AcceleratedOptimizer, models: list[Module]) -> StepClipper:
         named = named_parameters(models, prepared)
+        if not named:
+            refuse_stale(self._accelerator, type(prepared.optimizer).__name__)
         try:
             return StepClipper(self.config, named, prepared, self._after_step)
         except ConfigError as error:

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 
 from gradclip import ConfigError, LayoutError
 
-__all__ = ["refuse_lomo", "refuse_unsupported", "warn_if_alone"]
+__all__ = ["refuse_lomo", "refuse_stale", "refuse_unsupported", "warn_if_alone"]
 
 _logger = get_logger(__name__)
 
@@ -58,6 +58,25 @@ def refuse_lomo(accelerator: Accelerator) -> None:
             "accelerate_clip.enable: LOMO and AdaLomo update parameters during backward, before "
             "a norm over all gradients exists; allowed: optimizers that step after it. Use "
             "LOMO's own clip_grad_norm, or another optimizer."
+        )
+        raise ConfigError(msg)
+
+
+def refuse_stale(accelerator: Accelerator, optimizer: str) -> None:
+    """Raise where an optimizer that holds no parameter of a prepared model can't train any.
+
+    Raises:
+        ConfigError: Under FSDP1 with flat parameters.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2:
+        return
+    if not accelerator.state.fsdp_plugin.use_orig_params:
+        msg = (
+            f"accelerate_clip: {optimizer} holds no parameter of a prepared model, and FSDP1 with "
+            "use_orig_params false has flat parameters in place of the model's own, so it would "
+            "train nothing; allowed: the prepared model's parameters. Prepare the model first and "
+            "build the optimizer from it, or set use_orig_params true ('fsdp_use_orig_params' in "
+            "fsdp_config)."
         )
         raise ConfigError(msg)
 

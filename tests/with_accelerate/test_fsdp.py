@@ -14,7 +14,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 import accelerate_clip
-from gradclip import NonFiniteError
+from gradclip import ConfigError, NonFiniteError
 
 NORM = {"policies": [{"type": "norm", "max_norm": 2.0}]}
 ADAPTIVE = {"policies": [{"type": "zclip", "scope": "parameter", "warmup_steps": 2}]}
@@ -116,6 +116,29 @@ def trained_alone():
     return clip.state_dict()
 
 
+def built_too_early():
+    """An optimizer of the model's own parameters, which flat ones are about to replace."""
+    accelerator = make("fsdp1 flat")
+    accelerate_clip.enable(accelerator, NORM)
+    net = parallel_net()
+    with pytest.raises(ConfigError) as error:
+        accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    return str(error.value)
+
+
+def before_its_model():
+    """An optimizer prepared before its model is wrapped: FSDP1 shards what the clipper holds."""
+    accelerator = make("fsdp1")
+    accelerate_clip.enable(accelerator, NORM)
+    net = parallel_net()
+    optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=0.1))
+    net = accelerator.prepare(net)
+    accelerator.backward(net(share(accelerator, rows_of(0))).square().mean())
+    norm = accelerator.clip_grad_norm_(net.parameters(), 2.0)
+    optimizer.step()
+    return [norm]
+
+
 def on_rank(rank, world, name, state):
     return {
         "subset": subset(name, scaled=False),
@@ -125,6 +148,8 @@ def on_rank(rank, world, name, state):
         "accumulating": accumulating(name, each=False),
         "each": accumulating(name, each=True),
         "state": taken_over(name, state),
+        "early": built_too_early() if name == "fsdp1" else None,
+        "before": before_its_model() if name == "fsdp1" else None,
     }
 
 
@@ -205,6 +230,16 @@ def test_accumulation_that_reduces_each_batch(name):
     _, found = answers(name, "each")
     assert_norms([steps for _, steps in found], want)
     assert_norms([norms for norms, _ in found], between)
+
+
+def test_an_optimizer_built_too_early_is_refused():
+    for message in answers("fsdp1", "early")[1]:
+        assert "SGD holds no parameter of a prepared model" in message
+        assert "Prepare the model first" in message
+
+
+def test_an_optimizer_prepared_before_its_model():
+    assert_norms(answers("fsdp1", "before")[1], alone()["two"][:1])
 
 
 @pytest.mark.parametrize("name", NAMES)
