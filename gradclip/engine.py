@@ -34,8 +34,9 @@ class GradientClipper:
     Args:
         policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
             path of a YAML file.
-        named_parameters: Names for the parameters, as from `model.named_parameters()`; without
-            an optimizer, also which parameters to clip.
+        named_parameters: Names for the parameters, as from `model.named_parameters()`, where
+            wrappers (DDP, FSDP1, `torch.compile`) leave no trace; without an optimizer, also
+            which parameters to clip.
         optimizer: Whose parameters to clip, and whose parameter groups scope "group" means.
         process_group: One more group of ranks to reduce over, which hold other parameters of the
             same model (pipeline stages), or a mapping from patterns of parameter names to such

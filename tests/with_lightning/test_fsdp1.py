@@ -32,8 +32,8 @@ class Watch(Callback):
         self.norms.append(float(total.sqrt()))
 
 
-def norms_of(logged):
-    return [float(step["clip/grad_norm"]) for step in logged.metrics]
+def norms_of(metrics):
+    return [float(step["clip/grad_norm"]) for step in metrics]
 
 
 def in_bf16(rank, world):
@@ -42,7 +42,11 @@ def in_bf16(rank, world):
         watch, clip, logged, strategy=fsdp1(), devices=world, precision="bf16-mixed"
     )
     trainer.fit(Plain(), range(8))
-    return watch.norms, norms_of(logged), [float(step["clip/clipped"]) for step in logged.metrics]
+    return (
+        watch.norms,
+        norms_of(logged.metrics),
+        [float(step["clip/clipped"]) for step in logged.metrics],
+    )
 
 
 def with_live_scaler(rank, world):
@@ -52,7 +56,7 @@ def with_live_scaler(rank, world):
     trainer = trainer_of(watch, clip, logged, strategy=fsdp1(), devices=world, plugins=[plugin])
     trainer.fit(Plain(), range(8))
     skipped = [bool(step["clip/skipped"]) for step in logged.metrics]
-    return watch.norms, norms_of(logged), skipped, plugin.scaler.get_scale()
+    return watch.norms, norms_of(logged.metrics), skipped, plugin.scaler.get_scale()
 
 
 class Poison(Watch):
@@ -105,8 +109,25 @@ def refused(rank, world):
     return found
 
 
+def accumulated(strategy, module, world):
+    """Two batches a step."""
+    clip, logged = GradientClip(NORM), Logged()
+    trainer = trainer_of(clip, logged, strategy=strategy, devices=world, accumulate_grad_batches=2)
+    trainer.fit(module, range(8))
+    return norms_of(logged.metrics[1::2]), float(clip.clippers[0].state_dict()["counts"]["steps"])
+
+
+def accumulating(rank, world):
+    found = {}
+    for name in ("ddp", "fsdp1", "fsdp2"):
+        module, strategy, _ = STRATEGIES[name]
+        found[name] = accumulated(strategy(), module(), world)
+    return found
+
+
 def every_case(rank, world):
-    return [case(rank, world) for case in (in_bf16, with_live_scaler, raising, refused)]
+    cases = (in_bf16, with_live_scaler, raising, refused, accumulating)
+    return [case(rank, world) for case in cases]
 
 
 ranks = functools.cache(run_on_ranks)
@@ -154,6 +175,15 @@ def test_what_cannot_work_says_the_way_out():
         assert orig.startswith("ConfigError: Optimizer 0 (SGD) holds no parameter of Stale")
         assert "self.parameters() in configure_optimizers" in orig
         assert "Trainer(gradient_clip_val=1.0) and GradientClip" in trainer
+
+
+def test_accumulation_clips_once_per_step():
+    norms, steps = accumulated("auto", Plain(), 1)
+    assert steps == 4
+    for answer in ranks(every_case, 2):
+        for got, counted in answer[4].values():
+            assert counted == steps
+            assert got == pytest.approx(norms, rel=1e-5)
 
 
 ADAPTIVE = {
