@@ -5,9 +5,10 @@ import tempfile
 
 import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from support.accelerate_cpu import joined, with_fsdp
+from support.accelerate_layouts import sharding
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from torch.distributed.tensor import DTensor
@@ -50,18 +51,8 @@ def prepare(accelerator, enable_after=False):
     return clip or accelerate_clip.enable(accelerator, POLICIES), model, opt
 
 
-def sharding(version=2):
-    # A new one each time: Accelerate turns the policy's name into a function in place.
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=version,
-        cpu_ram_efficient_loading=False,
-        auto_wrap_policy="SIZE_BASED_WRAP",
-        min_num_params=8,
-    )
-
-
 def on_ranks(rank, world, kind, after, calls):
-    accelerator = joined() if kind == "ddp" else with_fsdp(sharding())
+    accelerator = joined() if kind == "ddp" else with_fsdp(sharding(2))
     clip, model, opt = prepare(accelerator, after)
     kinds = {type(p).__name__ for p in model.parameters()}
     return kinds, train(accelerator, clip, model, opt, range(STEPS), calls)
@@ -99,14 +90,14 @@ def test_two_ranks_do_what_one_does(kind, after):
 
 
 def saved_and_resumed(rank, world, kind, folder):
-    accelerator = joined() if kind == "ddp" else with_fsdp(sharding())
+    accelerator = joined() if kind == "ddp" else with_fsdp(sharding(2))
     clip, model, opt = prepare(accelerator)
     train(accelerator, clip, model, opt, range(7))
     accelerator.save_state(folder)
     straight = train(accelerator, clip, model, opt, range(7, STEPS))
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    accelerator = joined() if kind == "ddp" else with_fsdp(sharding())
+    accelerator = joined() if kind == "ddp" else with_fsdp(sharding(2))
     clip, model, opt = prepare(accelerator)
     accelerator.load_state(folder)
     resumed = train(accelerator, clip, model, opt, range(7, STEPS))
