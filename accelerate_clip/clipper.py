@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import load, save
+from accelerate.utils import DistributedType, load, save
 from torch import Tensor
 from torch.nn import Module
 
+from accelerate_clip.engine import EngineClipper, settle_threshold
 from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import refuse_lomo, refuse_stale, refuse_unsupported, warn_if_alone
 from accelerate_clip.report import describe, is_same_rule, report
@@ -34,6 +35,8 @@ STATE_FILE = "gradient_clip.bin"
 
 _logger = get_logger(__name__)
 
+_Clipper = StepClipper | EngineClipper
+
 
 def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
     """Clip the gradients of everything this accelerator prepares.
@@ -52,7 +55,8 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
 
     Raises:
         ConfigError: If the policy isn't valid, or clipping is enabled already.
-        LayoutError: If the accelerator uses DeepSpeed, Megatron-LM or XLA.
+        LayoutError: If the accelerator uses Megatron-LM or XLA, or DeepSpeed in a way that can't be
+            clipped exactly.
 
     Example:
         >>> from accelerate import Accelerator
@@ -76,6 +80,7 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
         raise ConfigError(msg)
     config = as_config(policy)
     refuse_unsupported(accelerator)
+    settle_threshold(accelerator)
     warn_if_alone(accelerator)
     clip = AcceleratorClip(accelerator, config)
     accelerator.gradient_clip = clip
@@ -97,7 +102,7 @@ class AcceleratorClip:
     def __init__(self, accelerator: Accelerator, config: ClipConfig) -> None:
         self.config = config
         self._accelerator = accelerator
-        self._clippers: list[StepClipper] = []
+        self._clippers: list[_Clipper] = []
         self._last_record: ClipRecord | None = None
         self._said: set[str] = set()
         self._watched = False
@@ -124,7 +129,8 @@ class AcceleratorClip:
 
         While gradients are being accumulated (`accelerator.sync_gradients` is false), nothing
         is clipped, and the norm of what has been accumulated on this process is returned (of all
-        processes' with `sync_each_batch`; NaN under FSDP2, which shows no gradients then).
+        processes' with `sync_each_batch`; NaN under FSDP2, which shows no gradients then, and
+        under DeepSpeed, which clips and steps inside `accelerator.backward`).
 
         Args:
             parameters: As from `model.parameters()`.
@@ -211,7 +217,7 @@ class AcceleratorClip:
         self._last_record = records[-1]
         return self._combined([record.grad_norm for record in records])
 
-    def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[StepClipper]:
+    def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[_Clipper]:
         listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         # By identity: comparing tensors would compare their elements.
         asked = {id(parameter) for parameter in listed}
@@ -246,7 +252,7 @@ class AcceleratorClip:
             self._accelerator.unwrap_model(model, keep_torch_compile=False)
             for model in prepared_models(self._accelerator)
         ]
-        now: list[StepClipper] = []
+        now: list[_Clipper] = []
         try:
             for prepared in prepared_optimizers(self._accelerator):
                 known = before.get(id(prepared))
@@ -261,7 +267,9 @@ class AcceleratorClip:
                 clipper.detach()
         self._clippers = now
 
-    def _build(self, prepared: AcceleratedOptimizer, models: list[Module]) -> StepClipper:
+    def _build(self, prepared: AcceleratedOptimizer, models: list[Module]) -> _Clipper:
+        if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return EngineClipper(self.config, self._accelerator, prepared, self._after_step)
         named = named_parameters(models, prepared)
         if not named:
             refuse_stale(self._accelerator, type(prepared.optimizer).__name__)
@@ -303,7 +311,7 @@ class AcceleratorClip:
 
         return backward_and_watch
 
-    def _after_step(self, clipper: StepClipper) -> None:
+    def _after_step(self, clipper: _Clipper) -> None:
         self._last_record = clipper.last_record
         index = self._clippers.index(clipper) if len(self._clippers) > 1 else None
         every = self.config.log.every_n_steps or 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -12,15 +13,21 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 __all__ = [
+    "Prepared",
     "Versions",
     "default_config_file",
+    "engine_of",
     "hold_schedule",
     "launch",
     "launch_parser",
     "prepared_models",
     "prepared_optimizers",
+    "tells_of_skips",
     "versions",
 ]
+
+Prepared = AcceleratedOptimizer
+"""What `accelerator.prepare` makes of an optimizer; DeepSpeed's is a kind of it."""
 
 Versions = Sequence[tuple[Tensor, int]]
 """Gradients, and how often each was written to."""
@@ -46,6 +53,19 @@ def hold_schedule(optimizer: AcceleratedOptimizer, held: bool) -> None:
         optimizer._is_overflow = held
     elif held:
         optimizer._accelerate_step_called = False
+
+
+def engine_of(accelerator: Accelerator) -> Any:
+    """The DeepSpeed engine that `accelerator.backward` drives."""
+    return accelerator.deepspeed_engine_wrapped.engine
+
+
+def tells_of_skips(optimizer: AcceleratedOptimizer) -> None:
+    """Make `optimizer.step_was_skipped` read DeepSpeed's flag, also where it was added later.
+
+    At stage 0 in fp32 the optimizer has one only once it is clipped.
+    """
+    optimizer.__has_overflow__ = hasattr(optimizer.optimizer, "overflow")
 
 
 def versions(parameters: Iterable[Parameter]) -> Versions:

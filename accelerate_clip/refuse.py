@@ -16,11 +16,6 @@ _logger = get_logger(__name__)
 
 _SUPPORTED = "supported: one process, DDP, FSDP, tensor parallel"
 _REFUSED = {
-    DistributedType.DEEPSPEED: (
-        "DeepSpeed, which steps inside accelerator.backward and keeps its gradients to itself",
-        "Let DeepSpeed clip ('gradient_clipping' in its config), or use FSDP2 "
-        "(distributed_type: FSDP, fsdp_version: 2)",
-    ),
     DistributedType.MEGATRON_LM: (
         "Megatron-LM, which steps inside its own train_step",
         "Let Megatron-LM clip ('gradient_clipping' of MegatronLMPlugin), or use FSDP2 "
@@ -37,7 +32,7 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
     """Raise if gradients can't be reached before the optimizer's step.
 
     Raises:
-        LayoutError: For DeepSpeed, Megatron-LM and XLA; says what to do instead.
+        LayoutError: For Megatron-LM and XLA; says what to do instead.
     """
     kind = accelerator.distributed_type
     if kind not in _REFUSED:

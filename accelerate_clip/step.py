@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
+from accelerate_clip.engine import EngineClipper
 from accelerate_clip.private import Versions, hold_schedule, versions
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
 
@@ -135,7 +137,7 @@ def named_parameters(
 
 
 def accumulated_norm(
-    accelerator: Accelerator, clippers: Sequence[StepClipper], norm_type: float
+    accelerator: Accelerator, clippers: Sequence[StepClipper | EngineClipper], norm_type: float
 ) -> Tensor:
     """The norm of gradients that aren't complete yet.
 
@@ -147,8 +149,11 @@ def accumulated_norm(
     Returns:
         0-d, of this process's gradients; of all ranks' where each batch is reduced
         (`sync_each_batch`); else NaN under FSDP2, which shows none before it reduces them.
+        Always NaN under DeepSpeed, which shows none at all.
     """
     parameters = [p for clipper in clippers for p in clipper.parameters]
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return torch.tensor(math.nan)
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         norm = clip_grad_norm_(parameters, math.inf, norm_type)
     elif accelerator.is_fsdp2:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from gradclip.apply import apply
 from gradclip.config import ClipConfig, PolicyLike, as_config
@@ -18,12 +17,14 @@ from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
 from gradclip.kernels import KernelName, kernel_for
 from gradclip.layouts import Groups, detect, gathered, is_flat, is_flattened, local_part
+from gradclip.layouts.zero import ZeroLayout, is_engine
+from gradclip.layouts.zero_step import Halves, clip_inside_step
 from gradclip.measure import measure
 from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
 from gradclip.scopes import Plan, build_plan, collect_parameters, facts_of
 from gradclip.state import carry_over, pack, unpack
-from gradclip.types import Layout, Verdict
+from gradclip.types import Collected, Handle, Layout, Verdict
 
 __all__ = ["GradientClipper"]
 
@@ -37,7 +38,8 @@ class GradientClipper:
         named_parameters: Names for the parameters, as from `model.named_parameters()`, where
             wrappers (DDP, FSDP1, `torch.compile`) leave no trace; without an optimizer, also
             which parameters to clip.
-        optimizer: Whose parameters to clip, and whose parameter groups scope "group" means.
+        optimizer: Whose parameters to clip, and whose parameter groups scope "group" means. A
+            DeepSpeed engine stands for its optimizer; it then has to be attached.
         process_group: One more group of ranks to reduce over, which hold other parameters of the
             same model (pipeline stages), or a mapping from patterns of parameter names to such
             groups, first match first (`{"*.experts.*": expert_group}`); None in it, as for
@@ -69,13 +71,20 @@ class GradientClipper:
         self,
         policy: PolicyLike,
         named_parameters: Iterable[tuple[str, Parameter]] | None = None,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Any | None = None,
         *,
         process_group: Groups | None = None,
         layout: Layout | None = None,
         kernel: KernelName | None = None,
     ) -> None:
         self.config: ClipConfig = as_config(policy)
+        if is_engine(optimizer):
+            if layout is not None:
+                msg = "layout is given with a DeepSpeed engine, which has its own; leave it out."
+                raise ConfigError(msg)
+            layout = zero = ZeroLayout(optimizer)
+            named_parameters = named_parameters or zero.engine.module.named_parameters()
+            optimizer = zero.groups
         self._named = None if named_parameters is None else list(named_parameters)
         self._optimizer = optimizer
         self._process_group = process_group
@@ -113,6 +122,14 @@ class GradientClipper:
                 finite. Gradients and state are then as they were.
             ConfigError: If no rank ever had a gradient, and a hook may have taken them.
         """
+        grads, verdict, record = self._decide(grad_scale, self.config.on_nonfinite)
+        apply(verdict, grads.all, self._plan.parameters.values(), self._kernel, grad_scale)
+        return record
+
+    def _decide(
+        self, grad_scale: Tensor | None, on_nonfinite: str
+    ) -> tuple[Collected, Verdict, ClipRecord]:
+        """Everything but the writing, which DeepSpeed leaves for later."""
         plan = self._current_plan()
         grads = self._layout.collect(plan.slots)
         norms = measure(grads.counted, plan.norm_types, self._layout, self._kernel)
@@ -120,24 +137,38 @@ class GradientClipper:
             self._stop_if_lost(norms[plan.recorded])
         if grad_scale is not None:
             norms = {p: norm / grad_scale for p, norm in norms.items()}
-        skips = self.config.on_nonfinite == "skip"
+        skips = on_nonfinite == "skip"
         verdict, states = decide_all(plan.rules, norms, self._states, skip_nonfinite=skips)
-        self._stop_if_asked(verdict)
-        apply(verdict, grads.all, plan.parameters.values(), self._kernel, grad_scale)
+        if on_nonfinite == "raise" and not bool(verdict.finite):
+            raise NonFiniteError(self._what_is_not_finite())
         self._states = states
         self.last_record = self._record(norms[plan.recorded], verdict)
-        return self.last_record
+        return grads, verdict, self.last_record
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+    def attach(self, optimizer: Optimizer | Any) -> Handle:
         """Clip by itself before every `optimizer.step()`, also with a closure or a GradScaler.
+
+        Args:
+            optimizer: The one this clipper was built with: an optimizer, or a DeepSpeed engine,
+                which then clips inside `engine.step()` with this clipper alone.
 
         Returns:
             A handle; `handle.remove()` stops it.
 
         Raises:
             ConfigError: If the optimizer isn't the one this clipper was built with, or
-                evaluates its closure several times a step (LBFGS).
+                evaluates its closure several times a step (LBFGS), or a threshold in the
+                DeepSpeed engine's own configuration disagrees.
         """
+        if isinstance(self._layout, ZeroLayout):
+            halves = Halves(self.config, self._decide, self._write)
+            return clip_inside_step(halves, self._layout, optimizer)
+        if is_engine(optimizer):
+            msg = (
+                "attach got a DeepSpeed engine, and this clipper was built without it; build it "
+                "with the engine, as in GradientClipper(policy, optimizer=engine).attach(engine)."
+            )
+            raise ConfigError(msg)
         known = {id(p) for p in self._plan.parameters.values()}
         if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
             msg = (
@@ -146,6 +177,11 @@ class GradientClipper:
             )
             raise ConfigError(msg)
         return clip_before_step(self, optimizer)
+
+    def _write(self, verdict: Verdict, bucket: int, tensors: Sequence[Tensor]) -> None:
+        assert isinstance(self._layout, ZeroLayout)
+        grads = self._layout.parts(self._plan.slots, bucket, tensors)
+        apply(verdict, grads, (), self._kernel)
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts."""
@@ -204,25 +240,30 @@ class GradientClipper:
     def _stop_if_lost(self, norms: Tensor) -> None:
         """Without hooks a step without gradients is a step like any other."""
         parameters = self._plan.parameters
+        if isinstance(self._layout, ZeroLayout):  # its hooks are DeepSpeed's own
+            return
         if has_hooks(parameters) and not bool(norms.any()) and not bool(self._tally.counts[0]):
             refuse_lost_gradients(parameters)
 
-    def _stop_if_asked(self, verdict: Verdict) -> None:
-        if self.config.on_nonfinite != "raise" or bool(verdict.finite):
-            return
-        bad = [name for name, p in self._plan.parameters.items() if not self._is_finite(p.grad)]
+    def _what_is_not_finite(self) -> str:
+        parameters = self._plan.parameters.items()
+        bad = [name for name, p in parameters if not all(map(self._is_finite, self._held(p)))]
         where = f"on this rank in {', '.join(bad[:5])}" if bad else "on another rank"
         if len(bad) > 5:
             where += f" and {len(bad) - 5} more"
-        msg = (
+        return (
             f"clip: a gradient is NaN or infinite, {where}; gradients are unchanged. "
             "on_nonfinite is 'raise'; 'skip' withholds such steps instead."
         )
-        raise NonFiniteError(msg)
 
-    def _is_finite(self, grad: Tensor | None) -> bool:
-        part = None if grad is None else local_part(grad)
-        return part is None or not part.numel() or bool(self._kernel.peaks([[part]]).isfinite())
+    def _held(self, parameter: Parameter) -> list[Tensor]:
+        """What this rank has of a gradient, without a collective."""
+        if isinstance(self._layout, ZeroLayout):
+            return self._layout.collect([[parameter]]).all[0]
+        return [] if parameter.grad is None else [local_part(parameter.grad)]
+
+    def _is_finite(self, part: Tensor) -> bool:
+        return not part.numel() or bool(self._kernel.peaks([[part]]).isfinite())
 
     def _record(self, norms: Tensor, verdict: Verdict) -> ClipRecord:
         plan = self._plan

@@ -13,6 +13,7 @@ __all__ = [
     "Collected",
     "Decision",
     "Grads",
+    "Handle",
     "Kernel",
     "Layout",
     "Scope",
@@ -135,4 +136,12 @@ class Kernel(Protocol):
 
     def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp elements in place to [-limit, limit]; NaN stays NaN."""
+        ...
+
+
+class Handle(Protocol):
+    """What undoes something."""
+
+    def remove(self) -> None:
+        """Undo it."""
         ...

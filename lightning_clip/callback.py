@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
 from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, as_config
-from lightning_clip.framework import Callback, LightningModule, Trainer, live_scaler
+from lightning_clip.framework import (
+    Callback,
+    LightningModule,
+    Trainer,
+    deepspeed_engine,
+    live_scaler,
+)
 from lightning_clip.refuse import refuse_optimizers, refuse_setup
 from lightning_clip.report import report
 
@@ -19,8 +25,9 @@ class GradientClip(Callback):
     """Clips gradients before each optimizer step of a Lightning Trainer.
 
     Works in automatic and manual optimisation, with gradient accumulation, on one process and
-    under DDPStrategy, FSDPStrategy and ModelParallelStrategy (`fully_shard`, tensor parallel), in
-    32-bit, bf16 and 16-mixed precision. Norms and limits are those of one process.
+    under DDPStrategy, FSDPStrategy, ModelParallelStrategy (`fully_shard`, tensor parallel) and
+    DeepSpeedStrategy (whose engine then clips inside its own step), in 32-bit, bf16 and 16-mixed
+    precision. Norms and limits are those of one process.
     Every optimizer has its own limits and adaptive state, which are saved and restored with the
     Trainer's checkpoints and kept over several `trainer.fit` calls of the same module.
 
@@ -65,6 +72,8 @@ class GradientClip(Callback):
         self._saved: dict[str, Any] = {}
         self._last_record: ClipRecord | None = None
         self._backward_ran = False
+        self._engine: Any | None = None
+        self._detach: Callable[[], None] | None = None
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -125,17 +134,36 @@ class GradientClip(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Clip this optimizer's gradients and log what was done."""
-        if not self._step_follows(trainer, pl_module):
-            return
-        index = self._index(trainer, pl_module, optimizer)
-        self._last_record = self._clippers[index].clip()
+        """Clip this optimizer's gradients and log what was done.
+
+        A DeepSpeed engine clips inside its step, which follows; the step before it is logged.
+        """
+        if self._engine is not None:
+            self._report_engine_step(trainer, pl_module)
+        elif self._step_follows(trainer, pl_module):
+            index = self._index(trainer, pl_module, optimizer)
+            self._report(trainer, pl_module, index, self._clippers[index].clip())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        """Log what a DeepSpeed engine's step did, if it made one in this batch."""
+        if self._engine is not None:
+            self._report_engine_step(trainer, pl_module)
+
+    def _report_engine_step(self, trainer: Trainer, module: LightningModule) -> None:
+        record = self._clippers[0].last_record
+        if record is not None and record is not self._last_record:
+            self._report(trainer, module, 0, record)
+
+    def _report(
+        self, trainer: Trainer, module: LightningModule, index: int, record: ClipRecord
+    ) -> None:
+        self._last_record = record
         self._steps[index] += 1
         every = self.config.log.every_n_steps
         report(
             trainer,
-            pl_module,
-            self._last_record.as_metrics(),
+            module,
+            record.as_metrics(),
             suffix=f"/optimizer{index}" if len(self._clippers) > 1 else "",
             due=None if every is None else self._steps[index] % every == 0,
             progress_bar=self._progress_bar,
@@ -144,7 +172,16 @@ class GradientClip(Callback):
     def _build(self, trainer: Trainer, module: LightningModule) -> None:
         named = list(module.named_parameters())
         self._optimizers = list(trainer.optimizers)
-        self._clippers = [GradientClipper(self.config, named, opt) for opt in self._optimizers]
+        if self._detach is not None:
+            self._detach()
+            self._detach = None
+        self._engine = deepspeed_engine(trainer)
+        if self._engine is None:
+            self._clippers = [GradientClipper(self.config, named, opt) for opt in self._optimizers]
+        else:
+            clipper = GradientClipper(self.config, named, self._engine)
+            self._detach = clipper.attach(self._engine).remove
+            self._clippers = [clipper]
         self._steps = [0] * len(self._clippers)
 
     def _take_in_saved(self) -> None:

@@ -16,11 +16,17 @@ __all__ = [
     "Callback",
     "LightningModule",
     "Trainer",
+    "deepspeed_engine",
     "is_lightning",
     "live_scaler",
     "logger_step",
     "unscales_in_step",
 ]
+
+
+def deepspeed_engine(trainer: Trainer) -> Any | None:
+    """The engine that DeepSpeedStrategy trains with, once the strategy is set up; else None."""
+    return getattr(trainer.strategy, "deepspeed_engine", None)
 
 
 def is_lightning(cls: type) -> bool:

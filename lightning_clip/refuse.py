@@ -33,7 +33,7 @@ def refuse_setup(trainer: Trainer, module: LightningModule, kind: type[Callback]
         kind: The callback class that may stand only once in the Trainer.
 
     Raises:
-        ConfigError: If something else clips too, or the strategy hides its gradients.
+        ConfigError: If something else clips too.
     """
     if trainer.gradient_clip_val:
         msg = (
@@ -47,14 +47,6 @@ def refuse_setup(trainer: Trainer, module: LightningModule, kind: type[Callback]
         msg = (
             f"Trainer(callbacks=...) holds {len(found)} GradientClip callbacks ({', '.join(found)})"
             ", so gradients would be clipped twice. Keep one and give it a list of policies."
-        )
-        raise ConfigError(msg)
-    if "DeepSpeedStrategy" in (c.__name__ for c in type(trainer.strategy).__mro__):
-        msg = (
-            f"Trainer(strategy={type(trainer.strategy).__name__}) and GradientClip: DeepSpeed "
-            "keeps gradients to itself, so the callback would see none. Remove GradientClip and "
-            "set Trainer(gradient_clip_val=...), which DeepSpeed applies, or shard with "
-            "ModelParallelStrategy and fully_shard."
         )
         raise ConfigError(msg)
     _refuse_own_clipping(module)

@@ -18,6 +18,7 @@ from gradclip.layouts.cuts import axis_of, cut_over, flat_cuts, is_flattened
 from gradclip.layouts.geometry import Cut, distinct, reduction_axes
 from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.sharded import ShardedLayout
+from gradclip.layouts.zero import is_managed
 
 __all__ = ["Groups", "detect", "gathered"]
 
@@ -40,12 +41,12 @@ def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> Lo
         LayoutError: If a parameter is laid out in a way that isn't supported, or the first rank
             of a group lacks copies that others have.
     """
-    partitioned = [name for name, p in parameters.items() if hasattr(p, "ds_id")]
-    if partitioned:
+    managed = [name for name, p in parameters.items() if is_managed(p)]
+    if managed:
         msg = (
-            f"Parameters {partitioned[:3]} are partitioned by DeepSpeed, which keeps their "
-            "gradients to itself; supported: one process, DDP, and fully_shard (FSDP2). "
-            "Let DeepSpeed clip ('gradient_clipping' in its config), or use FSDP2."
+            f"Parameters {managed[:3]} belong to a DeepSpeed engine, which keeps their gradients "
+            "to itself until its step; supported: the engine as a whole. Build the clipper with "
+            "it: GradientClipper(policy, optimizer=engine).attach(engine)."
         )
         raise LayoutError(msg)
     cuts = _cuts(parameters)

@@ -12,6 +12,7 @@ for name in (
     "torch._dynamo",
     "lightning.pytorch",
     "accelerate",
+    "support.deepspeed_cpu",
     "gradclip",
 ):
     with contextlib.suppress(ImportError):

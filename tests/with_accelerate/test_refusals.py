@@ -72,7 +72,6 @@ def test_a_refused_optimizer_leaves_the_others_without_hooks():
 @pytest.mark.parametrize(
     ("kind", "way_out"),
     [
-        (DistributedType.DEEPSPEED, "Let DeepSpeed clip"),
         (DistributedType.MEGATRON_LM, "Let Megatron-LM clip"),
         (DistributedType.XLA, "Run without accelerate_clip"),
     ],

@@ -5,7 +5,6 @@ import functools
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from support.lit import Before, Small, inputs, trainer_of
 
 from gradclip import ConfigError
@@ -138,15 +137,6 @@ def test_two_of_them():
     # Lightning itself refuses two in Trainer(callbacks=...), whose state would share a key.
     with pytest.raises(RuntimeError, match="more than one stateful callback of type"):
         trainer_of(GradientClip(NORM), GradientClip(NORM))
-
-
-class DeepSpeedStrategy(SingleDeviceStrategy):
-    """Stands in for the name: deepspeed isn't installed."""
-
-
-def test_deepspeed():
-    strategy = DeepSpeedStrategy(device=torch.device("cpu"))
-    refused("DeepSpeedStrategy.*keeps gradients to itself", strategy=strategy)
 
 
 def test_lbfgs():
