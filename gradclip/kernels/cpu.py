@@ -117,7 +117,8 @@ def _add_small(
     sums: list[float], grads: list[Tensor], owners: list[int], sizes: list[int], norm_type: float
 ) -> None:
     """Concatenate small gradients and add the power sum of each to its slot."""
-    buffer = torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
+    # As torch.cat of flat views, without a Python call for each of them.
+    buffer = torch._utils._flatten_dense_tensors(grads)
     if owners[0] == owners[-1]:
         sums[owners[0]] += _large(buffer, norm_type)
         return
