@@ -16,7 +16,7 @@ from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
 from gradclip.kernels import KernelName, kernel_for
-from gradclip.layouts import Groups, detect, gathered, is_flat, is_flattened, local_part
+from gradclip.layouts import Groups, detect, gathered, is_flat, is_flattened
 from gradclip.layouts.zero import ZeroLayout, is_engine
 from gradclip.layouts.zero_step import Halves, clip_inside_step
 from gradclip.measure import measure
@@ -78,13 +78,14 @@ class GradientClipper:
         kernel: KernelName | None = None,
     ) -> None:
         self.config: ClipConfig = as_config(policy)
-        if is_engine(optimizer):
+        self._zero = ZeroLayout(optimizer) if is_engine(optimizer) else None
+        if self._zero is not None:
             if layout is not None:
                 msg = "layout is given with a DeepSpeed engine, which has its own; leave it out."
                 raise ConfigError(msg)
-            layout = zero = ZeroLayout(optimizer)
-            named_parameters = named_parameters or zero.engine.module.named_parameters()
-            optimizer = zero.groups
+            layout = self._zero
+            named_parameters = named_parameters or self._zero.engine.module.named_parameters()
+            optimizer = self._zero.groups
         self._named = None if named_parameters is None else list(named_parameters)
         self._optimizer = optimizer
         self._process_group = process_group
@@ -129,7 +130,7 @@ class GradientClipper:
     def _decide(
         self, grad_scale: Tensor | None, on_nonfinite: str
     ) -> tuple[Collected, Verdict, ClipRecord]:
-        """Everything but the writing, which DeepSpeed leaves for later."""
+        """Everything but the writing, for which DeepSpeed has a moment of its own."""
         plan = self._current_plan()
         grads = self._layout.collect(plan.slots)
         norms = measure(grads.counted, plan.norm_types, self._layout, self._kernel)
@@ -160,9 +161,9 @@ class GradientClipper:
                 evaluates its closure several times a step (LBFGS), or a threshold in the
                 DeepSpeed engine's own configuration disagrees.
         """
-        if isinstance(self._layout, ZeroLayout):
+        if self._zero is not None:
             halves = Halves(self.config, self._decide, self._write)
-            return clip_inside_step(halves, self._layout, optimizer)
+            return clip_inside_step(halves, self._zero, optimizer)
         if is_engine(optimizer):
             msg = (
                 "attach got a DeepSpeed engine, and this clipper was built without it; build it "
@@ -179,9 +180,9 @@ class GradientClipper:
         return clip_before_step(self, optimizer)
 
     def _write(self, verdict: Verdict, bucket: int, tensors: Sequence[Tensor]) -> None:
-        assert isinstance(self._layout, ZeroLayout)
-        grads = self._layout.parts(self._plan.slots, bucket, tensors)
-        apply(verdict, grads, (), self._kernel)
+        """The other half: apply to what DeepSpeed is about to step with."""
+        assert self._zero is not None
+        apply(verdict, self._zero.parts(self._plan.slots, bucket, tensors), (), self._kernel)
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts."""
@@ -239,15 +240,16 @@ class GradientClipper:
 
     def _stop_if_lost(self, norms: Tensor) -> None:
         """Without hooks a step without gradients is a step like any other."""
-        parameters = self._plan.parameters
-        if isinstance(self._layout, ZeroLayout):  # its hooks are DeepSpeed's own
+        if self._given_layout is not None:  # gradients may be elsewhere than on parameters
             return
+        parameters = self._plan.parameters
         if has_hooks(parameters) and not bool(norms.any()) and not bool(self._tally.counts[0]):
             refuse_lost_gradients(parameters)
 
     def _what_is_not_finite(self) -> str:
         parameters = self._plan.parameters.items()
-        bad = [name for name, p in parameters if not all(map(self._is_finite, self._held(p)))]
+        held = self._layout.held
+        bad = [name for name, p in parameters if not all(map(self._is_finite, held(p)))]
         where = f"on this rank in {', '.join(bad[:5])}" if bad else "on another rank"
         if len(bad) > 5:
             where += f" and {len(bad) - 5} more"
@@ -255,12 +257,6 @@ class GradientClipper:
             f"clip: a gradient is NaN or infinite, {where}; gradients are unchanged. "
             "on_nonfinite is 'raise'; 'skip' withholds such steps instead."
         )
-
-    def _held(self, parameter: Parameter) -> list[Tensor]:
-        """What this rank has of a gradient, without a collective."""
-        if isinstance(self._layout, ZeroLayout):
-            return self._layout.collect([[parameter]]).all[0]
-        return [] if parameter.grad is None else [local_part(parameter.grad)]
 
     def _is_finite(self, part: Tensor) -> bool:
         return not part.numel() or bool(self._kernel.peaks([[part]]).isfinite())

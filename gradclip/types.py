@@ -110,6 +110,10 @@ class Layout(Protocol):
         """Take the local part of `.grad` of each slot's parameters, without a copy."""
         ...
 
+    def held(self, parameter: Tensor) -> list[Tensor]:
+        """The local parts of one gradient, without a collective; none if there is no gradient."""
+        ...
+
     def sum(self, values: Tensor) -> Tensor:
         """Add float64 values of shape (n,) over the ranks that hold other parts."""
         ...

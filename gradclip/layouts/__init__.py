@@ -2,7 +2,7 @@
 
 from gradclip.layouts.cuts import is_flat, is_flattened
 from gradclip.layouts.detect import Groups, detect, gathered
-from gradclip.layouts.local import LocalLayout, local_part
+from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.partial import completed
 from gradclip.layouts.sharded import ShardedLayout
 
@@ -15,5 +15,4 @@ __all__ = [
     "gathered",
     "is_flat",
     "is_flattened",
-    "local_part",
 ]

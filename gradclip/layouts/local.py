@@ -66,6 +66,10 @@ class LocalLayout:
             held = [[grad for grad in slot if grad.numel()] for slot in held]
         return Collected(all=held, counted=held)
 
+    def held(self, parameter: Tensor) -> list[Tensor]:
+        """The local part of one gradient, if there is one; no rank waits for another."""
+        return [] if parameter.grad is None else [local_part(parameter.grad)]
+
     def sum(self, values: Tensor) -> Tensor:
         """One all-reduce for each group of ranks that hold other parts; none if there is none."""
         return self._reduce(values, dist.ReduceOp.SUM)

@@ -123,6 +123,10 @@ class ZeroLayout(LocalLayout):
                 parts[slot].append(part)
         return self.take([[(part, part) for part in slot] for slot in parts])
 
+    def held(self, parameter: Tensor) -> list[Tensor]:
+        """This rank's parts of one gradient; at the moment of a step alone, as `collect`."""
+        return self.collect([[parameter]]).all[0]
+
     def parts(
         self, slots: Sequence[Sequence[Tensor]], bucket: int, tensors: Sequence[Tensor]
     ) -> list[list[Tensor]]:
