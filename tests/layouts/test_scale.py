@@ -6,6 +6,8 @@ import torch.distributed as dist
 from support.comms import CountComms
 from support.ranks import run_on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +33,28 @@ def messages(rank, world, dp, tp):
 def test_one_message_of_8_bytes_a_slot_whatever_the_number_of_ranks(dp, tp):
     ((found, parameters),) = run_on_ranks(messages, 1, dp, tp)
     assert found == {"global": [8], "parameter": [8 * parameters]}
+
+
+def in_a_larger_job(rank, world):
+    """Two axes of eight ranks, then all three."""
+    del rank, world
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("pp", "dp", "tp"))
+    w = torch.nn.Parameter(DTensor.from_local(torch.ones(2), mesh["dp", "tp"], [Shard(0)] * 2))
+    w.grad = torch.ones_like(w)
+    found = []
+    for groups in ({}, mesh["pp"].get_group()):
+        policy = ClipByNorm(max_norm=1.0)
+        clipper = GradientClipper(policy, [("w", w)], process_group=groups)
+        with CountComms() as comms:
+            clipper.clip()
+        found.append(comms.messages)
+    return found
+
+
+def test_axes_are_summed_one_by_one_unless_they_span_all_ranks():
+    assert run_on_ranks(in_a_larger_job, 1) == [[[8, 8], [8]]]
 
 
 class Devices(TorchDispatchMode):
