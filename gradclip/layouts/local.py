@@ -52,7 +52,7 @@ class LocalLayout:
         Raises:
             LayoutError: If a gradient can't be measured; see `take`.
         """
-        return self.take([[(p, g) for p in slot if (g := p.grad) is not None] for slot in slots])
+        return self._taken([[g for p in slot if (g := p.grad) is not None] for slot in slots])
 
     def take(self, slots: Owned) -> Collected:
         """Take the local part of gradients, given with whose they are, without a copy.
@@ -60,7 +60,9 @@ class LocalLayout:
         Raises:
             LayoutError: If a gradient is sparse.
         """
-        held = [[grad for _, grad in slot] for slot in slots]
+        return self._taken([[grad for _, grad in slot] for slot in slots])
+
+    def _taken(self, held: list[list[Tensor]]) -> Collected:
         refuse_sparse(held)
         if self._some_empty:
             held = [[grad for grad in slot if grad.numel()] for slot in held]

@@ -49,7 +49,7 @@ class ShardedLayout(LocalLayout):
             LayoutError: If a gradient can't be measured; see `take`.
         """
         self._partial.reduce()
-        return super().collect(slots)
+        return self.take([[(p, g) for p in slot if (g := p.grad) is not None] for slot in slots])
 
     def take(self, slots: Owned) -> Collected:
         """Take the local part of gradients, given with whose they are, without a copy.
