@@ -53,9 +53,13 @@ class CpuKernel:
         sizes = list(map(Tensor.numel, flat))
         if max(sizes, default=0) >= SMALL:
             small = [size < SMALL for size in sizes]
+            # One for all of them: pages new to the process cost as much as a read.
+            halves = [grad.numel() for grad in flat if grad.element_size() < 4]
+            buffer = torch.empty(min(max(halves, default=0), BLOCK))
             for index, grad, is_small in zip(owners, flat, small, strict=True):
                 if not is_small:
-                    sums[index] += _large(grad, norm_type)
+                    sums[index] += _large(grad, norm_type, buffer)
+            del buffer
             flat, owners = list(compress(flat, small)), list(compress(owners, small))
             sizes = list(compress(sizes, small))
         ends = list(accumulate(sizes))
@@ -82,14 +86,15 @@ class CpuKernel:
             grad.clamp_(-limit, limit)  # type: ignore[arg-type]  # either kind
 
 
-def _large(grad: Tensor, norm_type: float) -> float:
-    """Sum of |g|^p from norms of rows, added up in float64."""
+def _large(grad: Tensor, norm_type: float, buffer: Tensor) -> float:
+    """Sum of |g|^p from norms of rows, added up in float64; half precision uses the buffer."""
     if grad.dtype == torch.float64:
         return _exact([grad], norm_type)
     total = 0.0
     norms: list[Tensor] = []
     held = 0
-    for block in _single(grad):
+    half = grad.element_size() < 4
+    for block in _copies([grad], buffer) if half else flat_pieces(grad, PIECE):
         rows, rest = divmod(block.numel(), ROW)
         if rows:
             part = block[: rows * ROW].view(rows, ROW)
@@ -111,18 +116,10 @@ def _sum_of_powers(norms: list[Tensor], norm_type: float) -> float:
     return whole.double().pow_(norm_type).sum().item()
 
 
-def _single(grad: Tensor) -> Iterator[Tensor]:
-    """All elements in float32, copied where they are in half precision."""
-    if grad.dtype == torch.float32:
-        return flat_pieces(grad, PIECE)
-    return _copies([grad], BLOCK, torch.float32)
-
-
-def _copies(grads: Sequence[Tensor], size: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """All elements in another type, a piece at a time in one buffer, free to be overwritten."""
-    buffer = torch.empty(min(size, max(map(Tensor.numel, grads), default=0)), dtype=dtype)
+def _copies(grads: Sequence[Tensor], buffer: Tensor) -> Iterator[Tensor]:
+    """All elements in the buffer's type, as many at a time as it holds, free to be overwritten."""
     for grad in grads:
-        for piece in flat_pieces(grad, size):
+        for piece in flat_pieces(grad, buffer.numel()):
             yield buffer[: piece.numel()].copy_(piece)
 
 
@@ -132,7 +129,8 @@ def _add_small(
     """Concatenate small gradients and add the power sum of each to its slot."""
     buffer = torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
     if owners[0] == owners[-1]:
-        sums[owners[0]] += _large(buffer, norm_type)
+        single = buffer.float() if buffer.element_size() < 4 else buffer
+        sums[owners[0]] += _large(single, norm_type, single)
         return
     powers = buffer.double().abs_().pow_(norm_type)
     parts = torch.segment_reduce(powers, "sum", lengths=torch.tensor(sizes), unsafe=True)
@@ -143,7 +141,8 @@ def _add_small(
 def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> float:
     """Sum of |factor * g|^p in float64, a piece at a time."""
     total = 0.0
-    for wide in _copies(slot, BATCH, torch.float64):
+    most = max(map(Tensor.numel, slot), default=0)
+    for wide in _copies(slot, torch.empty(min(most, BATCH), dtype=torch.float64)):
         total += wide.mul_(factor).abs_().pow_(norm_type).sum().item()
     return total
 
