@@ -14,7 +14,7 @@ __all__ = ["refuse_lomo", "refuse_stale", "refuse_unsupported", "warn_if_alone"]
 
 _logger = get_logger(__name__)
 
-_SUPPORTED = "supported: one process, DDP, FSDP, tensor parallel"
+_SUPPORTED = "supported: one process, DDP, FSDP, tensor parallel, DeepSpeed"
 _REFUSED = {
     DistributedType.MEGATRON_LM: (
         "Megatron-LM, which steps inside its own train_step",

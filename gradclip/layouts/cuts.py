@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gradclip.errors import LayoutError
 from gradclip.layouts.geometry import Axis, Cut
 
-__all__ = ["axis_of", "cut_over", "flat_cuts", "is_flat", "is_flattened"]
+__all__ = ["axis_of", "cut_over", "flat_cuts", "is_flat", "is_flattened", "root_of"]
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Cuts found so far, so that the drop-ins don't look again on every step."""
@@ -29,6 +29,11 @@ _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def axis_of(group: ProcessGroup) -> Axis:
     """The ranks of a group that this rank is in."""
     return Axis(tuple(dist.get_process_group_ranks(group)), group)
+
+
+def root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that this one is a slice of, or itself."""
+    return mesh._get_root_mesh()
 
 
 def cut_over(mesh: DeviceMesh, placements: Sequence[Placement]) -> Cut:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from gradclip.errors import LayoutError
-from gradclip.layouts.cuts import axis_of, cut_over, flat_cuts, is_flattened
+from gradclip.layouts.cuts import axis_of, cut_over, flat_cuts, is_flattened, root_of
 from gradclip.layouts.geometry import Cut, distinct, reduction_axes
 from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.sharded import ShardedLayout
@@ -151,7 +151,7 @@ def _warn_of_forgotten_axes(parameters: Mapping[str, Tensor], cuts: Iterable[Cut
     """Say so where meshes are slices of a larger one, and nothing tells what the rest holds."""
     lines = [set(axis.ranks) for cut in distinct(cuts) for axis in (*cut.split, *cut.copied)]
     meshes = {p.device_mesh for p in parameters.values() if isinstance(p, DTensor)}
-    for root in {mesh._get_root_mesh() for mesh in meshes}:
+    for root in set(map(root_of, meshes)):
         for dim, name in enumerate(root.mesh_dim_names or ()):
             ranks = set(dist.get_process_group_ranks(root.get_group(dim)))
             if len(ranks) > 1 and all(len(ranks & line) < 2 for line in lines):

@@ -80,7 +80,7 @@ def test_frameworks_that_step_by_themselves_are_refused(kind, way_out):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = kind
     with pytest.raises(
-        LayoutError, match=f"supported: one process, DDP, FSDP, tensor parallel. {way_out}"
+        LayoutError, match=f"supported: one process, DDP, FSDP, tensor parallel, DeepSpeed. {way_out}"
     ):
         accelerate_clip.enable(accelerator, ZClip())
 
