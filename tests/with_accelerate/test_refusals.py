@@ -79,9 +79,7 @@ def test_a_refused_optimizer_leaves_the_others_without_hooks():
 def test_frameworks_that_step_by_themselves_are_refused(kind, way_out):
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = kind
-    with pytest.raises(
-        LayoutError, match=f"supported: one process, DDP, FSDP, tensor parallel, DeepSpeed. {way_out}"
-    ):
+    with pytest.raises(LayoutError, match=f"supported: one process, DDP, .*, DeepSpeed. {way_out}"):
         accelerate_clip.enable(accelerator, ZClip())
 
 
