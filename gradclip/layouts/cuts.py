@@ -63,10 +63,11 @@ def flat_cuts(flattened: Mapping[str, Tensor]) -> dict[str, Cut]:
         LayoutError: If one of them belongs to no live FSDP module, or is a FlatParameter over
             tensor parallelism.
     """
-    if any(p not in _known for p in flattened.values()):
-        for handle in gc.get_objects():
-            if type(handle) is FlatParamHandle:
-                _known.update(_cuts_by(handle))
+    unknown = {p for p in flattened.values() if p not in _known}
+    for handle in gc.get_objects() if unknown else ():
+        # Other models' handles may be such as are refused, which is no concern of this one.
+        if type(handle) is FlatParamHandle and not unknown.isdisjoint(_held_by(handle)):
+            _known.update(_cuts_by(handle))
     lost = [name for name, p in flattened.items() if p not in _known]
     if lost:
         msg = (
@@ -79,6 +80,11 @@ def flat_cuts(flattened: Mapping[str, Tensor]) -> dict[str, Cut]:
     return {name: _known[p] for name, p in flattened.items()}
 
 
+def _held_by(handle: FlatParamHandle) -> Sequence[Tensor]:
+    """The parameters as the model has them: its own, or the flat one in their place."""
+    return handle.flat_param._params or [handle.flat_param]
+
+
 def _cuts_by(handle: FlatParamHandle) -> dict[Tensor, Cut]:
     """The parameters of one handle; tensor parallelism may have cut them before it did."""
     flat = handle.flat_param
@@ -87,6 +93,7 @@ def _cuts_by(handle: FlatParamHandle) -> dict[Tensor, Cut]:
         Cut() if spec is None else cut_over(spec.mesh, spec.placements)
         for spec in flat._param_extensions
     ]
+    held = _held_by(handle)
     if flat._params is None:
         if any(cut != Cut() for cut in before):
             msg = (
@@ -95,8 +102,5 @@ def _cuts_by(handle: FlatParamHandle) -> dict[Tensor, Cut]:
                 "use_orig_params=True, and fully_shard. Wrap with use_orig_params=True."
             )
             raise LayoutError(msg)
-        return {flat: Cut(split)}
-    return {
-        p: Cut((*split, *cut.split), cut.copied)
-        for p, cut in zip(flat._params, before, strict=True)
-    }
+        before = [Cut()]
+    return {p: Cut((*split, *cut.split), cut.copied) for p, cut in zip(held, before, strict=True)}

@@ -38,8 +38,8 @@ def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> Lo
             every rank holds the same.
 
     Raises:
-        LayoutError: If a parameter is laid out in a way that isn't supported, or the first rank
-            of a group lacks copies that others have.
+        LayoutError: If a parameter is laid out in a way that isn't supported, this rank isn't in
+            a group, or the first rank of a group lacks copies that others have.
     """
     managed = [name for name, p in parameters.items() if is_managed(p)]
     if managed:
@@ -54,6 +54,7 @@ def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> Lo
         _refuse_marked(parameters)
         _warn_of_forgotten_axes(parameters, cuts.values())
     else:
+        _refuse_outsiders(groups)
         named = {name: _group_of(name, groups) for name in parameters}
         _check_copies(parameters, named)
         cuts = {
@@ -124,6 +125,17 @@ def _refuse_marked(parameters: Mapping[str, Tensor]) -> None:
             "(tensor_model_parallel=True, or allreduce=False for experts), and nothing says which "
             "group; supported: DTensors, whose mesh says it, and process_group={pattern: group} "
             "with a pattern for these names."
+        )
+        raise LayoutError(msg)
+
+
+def _refuse_outsiders(groups: Groups) -> None:
+    """`new_group` gives ranks outside a group an object too, which can't reduce anything."""
+    if any(dist.get_rank(group) < 0 for group in _distinct(groups)):
+        msg = (
+            f"process_group: rank {dist.get_rank()} is not in the group given on it; allowed: the "
+            "group of ranks that this one belongs to. Where ranks form several groups, give each "
+            "its own (torch.distributed.new_subgroups, or DeviceMesh.get_group)."
         )
         raise LayoutError(msg)
 

@@ -90,8 +90,21 @@ def marked(rank, world):
         assert float(clipper.clip().grad_norm) == pytest.approx(2.0)
 
 
+def outside(rank, world):
+    """A group of other ranks."""
+    del world
+    group = dist.new_group([0])
+    named = [("a", torch.nn.Parameter(torch.ones(2)))]
+    for groups in (group, {"*": group}):
+        if rank == 0:
+            GradientClipper(POLICY, named, process_group=groups)
+            continue
+        with pytest.raises(LayoutError, match="rank 1 is not in the group given on it; allowed"):
+            GradientClipper(POLICY, named, process_group=groups)
+
+
 def every_refusal(rank, world):
-    for case in (flat, taken_out, placed_otherwise, copies, marked):
+    for case in (flat, taken_out, placed_otherwise, copies, marked, outside):
         case(rank, world)
 
 
@@ -122,6 +135,8 @@ def flat_over_tensor_parallel(rank, world):
     net = FullyShardedDataParallel(net, device_mesh=mesh["dp"], device_id=torch.device("cpu"))
     with pytest.raises(LayoutError, match=r"tensor parallelism has cut, .* use_orig_params=True"):
         GradientClipper(POLICY, net.named_parameters())
+    other = FullyShardedDataParallel(uneven_net(1), device_id=torch.device("cpu"))
+    GradientClipper(POLICY, other.named_parameters())  # a refused model beside it is its own affair
 
 
 def on_a_grid(rank, world):
