@@ -17,7 +17,7 @@ from gradclip.config import (
 from gradclip.engine import GradientClipper
 from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
-from gradclip.policies import ClipByNorm, ClipByValue, SkipNonfinite, ZClip
+from gradclip.policies import ClipByNorm, ClipByValue, Schedule, SkipNonfinite, ZClip, after
 from gradclip.records import ClipRecord
 
 __all__ = [
@@ -33,8 +33,10 @@ __all__ = [
     "LogConfig",
     "NonFiniteError",
     "PolicyLike",
+    "Schedule",
     "SkipNonfinite",
     "ZClip",
+    "after",
     "as_config",
     "clip_grad_norm_",
     "clip_grad_value_",

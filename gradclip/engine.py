@@ -139,7 +139,9 @@ class GradientClipper:
         if grad_scale is not None:
             norms = {p: norm / grad_scale for p, norm in norms.items()}
         skips = on_nonfinite == "skip"
-        verdict, states = decide_all(plan.rules, norms, self._states, skip_nonfinite=skips)
+        verdict, states = decide_all(
+            plan.rules, norms, self._states, step=self._tally.taken, skip_nonfinite=skips
+        )
         if on_nonfinite == "raise" and not bool(verdict.finite):
             raise NonFiniteError(self._what_is_not_finite())
         self._states = states

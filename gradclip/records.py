@@ -57,12 +57,20 @@ class ClipRecord:
 
 
 class Tally:
-    """Counts over the run, on the device: steps, clipped, skipped, not finite."""
+    """Counts over the run, on the device: steps, clipped, skipped, not finite, taken.
 
-    NAMES = ("steps", "clipped", "skipped", "nonfinite")
+    A step is taken if it was finite, not withheld, and had a gradient: schedules follow those.
+    """
+
+    NAMES = ("steps", "clipped", "skipped", "nonfinite", "taken")
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+
+    @property
+    def taken(self) -> Tensor:
+        """Optimizer steps taken so far, 0-d float64."""
+        return self.counts.select(0, self.NAMES.index("taken"))
 
     def append(
         self,
@@ -82,7 +90,9 @@ class Tally:
             clamped = verdict.clamped & skipped.logical_not()
             clipped = clipped | clamped
             clipped_norm = torch.where(clamped, torch.nan, clipped_norm)
-        happened = torch.stack([grad_norm != 0, clipped, skipped, verdict.finite.logical_not()])
+        some = grad_norm != 0
+        taken = some & verdict.finite & skipped.logical_not()
+        happened = torch.stack([some, clipped, skipped, verdict.finite.logical_not(), taken])
         self.counts = self.counts + happened
         steps, total = self.counts.narrow(0, 0, 2).unbind()
         return ClipRecord(

@@ -15,7 +15,7 @@ from gradclip.types import State
 
 __all__ = ["carry_over", "pack", "unpack"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def pack(rules: Sequence[Rule], states: Sequence[State], counts: Tensor) -> dict[str, Any]:

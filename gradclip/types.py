@@ -54,10 +54,19 @@ class Stats:
         norms: Shape (slots,), float64. The p-norm of each of the policy's slots, after the
             policies before it and before this one.
         finite: 0-d bool. Every gradient element of the step, on every rank, is finite.
+        step: 0-d float64. Optimizer steps taken before this one.
+        sizes: Shape (slots,), float64: elements of each slot; None unless the policy asks.
+        weights: Shape (slots,), float64: the p-norm of each slot's parameters; None unless the
+            policy asks.
+        loss: 0-d float64, the mean over ranks; None where the caller gave none.
     """
 
     norms: Tensor
     finite: Tensor
+    step: Tensor
+    sizes: Tensor | None = None
+    weights: Tensor | None = None
+    loss: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +77,14 @@ class Decision:
         coef: Shape (slots,), float64, in (0, 1]. Gradients are multiplied by it.
         limit: Shape (slots,), float64. The norm each slot was held to, inf for none.
         skip: 0-d bool, True to withhold the optimizer step; None if this policy never does.
+        stop: 0-d bool, True to raise an error instead of withholding; None if it never does.
         clamp: Largest magnitude of an element, None where elements aren't clamped.
     """
 
     coef: Tensor
     limit: Tensor
     skip: Tensor | None = None
+    stop: Tensor | None = None
     clamp: float | None = None
 
 
@@ -86,6 +97,7 @@ class Verdict:
         limit: 0-d float64, the tightest limit any slot was held to.
         finite: 0-d bool, every gradient element on every rank is finite.
         skip: 0-d bool; None if nothing configured can withhold a step.
+        stop: 0-d bool, an error is wanted instead; None if nothing configured ever does.
         clamps: Magnitude and measured slots of each element-wise clamp.
         clamped: 0-d bool, some element exceeds its clamp; None without a clamp.
     """
@@ -94,6 +106,7 @@ class Verdict:
     limit: Tensor
     finite: Tensor
     skip: Tensor | None
+    stop: Tensor | None
     clamps: tuple[tuple[float, tuple[int, ...]], ...]
     clamped: Tensor | None
 

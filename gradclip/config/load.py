@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from gradclip.config.models import ClipConfig
 from gradclip.errors import ConfigError
-from gradclip.policies import AnyPolicy, Policy
+from gradclip.policies import AnyPolicy, Policy, Schedule
 
 __all__ = ["PolicyLike", "as_config", "load_section", "load_yaml", "parse_mapping"]
 
@@ -174,10 +174,7 @@ def _explain(fault: dict[str, Any], where: str, lines: Lines) -> str:
     """One fault as: where: what was found; what is allowed."""
     types = _policy_types()
     loc = cast("tuple[str | int, ...]", fault["loc"])
-    # pydantic puts the discriminator's value into the path, right behind a list index.
-    path = tuple(
-        part for i, part in enumerate(loc) if not (part in types and isinstance(loc[i - 1], int))
-    )
+    path = tuple(part for i, part in enumerate(loc) if not _is_tag(loc, i, types))
     place = where
     if path in lines or path[:-1] in lines:
         place = f"{where}, line {lines.get(path, lines.get(path[:-1]))}"
@@ -185,6 +182,13 @@ def _explain(fault: dict[str, Any], where: str, lines: Lines) -> str:
     name = _dotted(path)
     text = f"{name} {found}".replace(" .", ".").strip() + (f"; {allowed}" if allowed else "")
     return f"{place}: {text}" if place else text
+
+
+def _is_tag(loc: Sequence[str | int], index: int, types: Mapping[str, type[BaseModel]]) -> bool:
+    """Whether a part of a path is what pydantic told a union's members apart by, not a key."""
+    if index and isinstance(loc[index - 1], int):
+        return loc[index] in types
+    return loc[index] in ("number", "schedule") and loc[index - 1] != "schedule"
 
 
 def _found_and_allowed(
@@ -230,6 +234,8 @@ def _policy_types() -> dict[str, type[BaseModel]]:
 def _fields_beside(loc: Sequence[str | int], types: Mapping[str, type[BaseModel]]) -> list[str]:
     """The keys allowed where a key was found."""
     named = [part for part in loc[:-1] if isinstance(part, str)]
+    if named and named[-1] == "schedule":
+        return list(Schedule.model_fields)
     if named and named[-1] in types:
         return sorted(types[named[-1]].model_fields, key=lambda field: field != "type")
     model: type[BaseModel] = ClipConfig

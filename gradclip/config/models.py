@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field
 
 from gradclip.policies import AnyPolicy, ClipByValue, Policy
-from gradclip.policies.base import STRICT
+from gradclip.policies.strict import STRICT
 
 __all__ = ["ClipConfig", "GroupConfig", "LogConfig"]
 

@@ -4,20 +4,24 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gradclip.policies.base import NormPolicy, Policy
+from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
 from gradclip.policies.chain import Rule, combine, decide_all
 from gradclip.policies.fixed import ClipByNorm, ClipByValue, SkipNonfinite
+from gradclip.policies.schedule import Schedule
 from gradclip.policies.zclip import ZClip
 
 __all__ = [
+    "AdaptivePolicy",
     "AnyPolicy",
     "ClipByNorm",
     "ClipByValue",
     "NormPolicy",
     "Policy",
     "Rule",
+    "Schedule",
     "SkipNonfinite",
     "ZClip",
+    "after",
     "combine",
     "decide_all",
 ]

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated
+from typing import Annotated, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from gradclip.policies.schedule import Limit, Schedule, value_at
+from gradclip.policies.strict import STRICT
 from gradclip.types import Decision, Scope, State, Stats
 
-__all__ = ["STRICT", "MaxNorm", "NormPolicy", "Policy", "coefficient"]
-
-MaxNorm = Annotated[float, Field(gt=0)]
-"""A limit on a norm. Above 0, so that it can neither freeze nor flip; inf only measures."""
-
-
-STRICT = ConfigDict(
-    frozen=True,
-    extra="forbid",
-    strict=True,
-    use_attribute_docstrings=True,
-    ser_json_inf_nan="constants",
-)
-"""How every configuration model behaves: nothing is guessed, nothing unknown is let through."""
+__all__ = ["AdaptivePolicy", "NormPolicy", "Policy", "after", "coefficient", "filled"]
 
 
 class Policy(BaseModel):
@@ -36,6 +25,12 @@ class Policy(BaseModel):
     """
 
     model_config = STRICT
+
+    counters: ClassVar[frozenset[str]] = frozenset()
+    """State that also moves on a step that is withheld or not finite: counts of such steps."""
+
+    after: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps before this policy exists: until then it neither acts nor learns."""
 
     @property
     @abstractmethod
@@ -68,6 +63,40 @@ class NormPolicy(Policy):
         return self.scope, self.norm_type
 
 
+class AdaptivePolicy(NormPolicy):
+    """A policy that finds its own limit, between two that are given."""
+
+    max_norm: Limit | None = None
+    """A fixed ceiling, the only limit before the policy has one of its own; null for none."""
+    min_norm: Limit | None = None
+    """Norms at or below this are never clipped, whatever the policy finds; null for none."""
+
+    @model_validator(mode="after")
+    def _floor_below_ceiling(self) -> Self:
+        low, high = self.min_norm, self.max_norm
+        if isinstance(low, float) and isinstance(high, float) and low > high:
+            msg = f"has min_norm {low} above max_norm {high}; allowed: at most max_norm. Lower it."
+            raise ValueError(msg)
+        return self
+
+    def bounded(self, limit: Tensor, step: Tensor) -> Tensor:
+        """A limit of shape (slots,), held between floor and ceiling; the ceiling wins."""
+        if self.min_norm is not None:
+            limit = torch.maximum(limit, filled(limit, self.min_norm, step))
+        if self.max_norm is not None:
+            limit = torch.minimum(limit, filled(limit, self.max_norm, step))
+        return limit
+
+
+def after(step: int, policy: Policy) -> Policy:
+    """The same policy, acting and learning only once so many optimizer steps were taken.
+
+    Raises:
+        pydantic.ValidationError: If `step` isn't an integer of at least 0.
+    """
+    return type(policy).model_validate({**dict(policy), "after": step})
+
+
 def coefficient(norms: Tensor, limit: Tensor, eps: float) -> Tensor:
     """Exactly 1 at or below the limit, else limit / (norm + eps).
 
@@ -83,3 +112,9 @@ def coefficient(norms: Tensor, limit: Tensor, eps: float) -> Tensor:
     """
     exceeds = (norms > limit) & torch.isfinite(norms)
     return torch.where(exceeds, limit / (norms + eps), 1.0)
+
+
+def filled(like: Tensor, value: float | Schedule, step: Tensor) -> Tensor:
+    """A limit at a step, in the shape and type of another tensor."""
+    found = value_at(value, step)
+    return found.expand_as(like) if isinstance(found, Tensor) else torch.full_like(like, found)

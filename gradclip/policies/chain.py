@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradclip.policies.base import Policy
-from gradclip.types import State, Stats, Verdict
+from gradclip.types import Decision, State, Stats, Verdict
 
 __all__ = ["Rule", "combine", "decide_all"]
 
@@ -54,34 +54,51 @@ def decide_all(
     norms: Mapping[float, Tensor],
     states: Sequence[State],
     *,
+    step: Tensor,
+    loss: Tensor | None = None,
     skip_nonfinite: bool,
 ) -> tuple[Verdict, list[State]]:
     """Ask the policies in order, each seeing the norms as those before it leave them.
 
     Scaling a slot by c scales its p-norm by c, for every p, so gradients are read once whatever
     the number of policies. The state of a step that is not finite or is withheld is the old one.
+
+    Args:
+        rules: The policies in order.
+        norms: For each p, float64 of shape (measured slots,).
+        states: One per rule.
+        step: 0-d float64, the optimizer steps taken before this one.
+        loss: 0-d float64, equal on every rank, if the caller gave one.
+        skip_nonfinite: Whether a step that isn't finite is withheld.
     """
     finite = torch.isfinite(torch.stack(list(norms.values()))).all()
     coef = torch.ones_like(next(iter(norms.values())))
     limit = torch.full_like(finite, math.inf, dtype=torch.float64)
     skip = finite.logical_not() if skip_nonfinite else None
+    stop: Tensor | None = None
     clamped: Tensor | None = None
     clamps: list[tuple[float, tuple[int, ...]]] = []
     after: list[State] = []
     for rule, state in zip(rules, states, strict=True):
         norm_type = rule.policy.measured[1] or next(iter(norms))
-        stats = Stats(rule.gather(norms[norm_type] * coef, norm_type), finite)
+        stats = Stats(rule.gather(norms[norm_type] * coef, norm_type), finite, step, loss=loss)
         decision, new = rule.policy.decide(stats, state)
+        if rule.policy.after:
+            decision, new = _once(step >= rule.policy.after, decision, new, state)
         after.append(new)
         coef = coef * rule.spread(decision.coef)
         limit = torch.minimum(limit, decision.limit.min())
         skip = _either(skip, decision.skip)
+        stop = _either(stop, decision.stop)
         if decision.clamp is not None:
             clamps.append((decision.clamp, rule.covers))
             clamped = _either(clamped, (stats.norms > decision.clamp).any())
     keeps = finite if skip is None else finite & skip.logical_not()
-    kept = [_select(keeps, new, old) for new, old in zip(after, states, strict=True)]
-    return Verdict(coef, limit, finite, skip, tuple(clamps), clamped), kept
+    kept = [
+        _select(keeps, new, old, rule.policy.counters)
+        for rule, new, old in zip(rules, after, states, strict=True)
+    ]
+    return Verdict(coef, limit, finite, skip, stop, tuple(clamps), clamped), kept
 
 
 def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> Tensor:
@@ -113,7 +130,22 @@ def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a | b
 
 
-def _select(keeps: Tensor, new: State, old: State) -> State:
+def _once(starts: Tensor, decision: Decision, new: State, old: State) -> tuple[Decision, State]:
+    """A policy's answer from its first step on; until then as if it weren't there."""
+    late = replace(
+        decision,
+        coef=torch.where(starts, decision.coef, 1.0),
+        limit=torch.where(starts, decision.limit, math.inf),
+        skip=None if decision.skip is None else decision.skip & starts,
+        stop=None if decision.stop is None else decision.stop & starts,
+    )
+    return late, _select(starts, new, old)
+
+
+def _select(keeps: Tensor, new: State, old: State, counters: Iterable[str] = ()) -> State:
     if new is old:
         return old
-    return {name: torch.where(keeps, new[name], value) for name, value in old.items()}
+    return {
+        name: new[name] if name in counters else torch.where(keeps, new[name], value)
+        for name, value in old.items()
+    }

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from gradclip.policies.base import MaxNorm, NormPolicy, Policy, coefficient
+from gradclip.policies.base import NormPolicy, Policy, coefficient, filled
+from gradclip.policies.schedule import Limit
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = ["ClipByNorm", "ClipByValue", "SkipNonfinite"]
@@ -28,12 +29,12 @@ class ClipByNorm(NormPolicy):
 
     type: Literal["norm"] = "norm"
     """Selects this policy in YAML."""
-    max_norm: MaxNorm
-    """Largest norm of a slot, above 0; `.inf` only measures."""
+    max_norm: Limit
+    """Largest norm of a slot, above 0; `.inf` only measures. A number or a schedule."""
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Hold each slot to `max_norm`."""
-        limit = torch.full_like(stats.norms, self.max_norm)
+        limit = filled(stats.norms, self.max_norm, stats.step)
         return Decision(coefficient(stats.norms, limit, self.eps), limit), state
 
 

@@ -9,13 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradclip.policies.base import MaxNorm, NormPolicy, coefficient
+from gradclip.policies.base import AdaptivePolicy, coefficient
+from gradclip.policies.schedule import Limit
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["ZClip"]
 
 
-class ZClip(NormPolicy):
+class ZClip(AdaptivePolicy):
     """Clip norms whose z-score over a running mean and variance exceeds `z_threshold`.
 
     With n the norm, m and V the running mean and variance, s = sqrt(V) and z = (n - m) / (s + eps):
@@ -56,7 +57,7 @@ class ZClip(NormPolicy):
     """Weight of the past in the running mean and variance (the paper's alpha)."""
     z_threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.5
     """A norm this many standard deviations above the mean is a spike."""
-    max_norm: MaxNorm | None = 1.0
+    max_norm: Limit | None = 1.0
     """A fixed ceiling, the only limit during warm-up; null for none."""
     warmup_steps: Annotated[int, Field(ge=2)] = 25
     """Norms collected before the first adaptive limit."""
@@ -98,8 +99,7 @@ class ZClip(NormPolicy):
         taken = torch.where(spike, target, norms)
 
         limit = torch.where(ready, torch.where(spike, target, boundary), math.inf)
-        if self.max_norm is not None:
-            limit = limit.clamp(max=self.max_norm)
+        limit = self.bounded(limit, stats.step)
         decision = Decision(coefficient(norms, limit, self.eps), limit)
         return decision, self._update(norms, taken, spike, ready, state)
 

@@ -189,7 +189,7 @@ class TestRefused:
         shorter = GradientClipper(ZClip(warmup_steps=40), params.items())
         with pytest.raises(ConfigError, match="a length such as warmup_steps differs"):
             zclip.load_state_dict(shorter.state_dict())
-        with pytest.raises(ConfigError, match="format 7; this version reads 1"):
+        with pytest.raises(ConfigError, match="format 7; this version reads 2"):
             zclip.load_state_dict({"format": 7})
 
 
