@@ -28,6 +28,12 @@ class Policy(BaseModel):
 
     counters: ClassVar[frozenset[str]] = frozenset()
     """State that also moves on a step that is withheld or not finite: counts of such steps."""
+    withholds: ClassVar[bool] = False
+    """Whether it can withhold a step; it then looks at what is watched, not at what is counted."""
+    uses_weights: ClassVar[bool] = False
+    """Whether it needs the norms of the parameters themselves."""
+    uses_sizes: ClassVar[bool] = False
+    """Whether it needs the number of elements of each slot."""
 
     after: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps before this policy exists: until then it neither acts nor learns."""

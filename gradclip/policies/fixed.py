@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -66,6 +66,8 @@ class SkipNonfinite(Policy):
 
     The same as `on_nonfinite: skip`, as a policy that can be listed.
     """
+
+    withholds: ClassVar[bool] = True
 
     type: Literal["skip_nonfinite"] = "skip_nonfinite"
     """Selects this policy in YAML."""
