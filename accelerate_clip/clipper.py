@@ -240,7 +240,7 @@ class AcceleratorClip:
     @property
     def _norm_type(self) -> float:
         """The p of the norm in records."""
-        chains = [self.config.policies, *(group.policies for group in self.config.groups)]
+        chains = [self.config.policies, *(group.policies or [] for group in self.config.groups)]
         policies = [policy for chain in chains for policy in chain]
         return next((p.norm_type for p in policies if hasattr(p, "norm_type")), 2.0)
 

@@ -140,7 +140,12 @@ class GradientClipper:
             norms = {p: norm / grad_scale for p, norm in norms.items()}
         skips = on_nonfinite == "skip"
         verdict, states = decide_all(
-            plan.rules, norms, self._states, step=self._tally.taken, skip_nonfinite=skips
+            plan.rules,
+            norms,
+            self._states,
+            step=self._tally.taken,
+            watched=plan.watched,
+            skip_nonfinite=skips,
         )
         if on_nonfinite == "raise" and not bool(verdict.finite):
             raise NonFiniteError(self._what_is_not_finite())

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
+from gradclip.groups import Fact, Membership, members_of
 from gradclip.in_backward import refuse_steps_in_backward
 from gradclip.measure import is_wide
 from gradclip.policies import NormPolicy, Policy, Rule
 
-__all__ = ["Fact", "Plan", "build_plan", "collect_parameters", "facts_of"]
+__all__ = ["Plan", "build_plan", "collect_parameters", "facts_of"]
 
 _LEVELS = ("global", "group", "parameter")
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
 
-Fact = tuple[str, torch.dtype]
-"""A parameter's optimizer group, by name, and its dtype."""
+Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Plan:
         rules: The policies in order, each with its slots.
         norm_types: The p of every norm to measure, the recorded one first, and whether it is
             wide (`gradclip.measure.is_wide`).
+        watched: Int64 indices of the measured slots that may withhold a step; None for all.
     """
 
     parameters: Mapping[str, Parameter]
@@ -47,6 +47,7 @@ class Plan:
     slot_names: Sequence[str]
     rules: Sequence[Rule]
     norm_types: Mapping[float, bool]
+    watched: Tensor | None = None
 
     @property
     def recorded(self) -> float:
@@ -123,7 +124,9 @@ def facts_of(parameters: Mapping[str, Parameter], optimizer: Optimizer | None) -
     groups: dict[Parameter, str] = {}
     for index, group in enumerate(optimizer.param_groups if optimizer else ()):
         groups |= dict.fromkeys(group["params"], str(group.get("name", f"group{index}")))
-    return {name: (groups.get(p, "group0"), p.dtype) for name, p in parameters.items()}
+    stepping = getattr(optimizer, "stepping", optimizer)
+    kinds = tuple(c.__name__ for c in type(stepping).__mro__[:-1]) if optimizer else ()
+    return {name: Fact(groups.get(p, "group0"), p.dtype, kinds) for name, p in parameters.items()}
 
 
 def build_plan(
@@ -143,71 +146,79 @@ def build_plan(
     Raises:
         ConfigError: If a pattern of the configuration matches no parameter.
     """
-    chains = [config.policies, *(group.policies for group in config.groups)]
+    chains = [config.policies, *(group.policies or [] for group in config.groups)]
     policies = [policy for chain in chains for policy in chain]
-    chain_of = _match(config, facts)
+    members = members_of(config, facts)
     depth = 2 if config.log.per_parameter else 0
     depth = max([depth, *(_LEVELS.index(policy.measured[0]) for policy in policies)])
 
-    # A slot is named by its path: chain, optimizer group, parameter, as deep as needed.
-    slots: dict[tuple[str, ...], list[Parameter]] = {}
-    for name, (group, _) in facts.items():
-        slot = slots.setdefault((str(chain_of[name]), group, name)[: depth + 1], [])
+    # A slot is named by its path: config group, optimizer group, parameter, as deep as needed.
+    slots: dict[Path, list[Parameter]] = {}
+    where: dict[Path, Membership] = {}
+    for name, fact in facts.items():
+        path = (str(members[name].place), fact.group, name)[: depth + 1]
+        slot = slots.setdefault(path, [])
+        where[path] = members[name]
         if name in parameters:
             slot.append(parameters[name])
     rules = [
         rule
         for index, chain in enumerate(chains)
         for policy in chain
-        if (rule := _rule(policy, str(index), list(slots), device)).names
+        if (rule := _rule(policy, index, where, device)).names
     ]
+    watched = [i for i, member in enumerate(where.values()) if member.watched]
     recorded = next((p.norm_type for p in policies if isinstance(p, NormPolicy)), 2.0)
     needed = [p for policy in policies if (p := policy.measured[1]) is not None]
-    dtypes = {dtype for _, dtype in facts.values()}
+    dtypes = {fact.dtype for fact in facts.values()}
     return Plan(
         parameters=parameters,
         slots=list(slots.values()),
         slot_names=[path[-1] for path in slots],
         rules=rules,
         norm_types={p: is_wide(p, dtypes) for p in dict.fromkeys([recorded, *needed])},
+        watched=None if len(watched) == len(where) else torch.tensor(watched, device=device),
     )
-
-
-def _match(config: ClipConfig, names: Iterable[str]) -> dict[str, int]:
-    """Which list of policies each parameter gets: 0 for the main one, else 1 + the group."""
-    chain_of = dict.fromkeys(names, 0)
-    for index, group in reversed(list(enumerate(config.groups))):
-        matched = [name for name in chain_of if fnmatch.fnmatchcase(name, group.match)]
-        if not matched:
-            near = difflib.get_close_matches(group.match, chain_of, n=3, cutoff=0.3)
-            nearest = near or list(chain_of)[:3]
-            msg = (
-                f"groups[{index}].match is {group.match!r} and matches no parameter; "
-                f"nearest names: {', '.join(nearest)}. Correct the pattern or remove the group."
-            )
-            raise ConfigError(msg)
-        chain_of.update(dict.fromkeys(matched, index + 1))
-    return chain_of
 
 
 def _rule(
-    policy: Policy, chain: str, measured: Sequence[tuple[str, ...]], device: torch.device
+    policy: Policy, chain: int, where: Mapping[Path, Membership], device: torch.device
 ) -> Rule:
+    """A policy and the measured slots that its own are made of, and act on."""
     depth = _LEVELS.index(policy.measured[0])
-    covers = tuple(i for i, path in enumerate(measured) if path[0] == chain)
-    own = list(dict.fromkeys(measured[i][: depth + 1] for i in covers))
+    paths = list(where)
+    acts = [i for i, m in enumerate(where.values()) if m.chain == chain and m.scaled]
+    sees = [i for i, m in enumerate(where.values()) if _sees(policy, depth, chain, m)]
+    own = list(dict.fromkeys(paths[i][1 : depth + 1] for i in sorted({*acts, *sees})))
+    if own and not sees:
+        msg = (
+            f"groups leave {policy.type!r} nothing to measure: no parameter is counted (or, for a "
+            "policy that withholds steps, watched). Leave one in."
+        )
+        raise ConfigError(msg)
     index = {path: i for i, path in enumerate(own)}
-    owners = [index.get(path[: depth + 1], len(own)) for path in measured]
+    owners = [len(own)] * len(paths)
+    for i in acts:
+        owners[i] = index[paths[i][1 : depth + 1]]
     held: list[list[int]] = [[] for _ in own]
-    for i in covers:
-        held[owners[i]].append(i)
+    for i in sees:
+        held[index[paths[i][1 : depth + 1]]].append(i)
     width = max(map(len, held), default=0)
-    members = [places + [len(measured)] * (width - len(places)) for places in held]
-    names = tuple(path[-1] if depth else "global" for path in own)
+    members = [places + [len(paths)] * (width - len(places)) for places in held]
+    same = members == [[i] for i in range(len(paths))] and owners == list(range(len(paths)))
     return Rule(
         policy,
-        names,
-        covers,
-        None if len(own) == len(measured) else torch.tensor(members, device=device),
+        tuple(path[-1] if depth else "global" for path in own),
+        tuple(acts),
+        None if same else torch.tensor(members, device=device),
         torch.tensor(owners, device=device),
     )
+
+
+def _sees(policy: Policy, depth: int, chain: int, member: Membership) -> bool:
+    """Whether a parameter is part of what a policy measures."""
+    if policy.withholds:
+        return member.chain == chain and member.watched
+    if chain == 0 and depth < _LEVELS.index("parameter"):
+        return member.counted
+    return member.chain == chain

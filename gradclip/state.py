@@ -22,7 +22,7 @@ def pack(rules: Sequence[Rule], states: Sequence[State], counts: Tensor) -> dict
     """Plain tensors, numbers and strings; loads with `torch.load(weights_only=True)`."""
     policies = [
         {
-            "type": _type(rule),
+            "type": rule.policy.type,
             "slots": list(rule.names),
             "state": {name: value.clone() for name, value in state.items()},
         }
@@ -53,11 +53,9 @@ def unpack(
         )
         raise ConfigError(msg)
     kinds = [entry["type"] for entry in saved["policies"]]
-    if kinds != [_type(rule) for rule in rules]:
-        msg = (
-            f"Saved clip state is of policies {kinds}, this configuration has "
-            f"{[_type(rule) for rule in rules]}. Start with fresh state or use the same policies."
-        )
+    ours = [rule.policy.type for rule in rules]
+    if kinds != ours:
+        msg = f"Saved clip state is of policies {kinds}, this configuration has {ours}. Start with fresh state or use the same policies."
         raise ConfigError(msg)
     loaded: list[State] = []
     for entry, rule, state in zip(saved["policies"], rules, states, strict=True):
@@ -95,7 +93,3 @@ def carry_over(
                 value[..., i] = state[key][..., j]
         carried.append(fresh)
     return carried
-
-
-def _type(rule: Rule) -> str:
-    return str(rule.policy.model_dump(include={"type"})["type"])

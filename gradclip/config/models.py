@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from gradclip.policies import AnyPolicy, ClipByValue, Policy
 from gradclip.policies.strict import STRICT
@@ -37,14 +37,44 @@ class LogConfig(BaseModel):
 
 
 class GroupConfig(BaseModel):
-    """Other rules for some parameters, which then don't count for the rest."""
+    """Parameters that follow other rules. Every condition that is given has to hold.
+
+    Example:
+        >>> GroupConfig(match="*.bias", counted=False).policies is None
+        True
+    """
 
     model_config = STRICT
 
-    match: Annotated[str, Field(min_length=1)]
+    match: Annotated[str, Field(min_length=1)] | None = None
     """Shell-style pattern on parameter names: `*` any text, `?` one character, `[ab]` a choice."""
-    policies: PolicyList
-    """Their policies, in order; an empty list leaves them unclipped."""
+    optimizer_group: Annotated[str, Field(min_length=1)] | None = None
+    """Pattern on the `name` of the optimizer's parameter group (`group0` ... where it has none)."""
+    optimizer: Annotated[str, Field(min_length=1)] | None = None
+    """Pattern on the class name of the optimizer that steps them, such as `Muon`."""
+    policies: PolicyList | None = None
+    """Their own policies, in order (an empty list: none); null leaves them with the main list."""
+    counted: bool | None = None
+    """Whether they are part of the main list's norms of more than one parameter; null says yes
+    without policies of their own, and no with them."""
+    scaled: bool = True
+    """Whether their gradients may be changed; false only measures them."""
+    watched: bool = True
+    """Whether a NaN in them, or a policy that withholds steps, may withhold the step for them."""
+
+    @model_validator(mode="after")
+    def _says_what_it_means(self) -> GroupConfig:
+        if self.match is None and self.optimizer_group is None and self.optimizer is None:
+            msg = "names no parameters; give match, optimizer_group or optimizer."
+            raise ValueError(msg)
+        counted = self.policies is None if self.counted is None else self.counted
+        if counted and not self.watched:
+            msg = (
+                "is counted and not watched, so that a NaN in it would reach the norm unseen; set "
+                "counted: false too, or leave watched out."
+            )
+            raise ValueError(msg)
+        return self
 
 
 class ClipConfig(BaseModel):

@@ -58,8 +58,9 @@ class ModelGroups:
     DeepSpeed replaces them by flat partitions, which have neither names nor shapes.
     """
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], stepping: Any) -> None:
         self.param_groups = list(groups)
+        self.stepping = stepping
 
 
 class ZeroLayout(LocalLayout):
@@ -82,7 +83,8 @@ class ZeroLayout(LocalLayout):
             [
                 {**{k: v for k, v in group.items() if k not in options}, "params": params}
                 for group, params in zip(engine.optimizer.param_groups, held, strict=True)
-            ]
+            ],
+            engine.basic_optimizer,
         )
         self._addresses = dict(_addresses(engine.optimizer, self.kind, held))
         spread = _process_group(engine.optimizer, self.kind)

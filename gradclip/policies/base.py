@@ -35,6 +35,8 @@ class Policy(BaseModel):
     uses_sizes: ClassVar[bool] = False
     """Whether it needs the number of elements of each slot."""
 
+    type: str
+    """Selects this policy in YAML."""
     after: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps before this policy exists: until then it neither acts nor learns."""
 

@@ -56,6 +56,7 @@ def decide_all(
     *,
     step: Tensor,
     loss: Tensor | None = None,
+    watched: Tensor | None = None,
     skip_nonfinite: bool,
 ) -> tuple[Verdict, list[State]]:
     """Ask the policies in order, each seeing the norms as those before it leave them.
@@ -69,9 +70,11 @@ def decide_all(
         states: One per rule.
         step: 0-d float64, the optimizer steps taken before this one.
         loss: 0-d float64, equal on every rank, if the caller gave one.
+        watched: Int64 indices of the measured slots that may withhold a step; None for all.
         skip_nonfinite: Whether a step that isn't finite is withheld.
     """
-    finite = torch.isfinite(torch.stack(list(norms.values()))).all()
+    every = torch.stack(list(norms.values()))
+    finite = torch.isfinite(every if watched is None else every.index_select(1, watched)).all()
     coef = torch.ones_like(next(iter(norms.values())))
     limit = torch.full_like(finite, math.inf, dtype=torch.float64)
     skip = finite.logical_not() if skip_nonfinite else None
@@ -83,6 +86,8 @@ def decide_all(
         norm_type = rule.policy.measured[1] or next(iter(norms))
         stats = Stats(rule.gather(norms[norm_type] * coef, norm_type), finite, step, loss=loss)
         decision, new = rule.policy.decide(stats, state)
+        if watched is not None:  # what isn't watched may still not reach state
+            new = _select(torch.isfinite(stats.norms).all(), new, state)
         if rule.policy.after:
             decision, new = _once(step >= rule.policy.after, decision, new, state)
         after.append(new)
