@@ -55,7 +55,10 @@ def unpack(
     kinds = [entry["type"] for entry in saved["policies"]]
     ours = [rule.policy.type for rule in rules]
     if kinds != ours:
-        msg = f"Saved clip state is of policies {kinds}, this configuration has {ours}. Start with fresh state or use the same policies."
+        msg = (
+            f"Saved clip state is of policies {kinds}, this configuration has {ours}. Start with "
+            "fresh state or use the same policies."
+        )
         raise ConfigError(msg)
     loaded: list[State] = []
     for entry, rule, state in zip(saved["policies"], rules, states, strict=True):

@@ -4,15 +4,18 @@ from gradclip.layouts.cuts import is_flat, is_flattened
 from gradclip.layouts.detect import Groups, detect, gathered
 from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.partial import completed
+from gradclip.layouts.places import Place, place_of
 from gradclip.layouts.sharded import ShardedLayout
 
 __all__ = [
     "Groups",
     "LocalLayout",
+    "Place",
     "ShardedLayout",
     "completed",
     "detect",
     "gathered",
     "is_flat",
     "is_flattened",
+    "place_of",
 ]

@@ -7,7 +7,8 @@ and parameters don't, so they are looked for among all live objects, once. Read 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -20,10 +21,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gradclip.errors import LayoutError
 from gradclip.layouts.geometry import Axis, Cut
 
-__all__ = ["axis_of", "cut_over", "flat_cuts", "is_flat", "is_flattened", "root_of"]
+__all__ = ["axis_of", "cut_over", "flat_cuts", "flat_handle", "is_flat", "is_flattened", "root_of"]
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Cuts found so far, so that the drop-ins don't look again on every step."""
+_handles: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Weak references to what holds them, which itself refers to them."""
 
 
 def axis_of(group: ProcessGroup) -> Axis:
@@ -63,11 +66,10 @@ def flat_cuts(flattened: Mapping[str, Tensor]) -> dict[str, Cut]:
         LayoutError: If one of them belongs to no live FSDP module, or is a FlatParameter over
             tensor parallelism.
     """
-    unknown = {p for p in flattened.values() if p not in _known}
-    for handle in gc.get_objects() if unknown else ():
-        # Other models' handles may be such as are refused, which is no concern of this one.
-        if type(handle) is FlatParamHandle and not unknown.isdisjoint(_held_by(handle)):
-            _known.update(_cuts_by(handle))
+    # Other models' handles may be such as are refused, which is no concern of this one.
+    for handle in _handles_of(p for p in flattened.values() if p not in _known):
+        _known.update(_cuts_by(handle))
+        _handles.update(dict.fromkeys(_held_by(handle), weakref.ref(handle)))
     lost = [name for name, p in flattened.items() if p not in _known]
     if lost:
         msg = (
@@ -78,6 +80,20 @@ def flat_cuts(flattened: Mapping[str, Tensor]) -> dict[str, Cut]:
         )
         raise LayoutError(msg)
     return {name: _known[p] for name, p in flattened.items()}
+
+
+def flat_handle(parameter: Tensor) -> FlatParamHandle:
+    """The FSDP1 handle that holds a parameter of a wrapped model that is in use."""
+    flat_cuts({"": parameter})
+    handle: FlatParamHandle = _handles[parameter]()
+    return handle
+
+
+def _handles_of(parameters: Iterable[Tensor]) -> Iterator[FlatParamHandle]:
+    wanted = set(parameters)
+    for handle in gc.get_objects() if wanted else ():
+        if type(handle) is FlatParamHandle and not wanted.isdisjoint(_held_by(handle)):
+            yield handle
 
 
 def _held_by(handle: FlatParamHandle) -> Sequence[Tensor]:

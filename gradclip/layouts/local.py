@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
+from gradclip.layouts.places import Place, place_of
 from gradclip.types import Collected, Grads
 
 __all__ = ["LocalLayout", "Owned", "local_part", "refuse_sparse"]
@@ -53,6 +54,18 @@ class LocalLayout:
             LayoutError: If a gradient can't be measured; see `take`.
         """
         return self._taken([[g for p in slot if (g := p.grad) is not None] for slot in slots])
+
+    def weights(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
+        """Take the local part of each parameter itself, as `collect` does of its gradient."""
+        return self.take([[(p, p.detach()) for p in slot] for slot in slots])
+
+    def place(self, name: str, parameter: Tensor) -> Place:
+        """Where the local part of a parameter lies in it.
+
+        Raises:
+            LayoutError: If that can't be told.
+        """
+        return place_of(name, parameter)
 
     def take(self, slots: Owned) -> Collected:
         """Take the local part of gradients, given with whose they are, without a copy.

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.local import LocalLayout
+from gradclip.layouts.places import Place
 from gradclip.layouts.zero_refuse import refuse_engine
 from gradclip.types import Collected
 
@@ -45,11 +46,12 @@ def elements(parameter: Tensor) -> int:
 
 
 class Address(NamedTuple):
-    """Where this rank's part of a parameter stands: in which flat bucket, from where, how long."""
+    """Where this rank's part of a parameter stands: in a flat bucket, and in the parameter."""
 
     bucket: int
     start: int
     size: int
+    within: int
 
 
 class ModelGroups:
@@ -125,6 +127,23 @@ class ZeroLayout(LocalLayout):
                 parts[slot].append(part)
         return self.take([[(part, part) for part in slot] for slot in parts])
 
+    def weights(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
+        """This rank's parts of the parameters that the optimizer steps, in float32."""
+        parts: list[list[Tensor]] = [[] for _ in slots]
+        for bucket in self._by_bucket(slots):
+            for slot, part in self._cut(slots, bucket, self._stepped(bucket)):
+                parts[slot].append(part)
+        return self.take([[(part, part) for part in slot] for slot in parts])
+
+    def place(self, name: str, parameter: Tensor) -> Place:
+        """Where this rank's part of a parameter lies: an interval of its elements."""
+        del name
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        at = self._addresses.get(parameter)
+        if at is None:
+            return Place.between(shape, 0, 0)
+        return Place.between(shape, at.within, at.within + at.size)
+
     def held(self, parameter: Tensor) -> list[Tensor]:
         """This rank's parts of one gradient; at the moment of a step alone, as `collect`."""
         return self.collect([[parameter]]).all[0]
@@ -185,6 +204,17 @@ class ZeroLayout(LocalLayout):
             return [optimizer.fp32_groups_gradient_flat_partition[bucket]]
         return self.whole(bucket)
 
+    def _stepped(self, bucket: int) -> Sequence[Tensor]:
+        """What the optimizer steps, laid out as the gradients are."""
+        optimizer = self.engine.optimizer
+        if self.kind == "DeepSpeedZeroOptimizer":
+            return [optimizer.single_partition_of_fp32_groups[bucket].detach()]
+        if self.kind == "DeepSpeedZeroOptimizer_Stage3":
+            return [optimizer.fp32_partitioned_groups_flat[bucket].detach()]
+        if self.kind == "BF16_Optimizer":
+            return [optimizer.fp32_groups_flat_partition[bucket].detach()]
+        return [p.detach() for p in self.groups.param_groups[bucket]["params"]]
+
     def whole(self, bucket: int) -> Sequence[Tensor]:
         """The gradients of a group as the model's parameters hold them, zeros for none."""
         held = self.groups.param_groups[bucket]["params"]
@@ -227,10 +257,11 @@ def _addresses(
                 bucket, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
                 before = size * optimizer._get_param_partition_rank(parameter)
                 real = max(0, min(size, elements(parameter) - before))
-                yield parameter, Address(bucket, start, real)
+                yield parameter, Address(bucket, start, real, before)
             else:
                 start, stop = max(offset, first), min(offset + elements(parameter), last)
-                yield parameter, Address(index, start - first, max(0, int(stop) - start))
+                size = max(0, int(stop) - start)
+                yield parameter, Address(index, start - first, size, start - offset)
 
 
 def _process_group(optimizer: Any, kind: str) -> ProcessGroup | None:
