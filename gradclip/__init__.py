@@ -17,11 +17,22 @@ from gradclip.config import (
 from gradclip.engine import GradientClipper
 from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
-from gradclip.policies import ClipByNorm, ClipByValue, Schedule, SkipNonfinite, ZClip, after
+from gradclip.policies import (
+    AGC,
+    ClipByNorm,
+    ClipByRMS,
+    ClipByValue,
+    Schedule,
+    SkipNonfinite,
+    ZClip,
+    after,
+)
 from gradclip.records import ClipRecord
 
 __all__ = [
+    "AGC",
     "ClipByNorm",
+    "ClipByRMS",
     "ClipByValue",
     "ClipConfig",
     "ClipError",

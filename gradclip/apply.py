@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor
-from torch.nn import Parameter
 
+from gradclip.scopes import Plan
 from gradclip.types import Grads, Kernel, Verdict
 
 __all__ = ["apply"]
@@ -15,7 +13,7 @@ __all__ = ["apply"]
 def apply(
     verdict: Verdict,
     grads: Grads,
-    parameters: Iterable[Parameter],
+    plan: Plan,
     kernel: Kernel,
     grad_scale: Tensor | None = None,
 ) -> None:
@@ -27,16 +25,16 @@ def apply(
 
     Args:
         verdict: The decision, equal on every rank.
-        grads: All local gradients, one list per measured slot.
-        parameters: Whose gradients to drop.
+        grads: All local gradients, one list per slot of the plan.
+        plan: Whose gradients to drop, and how they are cut into what has coefficients.
         kernel: What writes this rank's gradients.
         grad_scale: 0-d factor that the gradients still carry; a clamp carries it too.
     """
     if verdict.skip is not None and bool(verdict.skip):
-        for parameter in parameters:
+        for parameter in plan.parameters.values():
             parameter.grad = None
         return
-    kernel.scale_(grads, verdict.coef)
+    kernel.scale_(plan.cut_up(grads), verdict.coef)
     on_cpu = verdict.coef.device.type == "cpu"
     if verdict.clamped is None or (on_cpu and not verdict.clamped):
         return

@@ -16,15 +16,23 @@ from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
 from gradclip.kernels import KernelName, kernel_for
-from gradclip.layouts import Groups, detect, gathered, is_flat, is_flattened
+from gradclip.layouts import (
+    Groups,
+    detect,
+    gathered,
+    is_flat,
+    is_flattened,
+    refuse_shared_names,
+)
 from gradclip.layouts.zero import ZeroLayout, is_engine
 from gradclip.layouts.zero_step import Halves, clip_inside_step
 from gradclip.measure import measure
+from gradclip.parameters import collect_parameters, facts_of
 from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
-from gradclip.scopes import Plan, build_plan, collect_parameters, facts_of
+from gradclip.scopes import Plan, build_plan, needs_places
 from gradclip.state import carry_over, pack, unpack
-from gradclip.types import Collected, Handle, Layout, Verdict
+from gradclip.types import Collected, Handle, Layout, Place, Verdict
 
 __all__ = ["GradientClipper"]
 
@@ -124,7 +132,7 @@ class GradientClipper:
             ConfigError: If no rank ever had a gradient, and a hook may have taken them.
         """
         grads, verdict, record = self._decide(grad_scale, self.config.on_nonfinite)
-        apply(verdict, grads.all, self._plan.parameters.values(), self._kernel, grad_scale)
+        apply(verdict, grads.all, self._plan, self._kernel, grad_scale)
         return record
 
     def _decide(
@@ -133,7 +141,11 @@ class GradientClipper:
         """Everything but the writing, for which DeepSpeed has a moment of its own."""
         plan = self._current_plan()
         grads = self._layout.collect(plan.slots)
-        norms = measure(grads.counted, plan.norm_types, self._layout, self._kernel)
+        sources = [(plan.cut_up(grads.counted), plan.norm_types)]
+        if plan.weight_types:
+            weights = self._layout.weights(plan.slots).counted
+            sources.append((plan.cut_up(weights), plan.weight_types))
+        norms, *own = measure(sources, self._layout, self._kernel)
         if not any(grads.all):
             self._stop_if_lost(norms[plan.recorded])
         if grad_scale is not None:
@@ -144,6 +156,7 @@ class GradientClipper:
             norms,
             self._states,
             step=self._tally.taken,
+            weights=own[0] if own else None,
             watched=plan.watched,
             skip_nonfinite=skips,
         )
@@ -189,7 +202,9 @@ class GradientClipper:
     def _write(self, verdict: Verdict, bucket: int, tensors: Sequence[Tensor]) -> None:
         """The other half: apply to what DeepSpeed is about to step with."""
         assert self._zero is not None
-        apply(verdict, self._zero.parts(self._plan.slots, bucket, tensors), (), self._kernel)
+        apply(
+            verdict, self._zero.parts(self._plan.slots, bucket, tensors), self._plan, self._kernel
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts."""
@@ -208,8 +223,15 @@ class GradientClipper:
     def _lay_out(self) -> tuple[Layout, Plan]:
         parameters = collect_parameters(self._named, self._optimizer)
         layout = self._given_layout or detect(parameters, self._process_group)
-        facts = gathered(facts_of(parameters, self._optimizer), self._process_group)
-        plan = build_plan(self.config, facts, parameters, layout.devices[0])
+        places: dict[str, Place] = {}
+        if needs_places(self.config):
+            refuse_shared_names(parameters, self._process_group)
+            places = {name: layout.place(name, p) for name, p in parameters.items()}
+        shapes = {name: place.shape for name, place in places.items()}
+        facts = gathered(facts_of(parameters, self._optimizer, shapes), self._process_group)
+        plan = build_plan(self.config, facts, parameters, places, layout.devices[0])
+        if any(rule.policy.uses_sizes for rule in plan.rules):
+            plan = plan.with_sizes(layout.sizes(plan.slots))
         scopes = {rule.policy.measured[0] for rule in plan.rules}
         if "group" in scopes and self._optimizer is None:
             msg = (
@@ -218,10 +240,10 @@ class GradientClipper:
             )
             raise ConfigError(msg)
         flat = [name for name, p in parameters.items() if is_flat(p)]
-        if flat and ("parameter" in scopes or self.config.log.per_parameter):
+        if flat and (scopes & {"parameter", "unit"} or self.config.log.per_parameter):
             msg = (
-                f"A scope is 'parameter' or log.per_parameter is true, and {flat[0]!r} is a "
-                "FlatParameter of FSDP1, many parameters in one; allowed: scope 'global' or "
+                f"A scope is 'parameter' or 'unit', or log.per_parameter is true, and {flat[0]!r} "
+                "is a FlatParameter of FSDP1, many parameters in one; allowed: scope 'global' or "
                 "'group'. Wrap with use_orig_params=True to tell parameters apart."
             )
             raise ConfigError(msg)
@@ -274,5 +296,5 @@ class GradientClipper:
         clipped_norm = combine(norms * verdict.coef, plan.recorded)
         named: dict[str, Tensor] = {}
         if self.config.log.per_parameter:
-            named = dict(zip(plan.slot_names, norms.unbind(), strict=True))
+            named = dict(zip(plan.slot_names, plan.by_slot(norms).unbind(), strict=True))
         return self._tally.append(grad_norm, clipped_norm, verdict, named)

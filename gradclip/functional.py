@@ -134,7 +134,7 @@ def _measure(
         raise ConfigError(msg)
     wide = {p: is_wide(p, {owner.dtype for owner in owners})}
     kernel = kernel_for(layout.devices)
-    return measure(collected.counted, wide, layout, kernel)[p].squeeze(0), kernel
+    return measure([(collected.counted, wide)], layout, kernel)[0][p].squeeze(0), kernel
 
 
 def _refuse_nonfinite(total: Tensor, norm_type: float) -> None:

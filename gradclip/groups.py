@@ -22,11 +22,13 @@ class Fact(NamedTuple):
         group: Its optimizer group, by name.
         dtype: Of its elements.
         kinds: Names of its optimizer's class and the classes that one is made from.
+        shape: Of the whole parameter; empty unless units are told apart.
     """
 
     group: str
     dtype: torch.dtype
     kinds: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
 
 
 class Membership(NamedTuple):

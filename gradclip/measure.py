@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from gradclip.types import Grads, Kernel, Layout
+from gradclip.types import Grads, Kernel, Layout, Units
 
 __all__ = ["is_wide", "measure"]
 
@@ -22,37 +22,43 @@ def is_wide(norm_type: float, dtypes: Iterable[torch.dtype]) -> bool:
 
 
 def measure(
-    grads: Grads, norm_types: Mapping[float, bool], layout: Layout, kernel: Kernel
-) -> dict[float, Tensor]:
+    sources: Sequence[tuple[Grads | Units, Mapping[float, bool]]], layout: Layout, kernel: Kernel
+) -> list[dict[float, Tensor]]:
     """The p-norm of each slot, for each p, over all ranks.
 
     Sums of powers are added over ranks in one message and rooted once. A maximum (p = inf) is
     one more, as is the scale that a wide p needs to stay in range.
 
     Args:
-        grads: The gradients this rank counts, one list per slot.
-        norm_types: For each p, whether it is wide (see `is_wide`); the same on every rank.
+        sources: What this rank counts, one list per slot or cut into units, and for each p
+            whether it is wide (see `is_wide`); the same on every rank. The gradients, and the
+            parameters where their norms are asked for.
         layout: How measures combine over ranks.
-        kernel: What measures this rank's gradients.
+        kernel: What measures this rank's tensors.
 
     Returns:
-        For each p a float64 tensor of shape (slots,) on the layout's first device; NaN or inf
-        where a gradient element is.
+        For each source and p a float64 tensor of shape (slots,) on the layout's first device; NaN
+        or inf where an element is.
     """
     home = layout.devices[0]
-    norms: dict[float, Tensor] = {}
-    exponent = torch.zeros((), dtype=torch.float64, device=home)
-    if math.inf in norm_types or any(norm_types.values()):
-        norms[math.inf] = layout.max(kernel.peaks(grads).to(home))
-        exponent = _exponent(norms[math.inf])
-    finite = [p for p in norm_types if p != math.inf]
-    if finite:
-        scales = {p: torch.exp2(-exponent) if norm_types[p] else None for p in finite}
-        sums = torch.stack([kernel.power_sums(grads, p, scales[p]).to(home) for p in finite])
-        for p, total in zip(finite, layout.sum(sums).unbind(), strict=True):
+    norms: list[dict[float, Tensor]] = [{} for _ in sources]
+    ranged = [i for i, (_, p) in enumerate(sources) if math.inf in p or any(p.values())]
+    if ranged:
+        peaks = torch.stack([kernel.peaks(sources[i][0]).to(home) for i in ranged])
+        for i, peak in zip(ranged, layout.max(peaks.view(-1)).view_as(peaks), strict=True):
+            norms[i][math.inf] = peak
+    exponents = {i: _exponent(norms[i][math.inf]) for i in ranged}
+    summed = [(i, p) for i, (_, types) in enumerate(sources) for p in types if p != math.inf]
+    parts = [
+        kernel.power_sums(sources[i][0], p, torch.exp2(-exponents[i]) if sources[i][1][p] else None)
+        for i, p in summed
+    ]
+    if parts:
+        sums = layout.sum(torch.stack([part.to(home) for part in parts]))
+        for (i, p), total in zip(summed, sums.unbind(), strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
-            norms[p] = root * torch.exp2(exponent) if norm_types[p] else root
-    return {p: norms[p] for p in norm_types}
+            norms[i][p] = root * torch.exp2(exponents[i]) if sources[i][1][p] else root
+    return [{p: found[p] for p in types} for (_, types), found in zip(sources, norms, strict=True)]
 
 
 def _exponent(peaks: Tensor) -> Tensor:

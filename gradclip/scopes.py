@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
-from gradclip.groups import Fact, Membership, members_of
-from gradclip.in_backward import refuse_steps_in_backward
+from gradclip.groups import Fact, Membership, matched, members_of
 from gradclip.measure import is_wide
-from gradclip.policies import NormPolicy, Policy, Rule
+from gradclip.policies import NormPolicy, Policy, Rule, combine_runs
+from gradclip.types import Grads, Place, Units
+from gradclip.units import Kept, UnitCut
 
-__all__ = ["Plan", "build_plan", "collect_parameters", "facts_of"]
+__all__ = ["Plan", "build_plan", "needs_places"]
 
-_LEVELS = ("global", "group", "parameter")
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
+_LEVELS = ("global", "group", "parameter", "unit")
+_PARAMETER, _UNIT = 2, 3
 
 Path = tuple[str, ...]
 
@@ -39,7 +37,10 @@ class Plan:
         rules: The policies in order, each with its slots.
         norm_types: The p of every norm to measure, the recorded one first, and whether it is
             wide (`gradclip.measure.is_wide`).
-        watched: Int64 indices of the measured slots that may withhold a step; None for all.
+        watched: Int64 indices of the measured slots (or units) that may withhold a step; None for
+            all.
+        weight_types: The p of every norm of the parameters themselves to measure, as `norm_types`.
+        cut: How each slot, then one parameter, is cut into units; None if none are measured.
     """
 
     parameters: Mapping[str, Parameter]
@@ -47,92 +48,37 @@ class Plan:
     slot_names: Sequence[str]
     rules: Sequence[Rule]
     norm_types: Mapping[float, bool]
-    watched: Tensor | None = None
+    watched: Tensor | None
+    weight_types: Mapping[float, bool]
+    cut: UnitCut | None
 
     @property
     def recorded(self) -> float:
         """The p of the norm that records show."""
         return next(iter(self.norm_types))
 
+    def cut_up(self, grads: Grads) -> Grads | Units:
+        """Local tensors as they are measured and scaled: by slot, or by unit."""
+        return grads if self.cut is None else self.cut.units(grads)
 
-def collect_parameters(
-    named_parameters: Iterable[tuple[str, Parameter]] | None, optimizer: Optimizer | None
-) -> dict[str, Parameter]:
-    """The parameters to clip, by name, each once.
-
-    With an optimizer these are its parameters; names come from `named_parameters`, else from the
-    optimizer's own `param_names`, else from their place in it. They are those of the unwrapped
-    model, so that patterns, metrics and saved state mean the same under every wrapper.
-
-    Raises:
-        ConfigError: If neither is given, there is no parameter, two have one name, or one is
-            stepped inside backward.
-    """
-    if named_parameters is None and optimizer is None:
-        msg = (
-            "GradientClipper got neither named_parameters nor optimizer; give at least one, as in "
-            "GradientClipper(policy, named_parameters=model.named_parameters(), optimizer=opt)."
-        )
-        raise ConfigError(msg)
-    names: dict[Parameter, str] = {}
-    named = list(named_parameters or ())
-    for (_, parameter), name in zip(named, _unwrapped([name for name, _ in named]), strict=True):
-        names.setdefault(parameter, name)
-    if optimizer is not None:
-        places = [
-            (parameter, _unwrapped(group.get("param_names", ())), f"group{index}", place)
-            for index, group in enumerate(optimizer.param_groups)
-            for place, parameter in enumerate(group["params"])
+    def with_sizes(self, sizes: Tensor) -> Plan:
+        """The same, with the elements of each slot, float64 of shape (slots,), for who asks."""
+        rules = [
+            replace(rule, sizes=rule.sized(sizes)) if rule.policy.uses_sizes else rule
+            for rule in self.rules
         ]
-        names = {
-            parameter: names.get(parameter, own[place] if own else f"{group}.{place}")
-            for parameter, own, group, place in places
-        }
-    found: dict[str, Parameter] = {}
-    for parameter, name in names.items():
-        if name in found:
-            msg = (
-                f"Two parameters are named {name!r}; every parameter needs a name of its own. "
-                "With several models, put something before the names of each, as in "
-                "[('decoder.' + n, p) for n, p in decoder.named_parameters()]."
-            )
-            raise ConfigError(msg)
-        found[name] = parameter
-    if not found:
-        msg = (
-            "GradientClipper got no parameters: a generator may have been used up. Pass a new one."
-        )
-        raise ConfigError(msg)
-    refuse_steps_in_backward(found)
-    return found
+        return replace(self, rules=rules)
 
-
-def _unwrapped(names: Iterable[str]) -> list[str]:
-    """The names in the user's own model; DDP puts one `module.` before all of them."""
-    names = list(names)
-    for wrapper in _WRAPPERS:
-        names = [name.replace(wrapper, "") for name in names]
-    by_ddp = all(name.startswith("module.") for name in names)
-    return [name.removeprefix("module.") for name in names] if by_ddp else names
-
-
-def facts_of(parameters: Mapping[str, Parameter], optimizer: Optimizer | None) -> dict[str, Fact]:
-    """What a plan needs to know of each parameter.
-
-    A parameter's optimizer group is named by its `name`, else `group<i>`.
-    """
-    groups: dict[Parameter, str] = {}
-    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
-        groups |= dict.fromkeys(group["params"], str(group.get("name", f"group{index}")))
-    stepping = getattr(optimizer, "stepping", optimizer)
-    kinds = tuple(c.__name__ for c in type(stepping).__mro__[:-1]) if optimizer else ()
-    return {name: Fact(groups.get(p, "group0"), p.dtype, kinds) for name, p in parameters.items()}
+    def by_slot(self, norms: Tensor) -> Tensor:
+        """Recorded norms of the slots from those of what is measured."""
+        return norms if self.cut is None else combine_runs(norms, self.recorded, self.cut.lengths)
 
 
 def build_plan(
     config: ClipConfig,
     facts: Mapping[str, Fact],
     parameters: Mapping[str, Parameter],
+    places: Mapping[str, Place],
     device: torch.device,
 ) -> Plan:
     """Cut parameters into slots and give every policy its own.
@@ -141,16 +87,19 @@ def build_plan(
         config: Policies, and other policies for some parameters.
         facts: What is known of every parameter, also of those that only other ranks hold.
         parameters: Those that this rank holds, by name.
+        places: Where this rank's part of each of them lies, if units are told apart.
         device: Where decisions are made.
 
     Raises:
-        ConfigError: If a pattern of the configuration matches no parameter.
+        ConfigError: If a pattern of the configuration matches no parameter, or policies don't
+            agree on what a unit is.
+        LayoutError: If ranks hold parts that units can't be made of.
     """
     chains = [config.policies, *(group.policies or [] for group in config.groups)]
     policies = [policy for chain in chains for policy in chain]
     members = members_of(config, facts)
     depth = 2 if config.log.per_parameter else 0
-    depth = max([depth, *(_LEVELS.index(policy.measured[0]) for policy in policies)])
+    depth = max([depth, *(_depth(policy) for policy in policies)])
 
     # A slot is named by its path: config group, optimizer group, parameter, as deep as needed.
     slots: dict[Path, list[Parameter]] = {}
@@ -161,15 +110,20 @@ def build_plan(
         where[path] = members[name]
         if name in parameters:
             slot.append(parameters[name])
+    cut = None
+    if depth == _UNIT:
+        kept = _kept(chains, where, facts)
+        shapes = {name: fact.shape for name, fact in facts.items()}
+        cut = UnitCut.of(kept, shapes, places, device)
     rules = [
         rule
         for index, chain in enumerate(chains)
         for policy in chain
-        if (rule := _rule(policy, index, where, device)).names
+        if (rule := _rule(policy, index, where, cut, device)).names
     ]
-    watched = [i for i, member in enumerate(where.values()) if member.watched]
     recorded = next((p.norm_type for p in policies if isinstance(p, NormPolicy)), 2.0)
     needed = [p for policy in policies if (p := policy.measured[1]) is not None]
+    weighed = [p.measured[1] for p in policies if p.uses_weights and p.measured[1] is not None]
     dtypes = {fact.dtype for fact in facts.values()}
     return Plan(
         parameters=parameters,
@@ -177,18 +131,75 @@ def build_plan(
         slot_names=[path[-1] for path in slots],
         rules=rules,
         norm_types={p: is_wide(p, dtypes) for p in dict.fromkeys([recorded, *needed])},
-        watched=None if len(watched) == len(where) else torch.tensor(watched, device=device),
+        watched=_watched(where, cut, device),
+        weight_types={p: is_wide(p, dtypes) for p in dict.fromkeys(weighed)},
+        cut=cut,
     )
 
 
+def needs_places(config: ClipConfig) -> bool:
+    """Whether units are told apart, for which one has to know where local parts lie."""
+    chains = [config.policies, *(group.policies or [] for group in config.groups)]
+    return any(policy.measured[0] == "unit" for chain in chains for policy in chain)
+
+
+def _depth(policy: Policy) -> int:
+    return _LEVELS.index(policy.measured[0])
+
+
+def _watched(
+    where: Mapping[Path, Membership], cut: UnitCut | None, device: torch.device
+) -> Tensor | None:
+    slots = [i for i, member in enumerate(where.values()) if member.watched]
+    if len(slots) == len(where):
+        return None
+    return torch.tensor(slots, device=device) if cut is None else cut.indices(slots)
+
+
+def _kept(
+    chains: Sequence[Sequence[Policy]],
+    where: Mapping[Path, Membership],
+    facts: Mapping[str, Fact],
+) -> dict[str, Kept]:
+    """What tells the units of each parameter apart, as the policies of scope "unit" say."""
+    found: dict[str, Kept] = {}
+    for path, member in where.items():
+        name = path[-1]
+        says = {
+            policy.kept(name, facts[name].shape)
+            for policy in chains[member.chain]
+            if _depth(policy) == _UNIT
+        }
+        if len(says) > 1:
+            msg = (
+                f"Policies of scope 'unit' tell the units of {name!r} apart by different dims; "
+                "allowed: the same for all of them. Give them the same unit_dim and axes."
+            )
+            raise ConfigError(msg)
+        found[name] = says.pop() if says else (0, 0)
+    return found
+
+
 def _rule(
-    policy: Policy, chain: int, where: Mapping[Path, Membership], device: torch.device
+    policy: Policy,
+    chain: int,
+    where: Mapping[Path, Membership],
+    cut: UnitCut | None,
+    device: torch.device,
 ) -> Rule:
     """A policy and the measured slots that its own are made of, and act on."""
-    depth = _LEVELS.index(policy.measured[0])
+    depth = _depth(policy)
     paths = list(where)
-    acts = [i for i, m in enumerate(where.values()) if m.chain == chain and m.scaled]
+    mine = [i for i, m in enumerate(where.values()) if m.chain == chain]
+    out = _excluded(policy, [paths[i][-1] for i in mine])
+    acts = [i for i in mine if where[paths[i]].scaled and paths[i][-1] not in out]
     sees = [i for i, m in enumerate(where.values()) if _sees(policy, depth, chain, m)]
+    sees = [i for i in sees if paths[i][-1] not in out]
+    if depth == _UNIT and cut is not None:
+        names = [f"{paths[i][-1]}[{row}]" for i in acts for row in range(cut.counts[i])]
+        places, units = cut.indices(acts), sum(cut.counts)
+        owner = torch.tensor([], device=device)
+        return Rule(policy, tuple(names), tuple(acts), None, owner, cut.lengths, units, places)
     own = list(dict.fromkeys(paths[i][1 : depth + 1] for i in sorted({*acts, *sees})))
     if own and not sees:
         msg = (
@@ -204,7 +215,7 @@ def _rule(
     for i in sees:
         held[index[paths[i][1 : depth + 1]]].append(i)
     width = max(map(len, held), default=0)
-    members = [places + [len(paths)] * (width - len(places)) for places in held]
+    members = [slots + [len(paths)] * (width - len(slots)) for slots in held]
     same = members == [[i] for i in range(len(paths))] and owners == list(range(len(paths)))
     return Rule(
         policy,
@@ -212,13 +223,21 @@ def _rule(
         tuple(acts),
         None if same else torch.tensor(members, device=device),
         torch.tensor(owners, device=device),
+        None if cut is None else cut.lengths,
+        0 if cut is None else sum(cut.counts),
     )
+
+
+def _excluded(policy: Policy, names: Sequence[str]) -> set[str]:
+    """The parameters that a policy leaves alone."""
+    where = f"exclude of {policy.type!r}"
+    return {name for pattern in policy.excluded for name in matched(where, pattern, names)}
 
 
 def _sees(policy: Policy, depth: int, chain: int, member: Membership) -> bool:
     """Whether a parameter is part of what a policy measures."""
     if policy.withholds:
         return member.chain == chain and member.watched
-    if chain == 0 and depth < _LEVELS.index("parameter"):
+    if chain == 0 and depth < _PARAMETER:
         return member.counted
     return member.chain == chain

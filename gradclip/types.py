@@ -16,20 +16,94 @@ __all__ = [
     "Handle",
     "Kernel",
     "Layout",
+    "Piece",
+    "Place",
     "Scope",
     "State",
     "Stats",
+    "Units",
     "Verdict",
 ]
 
-Scope = Literal["global", "group", "parameter"]
-"""What one coefficient covers: all parameters, an optimizer's parameter group, or one parameter."""
+Scope = Literal["global", "group", "parameter", "unit"]
+"""What one coefficient covers: all parameters, an optimizer's parameter group, one parameter, or
+one unit of a parameter: a row of a matrix, a filter of a convolution, a whole vector."""
 
 State = dict[str, Tensor]
 """A policy's memory: a flat mapping of names to tensors whose last dim is the policy's slots."""
 
 Grads = Sequence[list[Tensor]]
 """Local gradient tensors, one list per slot. A slot is what one coefficient covers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A part of a parameter: a box of it, or an interval of its elements in memory order.
+
+    Attributes:
+        shape: Of the whole parameter.
+        start: Offset of the box in each dim.
+        size: Of the box in each dim; 0 somewhere if this rank holds nothing.
+        interval: First element and the one after the last, of the flattened parameter; the part
+            is then one-dimensional and `start` and `size` say nothing.
+    """
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+    interval: tuple[int, int] | None = None
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Place:
+        """All of it."""
+        return cls(shape, (0,) * len(shape), shape)
+
+    @classmethod
+    def between(cls, shape: tuple[int, ...], first: int, stop: int) -> Place:
+        """Some elements in a row."""
+        return cls(shape, (), (), (first, max(first, stop)))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This part of a whole parameter-shaped tensor, as a view of it if that is contiguous."""
+        if self.interval is not None:
+            first, stop = self.interval
+            return whole.reshape(-1)[first:stop]
+        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
+            whole = whole.narrow(dim, min(start, whole.shape[dim]), size)
+        return whole
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Units in a row that this rank holds, wholly or in part.
+
+    Attributes:
+        tensor: Their elements.
+        kept: The dims that tell units apart, from the first up to but without the second; the
+            others lie within a unit. (0, 0) is one unit.
+        start: Index of the first of them among all units.
+        count: How many they are.
+    """
+
+    tensor: Tensor
+    kept: tuple[int, int]
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Local gradients cut into units, in place of one list per slot.
+
+    Attributes:
+        pieces: Those on this rank, each unit in one of them at most.
+        count: All units, also of those only other ranks hold.
+        device: Where measures of them are wanted.
+    """
+
+    pieces: Sequence[Piece]
+    count: int
+    device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +197,18 @@ class Layout(Protocol):
         """Take the local part of `.grad` of each slot's parameters, without a copy."""
         ...
 
+    def weights(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
+        """Take the local part of each parameter itself, as `collect` does of its gradient."""
+        ...
+
+    def sizes(self, slots: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Elements of each slot over all ranks, float64 of shape (slots,)."""
+        ...
+
+    def place(self, name: str, parameter: Tensor) -> Place:
+        """Where the local part of a parameter lies in it."""
+        ...
+
     def held(self, parameter: Tensor) -> list[Tensor]:
         """The local parts of one gradient, without a collective; none if there is no gradient."""
         ...
@@ -137,17 +223,22 @@ class Layout(Protocol):
 
 
 class Kernel(Protocol):
-    """Arithmetic on one device's local gradients; non-finite elements show in every result."""
+    """Arithmetic on one device's local gradients; non-finite elements show in every result.
 
-    def peaks(self, grads: Grads) -> Tensor:
+    A slot of `Units` is a unit.
+    """
+
+    def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| of each slot, float64 of shape (slots,); 0 for an empty slot."""
         ...
 
-    def power_sums(self, grads: Grads, norm_type: float, scale: Tensor | None = None) -> Tensor:
+    def power_sums(
+        self, grads: Grads | Units, norm_type: float, scale: Tensor | None = None
+    ) -> Tensor:
         """Sum of |scale * g|^p of each slot, float64 of shape (slots,), p finite."""
         ...
 
-    def scale_(self, grads: Grads, coef: Tensor) -> None:
+    def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply each slot's gradients in place by its coefficient, coef of shape (slots,)."""
         ...
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradclip.kernels.pieces import flat_pieces
 from gradclip.kernels.scaling import scale_slots_
-from gradclip.types import Grads
+from gradclip.kernels.units import assembled, rows_of, scale_units_, unit_norms, unit_peaks
+from gradclip.types import Grads, Units
 
 __all__ = ["AcceleratorKernel"]
 
@@ -32,8 +33,10 @@ class AcceleratorKernel:
     neither overflows nor underflows for any float32 or half precision gradient.
     """
 
-    def peaks(self, grads: Grads) -> Tensor:
+    def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
+        if isinstance(grads, Units):
+            return unit_peaks(grads)
         if all(len(slot) == 1 for slot in grads):
             return _norms([slot[0] for slot in grads], math.inf)
         found = _zeros(grads)
@@ -42,8 +45,12 @@ class AcceleratorKernel:
                 peak += _norms(slot, math.inf).amax()
         return found
 
-    def power_sums(self, grads: Grads, norm_type: float, scale: Tensor | None = None) -> Tensor:
+    def power_sums(
+        self, grads: Grads | Units, norm_type: float, scale: Tensor | None = None
+    ) -> Tensor:
         """Sum of |scale * g|^p per slot; see `gradclip.types.Kernel`."""
+        if isinstance(grads, Units):
+            return _unit_power_sums(grads, norm_type, scale)
         fused = scale is None and norm_type in FUSED
         if fused and all(len(slot) == 1 for slot in grads):
             return _norms([slot[0] for slot in grads], norm_type).pow(norm_type)
@@ -58,14 +65,39 @@ class AcceleratorKernel:
                     total += _wide(piece, norm_type, factor)
         return sums
 
-    def scale_(self, grads: Grads, coef: Tensor) -> None:
+    def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place; see `gradclip.types.Kernel`. A coefficient of 1 changes no bit."""
+        if isinstance(grads, Units):
+            scale_units_(grads, coef)
+            return
         scale_slots_(grads, coef)
 
     def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp in place; see `gradclip.types.Kernel`."""
         for grad in grads:
             grad.clamp_(-limit, limit)  # type: ignore[arg-type]  # either kind
+
+
+def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None) -> Tensor:
+    """One launch for each tensor of several units, and few for all tensors of one."""
+    parts: list[tuple[int, Tensor]] = []
+    fused = scale is None and norm_type in FUSED
+    lone = [p for p in units.pieces if fused and p.count == 1]
+    if lone:
+        sums = _norms([p.tensor for p in lone], norm_type).pow(norm_type)
+        parts.extend(zip((p.start for p in lone), sums.split(1), strict=True))
+    for piece in units.pieces:
+        if fused and piece.count > 1:
+            norms = unit_norms(piece, norm_type, torch.float64)
+            parts.append((piece.start, norms.pow(norm_type)))
+        elif not fused:
+            for start, rows in rows_of(piece, PIECE, PIECE):
+                wide = rows.to(torch.float64, copy=True)
+                if scale is not None:
+                    wide.mul_(scale.narrow(0, start, rows.shape[0]).unsqueeze(1))
+                norms = torch.linalg.vector_norm(wide, norm_type, dim=1)
+                parts.append((start, norms.pow(norm_type)))
+    return assembled(parts, units)
 
 
 def _norms(tensors: list[Tensor], norm_type: float) -> Tensor:

@@ -9,40 +9,34 @@ from itertools import accumulate, chain, compress
 import torch
 from torch import Tensor
 
+from gradclip.kernels.bounds import BATCH, BLOCK, PIECE, ROW, SMALL, TRUSTED
+from gradclip.kernels.cpu_units import scale_clipped_, unit_power_sums
 from gradclip.kernels.pieces import flat_pieces
 from gradclip.kernels.scaling import scale_slots_
-from gradclip.types import Grads
+from gradclip.kernels.units import unit_peaks
+from gradclip.types import Grads, Units
 
 __all__ = ["CpuKernel"]
 
-# Temporaries of a step stay below 2 MiB whatever the size of a tensor: the sizes here see to it.
-
-# Elements per float32 partial norm. A row adds 64 values into each of 8 lanes, which bounds its
-# rounding error below 1e-6 for any values; whole tensors drift by 1e-2 at 1e8 elements.
-ROW = 512
-# Float32 elements read at a time: 0.4 MiB of row norms.
-PIECE = 1 << 24
-# Half precision elements converted at a time, into 1.9 MiB; smaller blocks cost dispatch.
-BLOCK = 30 << 14
 # Norms of rows held back before they are added up, which costs dispatch too.
 ROWS = 1 << 12
-# Elements concatenated, or taken in float64, at a time: temporaries stay at 1 MiB.
-BATCH = 1 << 17
-# Tensors with fewer elements are concatenated first: their cost is dispatch, not arithmetic.
-SMALL = 1 << 14
-# Float32 squares lose digits below this sum and overflow above; both are then done in float64.
-TRUSTED = 1e-18
 
 
 class CpuKernel:
     """Float32 rows combined in float64; float64 throughout where float32 could not hold squares."""
 
-    def peaks(self, grads: Grads) -> Tensor:
+    def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
+        if isinstance(grads, Units):
+            return unit_peaks(grads)
         return torch.stack([_peak(slot) for slot in grads])
 
-    def power_sums(self, grads: Grads, norm_type: float, scale: Tensor | None = None) -> Tensor:
+    def power_sums(
+        self, grads: Grads | Units, norm_type: float, scale: Tensor | None = None
+    ) -> Tensor:
         """Sum of |scale * g|^p per slot; see `gradclip.types.Kernel`."""
+        if isinstance(grads, Units):
+            return unit_power_sums(grads, norm_type, scale)
         if scale is not None or norm_type not in (1.0, 2.0):
             factors = [1.0] * len(grads) if scale is None else scale.tolist()
             exact = [_exact(g, norm_type, f) for g, f in zip(grads, factors, strict=True)]
@@ -74,8 +68,11 @@ class CpuKernel:
                 sums[index] = _exact(grads[index], norm_type)
         return torch.tensor(sums, dtype=torch.float64)
 
-    def scale_(self, grads: Grads, coef: Tensor) -> None:
+    def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place, leaving slots with a coefficient of 1 unread."""
+        if isinstance(grads, Units):
+            scale_clipped_(grads, coef)
+            return
         wanted = [c != 1.0 for c in coef.tolist()]
         if any(wanted):
             scale_slots_([slot if w else [] for slot, w in zip(grads, wanted, strict=True)], coef)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from gradclip.types import Grads
+from gradclip.types import Grads, Units
 
 __all__ = ["ReferenceKernel"]
 
@@ -18,12 +18,22 @@ class ReferenceKernel:
     Uses memory for float64 copies of a tensor and reads the host freely: for tests and checks.
     """
 
-    def peaks(self, grads: Grads) -> Tensor:
+    def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
+        if isinstance(grads, Units):
+            return _by_unit(grads, lambda rows, _: rows.abs().amax(1))
         return torch.stack([_peak(slot) for slot in grads])
 
-    def power_sums(self, grads: Grads, norm_type: float, scale: Tensor | None = None) -> Tensor:
+    def power_sums(
+        self, grads: Grads | Units, norm_type: float, scale: Tensor | None = None
+    ) -> Tensor:
         """Sum of |scale * g|^p per slot; see `gradclip.types.Kernel`."""
+        if isinstance(grads, Units):
+            ones = torch.ones(grads.count, dtype=torch.float64) if scale is None else scale
+            return _by_unit(
+                grads,
+                lambda rows, own: (rows * ones[own].unsqueeze(1)).abs().pow(norm_type).sum(1),
+            )
         factors = [1.0] * len(grads) if scale is None else scale.tolist()
         return torch.stack(
             [
@@ -35,8 +45,15 @@ class ReferenceKernel:
             ]
         )
 
-    def scale_(self, grads: Grads, coef: Tensor) -> None:
+    def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place; see `gradclip.types.Kernel`."""
+        if isinstance(grads, Units):
+            for p in grads.pieces:
+                within = p.tensor.ndim - p.kept[1]
+                shape = (*p.tensor.shape[slice(*p.kept)], *[1] * within)
+                own = coef[p.start : p.start + p.count].view(shape)
+                p.tensor.copy_(p.tensor.double() * own)
+            return
         for slot, factor in zip(grads, coef.tolist(), strict=True):
             for grad in slot:
                 grad.copy_(grad.double() * factor)
@@ -45,6 +62,17 @@ class ReferenceKernel:
         """Clamp in place; see `gradclip.types.Kernel`."""
         for grad in grads:
             grad.copy_(grad.double().clamp(-float(limit), float(limit)))
+
+
+def _by_unit(units: Units, measure: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """What `measure` gives for the float64 rows of each piece; 0 for units that aren't here."""
+    found = torch.zeros(units.count, dtype=torch.float64)
+    for p in units.pieces:
+        inside = [d for d in range(p.tensor.ndim) if not p.kept[0] <= d < p.kept[1]]
+        rows = p.tensor.double().permute((*range(*p.kept), *inside)).reshape(p.count, -1)
+        own = slice(p.start, p.start + p.count)
+        found[own] = measure(rows, own)
+    return found
 
 
 def _peak(slot: Sequence[Tensor]) -> Tensor:

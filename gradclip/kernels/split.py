@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from gradclip.types import Grads, Kernel
+from gradclip.types import Grads, Kernel, Units
 
 __all__ = ["SplitKernel"]
 
@@ -19,12 +19,14 @@ class SplitKernel:
         self._kernels = kernels
         self._home = next(iter(kernels))
 
-    def peaks(self, grads: Grads) -> Tensor:
+    def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
         parts = [kernel.peaks(here).to(self._home) for _, kernel, here in self._split(grads)]
         return torch.stack(parts).amax(0)
 
-    def power_sums(self, grads: Grads, norm_type: float, scale: Tensor | None = None) -> Tensor:
+    def power_sums(
+        self, grads: Grads | Units, norm_type: float, scale: Tensor | None = None
+    ) -> Tensor:
         """Sum of |scale * g|^p per slot; see `gradclip.types.Kernel`."""
         parts = [
             kernel.power_sums(here, norm_type, None if scale is None else scale.to(device))
@@ -32,16 +34,21 @@ class SplitKernel:
         ]
         return torch.stack([part.to(self._home) for part in parts]).sum(0)
 
-    def scale_(self, grads: Grads, coef: Tensor) -> None:
+    def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place; see `gradclip.types.Kernel`."""
         for device, kernel, here in self._split(grads):
             kernel.scale_(here, coef.to(device))
 
     def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp in place; see `gradclip.types.Kernel`."""
-        for device, kernel, here in self._split([grads]):
-            kernel.clamp_(here[0], limit.to(device) if isinstance(limit, Tensor) else limit)
-
-    def _split(self, grads: Grads) -> Iterator[tuple[torch.device, Kernel, Grads]]:
         for device, kernel in self._kernels.items():
-            yield device, kernel, [[g for g in slot if g.device == device] for slot in grads]
+            here = [grad for grad in grads if grad.device == device]
+            kernel.clamp_(here, limit.to(device) if isinstance(limit, Tensor) else limit)
+
+    def _split(self, grads: Grads | Units) -> Iterator[tuple[torch.device, Kernel, Grads | Units]]:
+        for device, kernel in self._kernels.items():
+            if isinstance(grads, Units):
+                pieces = [p for p in grads.pieces if p.tensor.device == device]
+                yield device, kernel, Units(pieces, grads.count, device)
+            else:
+                yield device, kernel, [[g for g in slot if g.device == device] for slot in grads]

@@ -1,16 +1,15 @@
 """Geometry: the only place that knows about ranks."""
 
 from gradclip.layouts.cuts import is_flat, is_flattened
-from gradclip.layouts.detect import Groups, detect, gathered
+from gradclip.layouts.detect import Groups, detect, gathered, refuse_shared_names
 from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.partial import completed
-from gradclip.layouts.places import Place, place_of
+from gradclip.layouts.places import place_of
 from gradclip.layouts.sharded import ShardedLayout
 
 __all__ = [
     "Groups",
     "LocalLayout",
-    "Place",
     "ShardedLayout",
     "completed",
     "detect",
@@ -18,4 +17,5 @@ __all__ = [
     "is_flat",
     "is_flattened",
     "place_of",
+    "refuse_shared_names",
 ]

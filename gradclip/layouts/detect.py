@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
@@ -80,6 +81,36 @@ def gathered(facts: dict[str, Fact], groups: Groups | None) -> dict[str, Fact]:
     for group in _distinct(groups):
         facts = {name: fact for one in _exchanged(facts, group) for name, fact in one.items()}
     return facts
+
+
+def refuse_shared_names(parameters: Mapping[str, Tensor], groups: Groups | None) -> None:
+    """Refuse parameters of one name that are different ones on different ranks.
+
+    Raises:
+        LayoutError: If a named group's ranks both have one, or a mesh leaves ranks that have one
+            with other elements (experts).
+    """
+    for group in _distinct(groups):
+        mine = [name for name in parameters if groups and _group_of(name, groups) is group]
+        seen = [name for names in _exchanged({"": mine}, group) for name in names[""]]
+        shared = [name for name in mine if seen.count(name) > 1]
+        if shared:
+            raise LayoutError(_shared(shared[0]))
+    cuts = _cuts(parameters)
+    for axis in reduction_axes(cuts.values()):
+        for name, cut in cuts.items():
+            within = [own for own in (*cut.split, *cut.copied) if own.within(axis)]
+            known = math.prod(len(own.ranks) for own in within)
+            if any(own.within(axis) for own in cut.split) and known < len(axis.ranks):
+                raise LayoutError(_shared(name))
+
+
+def _shared(name: str) -> str:
+    return (
+        f"Scope is 'unit', and {name!r} is another parameter on other ranks (an expert), whose "
+        "rows have no place among the rows of one; supported: names of their own, as in "
+        "[(f'expert{rank}.' + n, p) ...], or scope 'global', 'group' or 'parameter'."
+    )
 
 
 def _cuts(parameters: Mapping[str, Tensor]) -> dict[str, Cut]:

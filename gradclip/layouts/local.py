@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
-from gradclip.layouts.places import Place, place_of
-from gradclip.types import Collected, Grads
+from gradclip.layouts.places import place_of
+from gradclip.types import Collected, Grads, Place
 
 __all__ = ["LocalLayout", "Owned", "local_part", "refuse_sparse"]
 
@@ -58,6 +58,13 @@ class LocalLayout:
     def weights(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
         """Take the local part of each parameter itself, as `collect` does of its gradient."""
         return self.take([[(p, p.detach()) for p in slot] for slot in slots])
+
+    def sizes(self, slots: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Elements of each slot over all ranks, float64 of shape (slots,); no padding counts."""
+        held = [sum(part.numel() for part in slot) for slot in self.weights(slots).counted]
+        padding = [sum(getattr(p, "_shard_numel_padded", 0) for p in slot) for slot in slots]
+        mine = [n - extra for n, extra in zip(held, padding, strict=True)]
+        return self.sum(torch.tensor(mine, dtype=torch.float64, device=self.devices[0]))
 
     def place(self, name: str, parameter: Tensor) -> Place:
         """Where the local part of a parameter lies in it.

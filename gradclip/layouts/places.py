@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.cuts import flat_handle, is_flat, is_flattened
+from gradclip.types import Place
 
-__all__ = ["Place", "place_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A part of a parameter: a box of it, or an interval of its elements in memory order.
-
-    Attributes:
-        shape: Of the whole parameter.
-        start: Offset of the box in each dim.
-        size: Of the box in each dim; 0 somewhere if this rank holds nothing.
-        interval: First element and the one after the last, of the flattened parameter; the part
-            is then one-dimensional and `start` and `size` say nothing.
-    """
-
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-    size: tuple[int, ...]
-    interval: tuple[int, int] | None = None
-
-    @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Place:
-        """All of it."""
-        return cls(shape, (0,) * len(shape), shape)
-
-    @classmethod
-    def between(cls, shape: tuple[int, ...], first: int, stop: int) -> Place:
-        """Some elements in a row."""
-        return cls(shape, (), (), (first, max(first, stop)))
-
-    def of(self, whole: Tensor) -> Tensor:
-        """This part of a whole parameter-shaped tensor, as a view of it if that is contiguous."""
-        if self.interval is not None:
-            first, stop = self.interval
-            return whole.reshape(-1)[first:stop]
-        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
-            whole = whole.narrow(dim, min(start, whole.shape[dim]), size)
-        return whole
+__all__ = ["place_of"]
 
 
 def place_of(name: str, parameter: Tensor) -> Place:

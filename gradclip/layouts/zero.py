@@ -22,9 +22,8 @@ from torch.nn import Parameter
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.local import LocalLayout
-from gradclip.layouts.places import Place
 from gradclip.layouts.zero_refuse import refuse_engine
-from gradclip.types import Collected
+from gradclip.types import Collected, Place
 
 __all__ = ["Address", "ModelGroups", "ZeroLayout", "elements", "is_engine", "is_managed"]
 
@@ -52,6 +51,15 @@ class Address(NamedTuple):
     start: int
     size: int
     within: int
+
+
+_FLAT = (
+    "DeepSpeedZeroOptimizer",
+    "DeepSpeedZeroOptimizer_Stage3",
+    "BF16_Optimizer",
+    "FP16_Optimizer",
+)
+"""The wrappers that lay parameters out end to end."""
 
 
 class ModelGroups:
@@ -139,6 +147,8 @@ class ZeroLayout(LocalLayout):
         """Where this rank's part of a parameter lies: an interval of its elements."""
         del name
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if self.kind not in _FLAT:
+            return Place.whole(shape)
         at = self._addresses.get(parameter)
         if at is None:
             return Place.between(shape, 0, 0)

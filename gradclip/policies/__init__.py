@@ -4,16 +4,20 @@ from typing import Annotated
 
 from pydantic import Field
 
+from gradclip.policies.agc import AGC
 from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
-from gradclip.policies.chain import Rule, combine, decide_all
-from gradclip.policies.fixed import ClipByNorm, ClipByValue, SkipNonfinite
+from gradclip.policies.chain import decide_all
+from gradclip.policies.fixed import ClipByNorm, ClipByRMS, ClipByValue, SkipNonfinite
+from gradclip.policies.rule import Rule, combine, combine_runs
 from gradclip.policies.schedule import Schedule
 from gradclip.policies.zclip import ZClip
 
 __all__ = [
+    "AGC",
     "AdaptivePolicy",
     "AnyPolicy",
     "ClipByNorm",
+    "ClipByRMS",
     "ClipByValue",
     "NormPolicy",
     "Policy",
@@ -23,8 +27,12 @@ __all__ = [
     "ZClip",
     "after",
     "combine",
+    "combine_runs",
     "decide_all",
 ]
 
-AnyPolicy = Annotated[ClipByNorm | ClipByValue | ZClip | SkipNonfinite, Field(discriminator="type")]
+AnyPolicy = Annotated[
+    ClipByNorm | ClipByValue | ClipByRMS | AGC | ZClip | SkipNonfinite,
+    Field(discriminator="type"),
+]
 """Every policy that YAML can name, told apart by `type`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -45,6 +46,20 @@ class Policy(BaseModel):
     def measured(self) -> tuple[Scope, float | None]:
         """The scope and the p of the p-norm this policy decides on; None if it needs no norm."""
 
+    @property
+    def excluded(self) -> Sequence[str]:
+        """Patterns of parameter names that this policy leaves alone."""
+        return ()
+
+    def kept(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+        """What tells the units of a parameter apart: the rows of dim 0; a vector is one unit.
+
+        Returns:
+            The first dim that does, and the one after the last; (0, 0) if there is one unit.
+        """
+        del name
+        return (0, 1) if len(shape) > 1 else (0, 0)
+
     def init(self, slots: int, device: torch.device) -> State:
         """The state before the first step, for so many slots; empty for a fixed rule."""
         del slots, device
@@ -59,7 +74,8 @@ class NormPolicy(Policy):
     """A policy that holds the norm of each slot to a limit."""
 
     scope: Scope = "global"
-    """What one coefficient covers: all parameters, an optimizer's group, or one parameter."""
+    """What one coefficient covers: all parameters, an optimizer's group, one parameter, or one unit
+    (a row of a matrix, a filter of a convolution, a whole vector)."""
     norm_type: Annotated[float, Field(gt=0)] = 2.0
     """p of the p-norm, above 0; inf is the largest magnitude."""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6

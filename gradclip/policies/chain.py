@@ -4,49 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gradclip.policies.base import Policy
+from gradclip.policies.rule import Rule
 from gradclip.types import Decision, State, Stats, Verdict
 
-__all__ = ["Rule", "combine", "decide_all"]
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A policy and the slots it decides on.
-
-    The engine measures the coarsest slots that every policy can be built from; a rule says which
-    of those make up each of its own.
-
-    Attributes:
-        policy: What decides.
-        names: One name per slot of this policy.
-        covers: Indices of the measured slots this policy governs.
-        members: Int64 of shape (slots, most members of one): the measured slots of each, filled
-            up with the number of measured slots; None if both are the same.
-        owner: Int64 of shape (measured slots,): the policy's slot, or its slot count for a
-            measured slot that this policy leaves alone.
-    """
-
-    policy: Policy
-    names: tuple[str, ...]
-    covers: tuple[int, ...]
-    members: Tensor | None
-    owner: Tensor
-
-    def gather(self, norms: Tensor, norm_type: float) -> Tensor:
-        """Norms of this policy's slots from those of the measured slots."""
-        return norms if self.members is None else combine(norms, norm_type, self.members)
-
-    def spread(self, coef: Tensor) -> Tensor:
-        """Coefficients of the measured slots from those of this policy's slots."""
-        if self.members is None:
-            return coef
-        return torch.cat([coef, coef.new_ones(1)]).index_select(0, self.owner)
+__all__ = ["decide_all"]
 
 
 def decide_all(
@@ -55,6 +21,7 @@ def decide_all(
     states: Sequence[State],
     *,
     step: Tensor,
+    weights: Mapping[float, Tensor] | None = None,
     loss: Tensor | None = None,
     watched: Tensor | None = None,
     skip_nonfinite: bool,
@@ -69,6 +36,7 @@ def decide_all(
         norms: For each p, float64 of shape (measured slots,).
         states: One per rule.
         step: 0-d float64, the optimizer steps taken before this one.
+        weights: The same norms of the parameters, for each p that a policy asks for.
         loss: 0-d float64, equal on every rank, if the caller gave one.
         watched: Int64 indices of the measured slots that may withhold a step; None for all.
         skip_nonfinite: Whether a step that isn't finite is withheld.
@@ -84,7 +52,15 @@ def decide_all(
     after: list[State] = []
     for rule, state in zip(rules, states, strict=True):
         norm_type = rule.policy.measured[1] or next(iter(norms))
-        stats = Stats(rule.gather(norms[norm_type] * coef, norm_type), finite, step, loss=loss)
+        own = weights.get(norm_type) if weights and rule.policy.uses_weights else None
+        stats = Stats(
+            norms=rule.gather(norms[norm_type] * coef, norm_type),
+            finite=finite,
+            step=step,
+            sizes=rule.sizes,
+            weights=None if own is None else rule.gather(own, norm_type),
+            loss=loss,
+        )
         decision, new = rule.policy.decide(stats, state)
         if watched is not None:  # what isn't watched may still not reach state
             new = _select(torch.isfinite(stats.norms).all(), new, state)
@@ -104,29 +80,6 @@ def decide_all(
         for rule, new, old in zip(rules, after, states, strict=True)
     ]
     return Verdict(coef, limit, finite, skip, stop, tuple(clamps), clamped), kept
-
-
-def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> Tensor:
-    """The p-norm of unions of slots from the p-norms of the slots, without overflow.
-
-    Args:
-        norms: Shape (n,), float64.
-        norm_type: p, or inf.
-        members: Int64 of shape (m, k), the slots of each union, filled up with n; None for one of
-            all. A table of m times n would grow with the square of a model's parameters.
-
-    Returns:
-        Shape (m,), or 0-d for one union. Sums run over a dim, in one order on every device, so
-        that ranks agree bitwise.
-    """
-    if members is None and norms.numel() == 1:
-        return norms.squeeze(0)
-    parts = norms if members is None else torch.cat([norms, norms.new_zeros(1)]).take(members)
-    peak = parts.amax(-1)
-    if norm_type == math.inf:
-        return peak
-    scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
-    return scale * (parts / scale.unsqueeze(-1)).pow(norm_type).sum(-1).pow(1.0 / norm_type)
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -3,13 +3,22 @@
 import torch
 from torch import nn
 
-from gradclip import ClipByNorm, ClipByValue, SkipNonfinite, ZClip
+from gradclip import AGC, ClipByNorm, ClipByRMS, ClipByValue, Schedule, SkipNonfinite, ZClip
 
 POLICIES = {
     "norm": ClipByNorm(max_norm=1.0),
     "norm_parameter": ClipByNorm(max_norm=0.5, scope="parameter"),
     "norm_inf": ClipByNorm(max_norm=0.3, norm_type=float("inf")),
     "norm_p3_group": ClipByNorm(max_norm=0.7, norm_type=3.0, scope="group"),
+    "norm_unit": ClipByNorm(max_norm=0.4, scope="unit"),
+    "norm_budget": ClipByNorm(max_norm=1.0, scope="parameter", budget="size"),
+    "norm_schedule": ClipByNorm(
+        max_norm=Schedule(schedule="cosine", start=3.0, end=0.5, steps=6), after=2
+    ),
+    "rms": ClipByRMS(max_rms=0.5),
+    "rms_global": ClipByRMS(max_rms=0.5, scope="global"),
+    "agc": AGC(clip_factor=0.5),
+    "agc_parameter": AGC(clip_factor=0.5, scope="parameter", exclude=["embed.*"]),
     "value": ClipByValue(clip_value=0.2),
     "zclip": ZClip(warmup_steps=4, max_norm=None, escape_after=6),
     "zclip_capped": ZClip(warmup_steps=4, max_norm=2.0, variance="exact", sigma_floor=0.02),

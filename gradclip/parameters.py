@@ -1,0 +1,103 @@
+"""Which parameters are clipped, what they are called, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from gradclip.errors import ConfigError
+from gradclip.groups import Fact
+from gradclip.in_backward import refuse_steps_in_backward
+
+__all__ = ["collect_parameters", "facts_of"]
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
+
+
+def collect_parameters(
+    named_parameters: Iterable[tuple[str, Parameter]] | None, optimizer: Optimizer | None
+) -> dict[str, Parameter]:
+    """The parameters to clip, by name, each once.
+
+    With an optimizer these are its parameters; names come from `named_parameters`, else from the
+    optimizer's own `param_names`, else from their place in it. They are those of the unwrapped
+    model, so that patterns, metrics and saved state mean the same under every wrapper.
+
+    Raises:
+        ConfigError: If neither is given, there is no parameter, two have one name, or one is
+            stepped inside backward.
+    """
+    if named_parameters is None and optimizer is None:
+        msg = (
+            "GradientClipper got neither named_parameters nor optimizer; give at least one, as in "
+            "GradientClipper(policy, named_parameters=model.named_parameters(), optimizer=opt)."
+        )
+        raise ConfigError(msg)
+    names: dict[Parameter, str] = {}
+    named = list(named_parameters or ())
+    for (_, parameter), name in zip(named, _unwrapped([name for name, _ in named]), strict=True):
+        names.setdefault(parameter, name)
+    if optimizer is not None:
+        places = [
+            (parameter, _unwrapped(group.get("param_names", ())), f"group{index}", place)
+            for index, group in enumerate(optimizer.param_groups)
+            for place, parameter in enumerate(group["params"])
+        ]
+        names = {
+            parameter: names.get(parameter, own[place] if own else f"{group}.{place}")
+            for parameter, own, group, place in places
+        }
+    found: dict[str, Parameter] = {}
+    for parameter, name in names.items():
+        if name in found:
+            msg = (
+                f"Two parameters are named {name!r}; every parameter needs a name of its own. "
+                "With several models, put something before the names of each, as in "
+                "[('decoder.' + n, p) for n, p in decoder.named_parameters()]."
+            )
+            raise ConfigError(msg)
+        found[name] = parameter
+    if not found:
+        msg = (
+            "GradientClipper got no parameters: a generator may have been used up. Pass a new one."
+        )
+        raise ConfigError(msg)
+    refuse_steps_in_backward(found)
+    return found
+
+
+def _unwrapped(names: Iterable[str]) -> list[str]:
+    """The names in the user's own model; DDP puts one `module.` before all of them."""
+    names = list(names)
+    for wrapper in _WRAPPERS:
+        names = [name.replace(wrapper, "") for name in names]
+    by_ddp = all(name.startswith("module.") for name in names)
+    return [name.removeprefix("module.") for name in names] if by_ddp else names
+
+
+def facts_of(
+    parameters: Mapping[str, Parameter],
+    optimizer: Optimizer | None,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, Fact]:
+    """What a plan needs to know of each parameter.
+
+    Args:
+        parameters: By name.
+        optimizer: What steps them, if known.
+        shapes: Of whole parameters, where units are told apart; else empty.
+
+    A parameter's optimizer group is named by its `name`, else `group<i>`.
+    """
+    groups: dict[Parameter, str] = {}
+    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
+        groups |= dict.fromkeys(group["params"], str(group.get("name", f"group{index}")))
+    stepping = getattr(optimizer, "stepping", optimizer)
+    kinds = tuple(c.__name__ for c in type(stepping).__mro__[:-1]) if optimizer else ()
+    return {
+        name: Fact(groups.get(p, "group0"), p.dtype, kinds, shapes.get(name, ()))
+        for name, p in parameters.items()
+    }

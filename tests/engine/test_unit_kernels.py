@@ -1,0 +1,145 @@
+"""Every kernel measures and scales units as the formulas say."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradclip.kernels import kernel_for
+from gradclip.types import Piece, Units
+
+CPU = torch.device("cpu")
+KERNELS = [kernel_for([CPU], name) for name in ("cpu", "accelerator", "reference")]
+names = ["cpu", "accelerator", "reference"]
+every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=names)
+
+# Shape and the dims kept: rows, one unit, columns, a conv's filters, optax's rank 3, elements.
+CUTS = [
+    ((40, 700), (0, 1)),
+    ((5,), (0, 0)),
+    ((), (0, 0)),
+    ((300, 90), (1, 2)),
+    ((6, 3, 2, 2), (0, 1)),
+    ((4, 3, 5), (1, 3)),
+    ((7,), (0, 1)),
+    ((2, 9000), (0, 1)),
+    ((3, 30, 210), (1, 2)),
+]
+
+
+def units_of(dtype=torch.float32, gap=2, size=1.0):
+    """Random pieces with units of other ranks between them."""
+    generator = torch.Generator().manual_seed(0)
+    pieces, at = [], 0
+    for shape, kept in CUTS:
+        at += gap
+        value = torch.randn(shape, generator=generator, dtype=torch.float64) * size
+        count = math.prod(shape[kept[0] : kept[1]])
+        pieces.append(Piece(value.to(dtype), kept, at, count))
+        at += count
+    return Units(pieces, at + gap, CPU)
+
+
+def expected(units, measure):
+    found = torch.zeros(units.count, dtype=torch.float64)
+    for piece in units.pieces:
+        for index in range(piece.count):
+            found[piece.start + index] = measure(unit(piece, index).double())
+    return found
+
+
+def unit(piece, index):
+    """One unit, by plain indexing."""
+    first, last = piece.kept
+    place = torch.unravel_index(torch.tensor(index), piece.tensor.shape[first:last])
+    return piece.tensor[(slice(None),) * first + tuple(int(i) for i in place)]
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
+def test_norms(kernel, dtype, p):
+    units = units_of(dtype)
+    want = expected(units, lambda g: torch.linalg.vector_norm(g.reshape(-1), p))
+    got = kernel.peaks(units) if p == math.inf else kernel.power_sums(units, p).pow(1 / p)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@every_kernel
+@pytest.mark.parametrize("size", [1e-25, 1e25, 1e-40])
+def test_squares_beyond_float32(kernel, size):
+    units = units_of(size=size)
+    want = expected(units, lambda g: torch.linalg.vector_norm(g.reshape(-1)))
+    got = kernel.power_sums(units, 2.0).sqrt()
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@every_kernel
+def test_a_scale_for_each_unit(kernel):
+    units = units_of(torch.float64, size=1e200)
+    scale = torch.linspace(0.5e-200, 1e-200, units.count, dtype=torch.float64)
+    norms = expected(units, lambda g: torch.linalg.vector_norm(g.reshape(-1) * 1e-200))
+    got = kernel.power_sums(units, 2.0, scale)
+    torch.testing.assert_close(got, (norms * (scale * 1e200)).square(), rtol=1e-12, atol=0)
+
+
+@every_kernel
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_element_shows_in_its_unit_alone(kernel, bad):
+    units = units_of()
+    big = units.pieces[0].tensor
+    big[3, 5] = bad
+    for found in (kernel.power_sums(units, 2.0), kernel.peaks(units)):
+        finite = torch.isfinite(found)
+        assert not finite[units.pieces[0].start + 3]
+        assert finite.sum() == units.count - 1
+
+
+@every_kernel
+def test_rows_of_zeros_are_zero(kernel):
+    units = units_of()
+    units.pieces[0].tensor[1:30].zero_()
+    found = kernel.power_sums(units, 2.0)
+    start = units.pieces[0].start
+    assert (found[start + 1 : start + 30] == 0).all()
+    assert (found[start + 30 : start + 40] > 0).all()
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scaling(kernel, dtype):
+    units = units_of(dtype)
+    before = [piece.tensor.clone() for piece in units.pieces]
+    coef = torch.linspace(0.1, 0.9, units.count, dtype=torch.float64)
+    first = units.pieces[0]
+    coef[first.start : first.start + first.count] = 1.0
+    kernel.scale_(units, coef)
+    assert torch.equal(first.tensor, before[0])
+    for piece, old in zip(units.pieces, before, strict=True):
+        for index in range(piece.count):
+            was = unit(Piece(old, piece.kept, 0, piece.count), index)
+            want = (was.double() * coef[piece.start + index]).to(dtype)
+            torch.testing.assert_close(
+                unit(piece, index), want, rtol=8e-3 if dtype == torch.bfloat16 else 2e-7, atol=0
+            )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=0, max_size=4),
+    data=st.data(),
+    p=st.sampled_from([1.0, 2.0, 2.5, math.inf]),
+)
+def test_any_shape_and_any_dims(shape, data, p):
+    first = data.draw(st.integers(0, len(shape)))
+    last = data.draw(st.integers(first, len(shape))) if first < len(shape) else first
+    kept = (first, last) if last > first else (0, 0)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    piece = Piece(tensor, kept, 0, math.prod(tensor.shape[kept[0] : kept[1]]))
+    units = Units([piece], piece.count, CPU)
+    want = expected(units, lambda g: torch.linalg.vector_norm(g.reshape(-1), p))
+    for kernel in KERNELS:
+        got = kernel.peaks(units) if p == math.inf else kernel.power_sums(units, p).pow(1 / p)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
