@@ -87,9 +87,9 @@ def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> T
         Shape (m,), or 0-d for one union. Sums run over a dim, in one order on every device, so
         that ranks agree bitwise.
     """
-    if members is None and norms.numel() == 1:
-        return norms.squeeze(0)
     parts = norms if members is None else torch.cat([norms, norms.new_zeros(1)]).take(members)
+    if parts.shape[-1] == 1:
+        return parts.squeeze(-1)
     peak = parts.amax(-1)
     if norm_type == math.inf:
         return peak
