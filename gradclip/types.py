@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,22 +73,21 @@ class Place:
         return whole
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Units in a row that this rank holds, wholly or in part.
+class Piece(NamedTuple):
+    """What a local tensor says of units, which it holds wholly or in part.
 
     Attributes:
-        tensor: Their elements.
         kept: The dims that tell units apart, from the first up to but without the second; the
             others lie within a unit. (0, 0) is one unit.
         start: Index of the first of them among all units.
-        count: How many they are.
+        units: How many they are.
+        row: Elements of each that are here.
     """
 
-    tensor: Tensor
     kept: tuple[int, int]
     start: int
-    count: int
+    units: int
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +95,20 @@ class Units:
     """Local gradients cut into units, in place of one list per slot.
 
     Attributes:
-        pieces: Those on this rank, each unit in one of them at most.
+        tensors: Those on this rank.
+        pieces: What each of them holds, by rising index; each unit is in one of them at most.
         count: All units, also of those only other ranks hold.
         device: Where measures of them are wanted.
     """
 
+    tensors: Sequence[Tensor]
     pieces: Sequence[Piece]
     count: int
     device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Piece]]:
+        """Each tensor and what it holds."""
+        return zip(self.tensors, self.pieces, strict=True)
 
 
 @dataclass(frozen=True, slots=True)

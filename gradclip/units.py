@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,23 +21,11 @@ Kept = tuple[int, int]
 (0, 0) for a parameter that is one unit."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Units in a row within the local part of a parameter.
+class _Part(NamedTuple):
+    """Which elements of a flat local part belong to a piece; None for a part that has its shape."""
 
-    Attributes:
-        span: Which elements of a flat part they are; None for all of a part that has its shape.
-        row: Elements of each unit, where a span holds several; 0 for one unit or a part of one.
-        kept: As for a parameter, of what is cut out.
-        start: Index of the first among all units.
-        count: How many.
-    """
-
-    span: tuple[int, int] | None
-    row: int
-    kept: Kept
-    start: int
-    count: int
+    span: slice | None
+    piece: Piece
 
 
 @dataclass(frozen=True)
@@ -92,13 +81,13 @@ class UnitCut:
         Args:
             grads: One list per slot, of one tensor or none.
         """
-        pieces = [
-            Piece(_taken(grad, part), part.kept, part.start, part.count)
-            for slot, parts in zip(grads, self.parts, strict=True)
-            for grad in slot
-            for part in parts
-        ]
-        return Units(pieces, sum(self.counts), self.lengths.device)
+        tensors: list[Tensor] = []
+        pieces: list[Piece] = []
+        for slot, parts in zip(grads, self.parts, strict=True):
+            for span, piece in parts if slot else ():
+                tensors.append(slot[0] if span is None else _taken(slot[0], span, piece))
+                pieces.append(piece)
+        return Units(tensors, pieces, sum(self.counts), self.lengths.device)
 
 
 def _parts(name: str, place: Place, kept: Kept, start: int) -> Iterator[_Part]:
@@ -112,8 +101,8 @@ def _parts(name: str, place: Place, kept: Kept, start: int) -> Iterator[_Part]:
             raise LayoutError(_across(name, kept))
         count = math.prod(place.size[first:last])
         before = place.start[first] * inner if last > first else 0
-        if count:
-            yield _Part(None, 0, kept, start + before, count)
+        if held := math.prod(place.size):
+            yield _Part(None, Piece(kept, start + before, count, held // count))
         return
     if first:
         raise LayoutError(_across(name, kept))
@@ -124,16 +113,15 @@ def _parts(name: str, place: Place, kept: Kept, start: int) -> Iterator[_Part]:
         unit, inside = divmod(at, row)
         whole = (stop - at) // row if not inside else 0
         end = at + whole * row if whole else min(stop, (unit + 1) * row)
-        dims = (0, 1) if whole else (0, 0)
-        yield _Part((at - begin, end - begin), row if whole else 0, dims, start + unit, whole or 1)
+        length = row if whole else end - at
+        piece = Piece((0, 1) if whole else (0, 0), start + unit, whole or 1, length)
+        yield _Part(slice(at - begin, end - begin), piece)
         at = end
 
 
-def _taken(grad: Tensor, part: _Part) -> Tensor:
-    if part.span is None:
-        return grad
-    cut = grad.reshape(-1)[slice(*part.span)]
-    return cut.view(-1, part.row) if part.row else cut
+def _taken(grad: Tensor, span: slice, piece: Piece) -> Tensor:
+    cut = grad.reshape(-1)[span]
+    return cut.view(-1, piece.row) if piece.kept == (0, 1) else cut
 
 
 def _across(name: str, kept: Kept) -> str:

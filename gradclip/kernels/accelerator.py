@@ -82,16 +82,16 @@ def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None) -> Te
     """One launch for each tensor of several units, and few for all tensors of one."""
     parts: list[tuple[int, Tensor]] = []
     fused = scale is None and norm_type in FUSED
-    lone = [p for p in units.pieces if fused and p.count == 1]
+    lone = [(x, piece.start) for x, piece in units if fused and piece.units == 1]
     if lone:
-        sums = _norms([p.tensor for p in lone], norm_type).pow(norm_type)
-        parts.extend(zip((p.start for p in lone), sums.split(1), strict=True))
-    for piece in units.pieces:
-        if fused and piece.count > 1:
-            norms = unit_norms(piece, norm_type, torch.float64)
+        sums = _norms([tensor for tensor, _ in lone], norm_type).pow(norm_type)
+        parts.extend(zip((start for _, start in lone), sums.split(1), strict=True))
+    for tensor, piece in units:
+        if fused and piece.units > 1:
+            norms = unit_norms(tensor, piece, norm_type, torch.float64)
             parts.append((piece.start, norms.pow(norm_type)))
         elif not fused:
-            for start, rows in rows_of(piece, PIECE, PIECE):
+            for start, rows in rows_of(tensor, piece, PIECE, PIECE):
                 wide = rows.to(torch.float64, copy=True)
                 if scale is not None:
                     wide.mul_(scale.narrow(0, start, rows.shape[0]).unsqueeze(1))

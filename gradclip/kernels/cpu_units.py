@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,62 +21,72 @@ def unit_power_sums(units: Units, norm_type: float, scale: Tensor | None = None)
     Float32 rows are measured in parts of `ROW` elements that are added up in float64, everything
     else in float64 throughout, as gradients that aren't cut into units are.
     """
-    exact = scale is not None or norm_type not in (1.0, 2.0)
+    fast = scale is None and norm_type in (1.0, 2.0)
     parts: list[tuple[int, Tensor]] = []
-    small: list[Piece] = []
-    for piece in units.pieces:
-        wide = exact or piece.tensor.dtype == torch.float64
-        if piece.tensor.numel() < SMALL and scale is None:
-            small.append(piece)
-        elif wide:
-            for start, rows in rows_of(piece, BATCH, BATCH):
+    small: dict[tuple[int, torch.dtype], list[tuple[Tensor, Piece]]] = {}
+    for tensor, piece in units:
+        if scale is None and piece.units * piece.row < SMALL:
+            small.setdefault((piece.row, tensor.dtype), []).append((tensor, piece))
+        elif fast and tensor.dtype != torch.float64:
+            views = BLOCK if tensor.element_size() < 4 else PIECE
+            for start, rows in rows_of(tensor, piece, views, BLOCK):
+                parts.append((start, _fast(rows.float(), norm_type)))
+        else:
+            for start, rows in rows_of(tensor, piece, BATCH, BATCH):
                 factors = None if scale is None else scale.narrow(0, start, rows.shape[0])
                 parts.append((start, _exact(rows, norm_type, factors)))
-        else:
-            half = piece.tensor.element_size() < 4
-            for start, rows in rows_of(piece, BLOCK if half else PIECE, BLOCK):
-                parts.append((start, _fast(rows.float(), norm_type)))
-    parts.extend(_batched(small, norm_type))
+    for (row, dtype), held in small.items():
+        for batch in _batches(held):
+            rows = torch.cat([_flat(tensor, piece) for tensor, piece in batch]).view(-1, row)
+            wide = not fast or dtype == torch.float64
+            sums = _exact(rows, norm_type) if wide else _fast(rows.float(), norm_type)
+            parts.extend(_runs(sums, [piece for _, piece in batch]))
     return assembled(parts, units)
 
 
 def scale_clipped_(units: Units, coef: Tensor) -> None:
-    """Multiply in place, leaving pieces whose coefficients are all 1 unread."""
+    """Multiply in place, leaving tensors whose coefficients are all 1 unread."""
     before = torch.cat([coef.new_zeros(1), (coef != 1.0).double().cumsum(0)])
-    ends = torch.tensor([(p.start, p.start + p.count) for p in units.pieces], dtype=torch.int64)
-    ends = ends.view(-1, 2)
-    some = (before[ends[:, 1]] > before[ends[:, 0]]).tolist()
-    wanted = [piece for piece, wants in zip(units.pieces, some, strict=True) if wants]
+    ends = [(piece.start, piece.start + piece.units) for piece in units.pieces]
+    first, last = before[torch.tensor(ends, dtype=torch.int64).view(-1, 2)].unbind(1)
+    wanted = [i for i, some in enumerate((last > first).tolist()) if some]
     if wanted:
-        scale_units_(Units(wanted, units.count, units.device), coef)
+        tensors = [units.tensors[i] for i in wanted]
+        pieces = [units.pieces[i] for i in wanted]
+        scale_units_(Units(tensors, pieces, units.count, units.device), coef)
 
 
-def _batched(pieces: Sequence[Piece], norm_type: float) -> list[tuple[int, Tensor]]:
-    """Small pieces end to end, so that all of them cost one call."""
-    parts: list[tuple[int, Tensor]] = []
-    batch: list[Piece] = []
-    held = 0
-    for piece in [*pieces, None]:
-        if batch and (piece is None or held + piece.tensor.numel() > BATCH):
-            parts.extend(_together(batch, norm_type))
-            batch, held = [], 0
-        if piece is not None:
-            batch.append(piece)
-            held += piece.tensor.numel()
-    return parts
+def _batches(held: Sequence[tuple[Tensor, Piece]]) -> Iterator[list[tuple[Tensor, Piece]]]:
+    """Small tensors with rows of one length, as many as are copied end to end at a time."""
+    batch: list[tuple[Tensor, Piece]] = []
+    elements = 0
+    for tensor, piece in held:
+        size = piece.units * piece.row
+        if batch and elements + size > BATCH:
+            yield batch
+            batch, elements = [], 0
+        batch.append((tensor, piece))
+        elements += size
+    yield batch
 
 
-def _together(pieces: Sequence[Piece], norm_type: float) -> list[tuple[int, Tensor]]:
-    flat = torch.cat([next(rows_of(p, BATCH, BATCH))[1].reshape(-1) for p in pieces])
-    counts = [piece.count for piece in pieces]
-    lengths = torch.tensor([p.tensor.numel() // p.count for p in pieces])
-    if max(counts) > 1:
-        lengths = torch.repeat_interleave(lengths, torch.tensor(counts))
-    powers = flat.double().abs_().pow_(norm_type)
-    sums = torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
-    if all(a.start + a.count == b.start for a, b in pairwise(pieces)):
-        return [(pieces[0].start, sums)]
-    return [(p.start, part) for p, part in zip(pieces, sums.split(counts), strict=True)]
+def _flat(tensor: Tensor, piece: Piece) -> Tensor:
+    """All elements, unit after unit."""
+    if tensor.ndim == 1:
+        return tensor
+    if piece.kept[0] == 0:
+        return tensor.reshape(-1)
+    return next(rows_of(tensor, piece, SMALL, SMALL))[1].reshape(-1)
+
+
+def _runs(sums: Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[int, Tensor]]:
+    """Neighbours' sums in one vector each, with the index of the first unit."""
+    begin = at = 0
+    for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+        at += piece.units
+        if after is None or piece.start + piece.units != after.start:
+            yield piece.start + piece.units - (at - begin), sums[begin:at]
+            begin = at
 
 
 def _fast(rows: Tensor, norm_type: float) -> Tensor:

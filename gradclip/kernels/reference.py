@@ -48,11 +48,11 @@ class ReferenceKernel:
     def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place; see `gradclip.types.Kernel`."""
         if isinstance(grads, Units):
-            for p in grads.pieces:
-                within = p.tensor.ndim - p.kept[1]
-                shape = (*p.tensor.shape[slice(*p.kept)], *[1] * within)
-                own = coef[p.start : p.start + p.count].view(shape)
-                p.tensor.copy_(p.tensor.double() * own)
+            for tensor, piece in grads:
+                own = coef[piece.start : piece.start + piece.units]
+                shape = tensor.shape[slice(*piece.kept)]
+                within = [1] * (tensor.ndim - piece.kept[1])
+                tensor.copy_(tensor.double() * own.view((*shape, *within)))
             return
         for slot, factor in zip(grads, coef.tolist(), strict=True):
             for grad in slot:
@@ -67,10 +67,10 @@ class ReferenceKernel:
 def _by_unit(units: Units, measure: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """What `measure` gives for the float64 rows of each piece; 0 for units that aren't here."""
     found = torch.zeros(units.count, dtype=torch.float64)
-    for p in units.pieces:
-        inside = [d for d in range(p.tensor.ndim) if not p.kept[0] <= d < p.kept[1]]
-        rows = p.tensor.double().permute((*range(*p.kept), *inside)).reshape(p.count, -1)
-        own = slice(p.start, p.start + p.count)
+    for tensor, piece in units:
+        inside = [d for d in range(tensor.ndim) if not piece.kept[0] <= d < piece.kept[1]]
+        rows = tensor.double().permute((*range(*piece.kept), *inside)).reshape(piece.units, -1)
+        own = slice(piece.start, piece.start + piece.units)
         found[own] = measure(rows, own)
     return found
 

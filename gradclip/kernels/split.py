@@ -48,7 +48,8 @@ class SplitKernel:
     def _split(self, grads: Grads | Units) -> Iterator[tuple[torch.device, Kernel, Grads | Units]]:
         for device, kernel in self._kernels.items():
             if isinstance(grads, Units):
-                pieces = [p for p in grads.pieces if p.tensor.device == device]
-                yield device, kernel, Units(pieces, grads.count, device)
+                here = [(x, piece) for x, piece in grads if x.device == device]
+                tensors, pieces = [x for x, _ in here], [piece for _, piece in here]
+                yield device, kernel, Units(tensors, pieces, grads.count, device)
             else:
                 yield device, kernel, [[g for g in slot if g.device == device] for slot in grads]

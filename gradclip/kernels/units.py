@@ -10,52 +10,47 @@ from torch import Tensor
 
 from gradclip.types import Piece, Units
 
-__all__ = ["assembled", "reduced", "rows_of", "scale_units_", "unit_norms", "unit_peaks"]
+__all__ = ["assembled", "rows_of", "scale_units_", "unit_norms", "unit_peaks"]
 
 
-def reduced(piece: Piece) -> tuple[int, ...]:
-    """The dims that lie within a unit."""
-    first, last = piece.kept
-    return tuple(d for d in range(piece.tensor.ndim) if not first <= d < last)
-
-
-def rows_of(piece: Piece, views: int, copies: int) -> Iterator[tuple[int, Tensor]]:
-    """The units of a piece as rows, some at a time.
+def rows_of(tensor: Tensor, piece: Piece, views: int, copies: int) -> Iterator[tuple[int, Tensor]]:
+    """The units of a tensor as rows, some at a time.
 
     Args:
-        piece: At least one unit.
+        tensor: The elements of at least one unit.
+        piece: What it holds.
         views: How many elements at a time where units lie one after the other in memory.
         copies: The same where they have to be copied for it.
 
     Yields:
         The index of the first unit, and rows of shape (units, elements of one).
     """
-    inside = reduced(piece)
-    outside = [d for d in range(piece.tensor.ndim) if d not in inside]
-    ordered = piece.tensor.permute((*outside, *inside))
+    outside, inside = _dims(tensor, piece)
+    ordered = tensor.permute((*outside, *inside)) if outside and outside[0] else tensor
     limit = views if ordered.is_contiguous() else copies
     if not outside:
         yield piece.start, ordered.reshape(1, -1)
         return
     step = max(1, limit * ordered.shape[0] // ordered.numel())
-    per = piece.count // ordered.shape[0]
+    per = piece.units // ordered.shape[0]
     for at in range(0, ordered.shape[0], step):
         part = ordered[at : at + step]
         yield piece.start + at * per, part.reshape(part.shape[0] * per, -1)
 
 
-def unit_norms(piece: Piece, norm_type: float, dtype: torch.dtype | None = None) -> Tensor:
-    """The norm of each unit of a piece, of shape (units,), accumulated in a type."""
-    inside = reduced(piece)
+def unit_norms(
+    tensor: Tensor, piece: Piece, norm_type: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The norm of each unit of a tensor, of shape (units,), accumulated in a type."""
+    _, inside = _dims(tensor, piece)
     if not inside:  # every element is a unit
-        return piece.tensor.abs().to(dtype or piece.tensor.dtype).reshape(-1)
-    norms = torch.linalg.vector_norm(piece.tensor, norm_type, dim=inside, dtype=dtype)
-    return norms.reshape(-1)
+        return tensor.abs().to(dtype or tensor.dtype).reshape(-1)
+    return torch.linalg.vector_norm(tensor, norm_type, dim=inside, dtype=dtype).reshape(-1)
 
 
 def unit_peaks(units: Units) -> Tensor:
     """Largest |g| of each unit, float64 of shape (units,)."""
-    parts = [(p.start, unit_norms(p, math.inf).double()) for p in units.pieces]
+    parts = [(piece.start, unit_norms(x, piece, math.inf).double()) for x, piece in units]
     return assembled(parts, units)
 
 
@@ -82,17 +77,22 @@ def scale_units_(units: Units, coef: Tensor) -> None:
         coef: Float64 of shape (all units,).
     """
     single = coef.float()
-    own = [(coef if p.tensor.dtype == torch.float64 else single) for p in units.pieces]
-    factors = [c.narrow(0, p.start, p.count) for c, p in zip(own, units.pieces, strict=True)]
     lone: list[Tensor] = []
-    by: list[Tensor] = []
-    for piece, factor in zip(units.pieces, factors, strict=True):
-        if piece.count == 1 and piece.tensor.dtype == torch.float32:
-            lone.append(piece.tensor)
-            by.append(factor.squeeze(0))
+    factors: list[Tensor] = []
+    for tensor, piece in units:
+        if piece.units == 1 and tensor.dtype == torch.float32:
+            lone.append(tensor)
+            factors.append(single.select(0, piece.start))
             continue
+        own = coef if tensor.dtype == torch.float64 else single
         first, last = piece.kept
-        shape = [n if first <= d < last else 1 for d, n in enumerate(piece.tensor.shape)]
-        piece.tensor.mul_(factor.view(shape))
+        shape = [n if first <= d < last else 1 for d, n in enumerate(tensor.shape)]
+        tensor.mul_(own.narrow(0, piece.start, piece.units).view(shape))
     if lone:
-        torch._foreach_mul_(lone, by)
+        torch._foreach_mul_(lone, factors)
+
+
+def _dims(tensor: Tensor, piece: Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dims that tell units apart, and those within a unit."""
+    first, last = piece.kept
+    return tuple(range(first, last)), (*range(first), *range(last, tensor.ndim))

@@ -81,7 +81,8 @@ def test_excluding_a_group_leaves_the_others_as_if_it_were_absent():
                 p.grad = params[name].grad.clone()
             both.clip()
             single.clip()
-            assert_same_grads({n: params[n].grad for n in alone}, grads(alone))
+            for name, p in alone.items():
+                torch.testing.assert_close(params[name].grad, p.grad, rtol=2e-7, atol=0)
 
 
 def test_what_is_not_watched_does_not_withhold():

@@ -32,29 +32,30 @@ CUTS = [
 def units_of(dtype=torch.float32, gap=2, size=1.0):
     """Random pieces with units of other ranks between them."""
     generator = torch.Generator().manual_seed(0)
-    pieces, at = [], 0
+    tensors, pieces, at = [], [], 0
     for shape, kept in CUTS:
         at += gap
         value = torch.randn(shape, generator=generator, dtype=torch.float64) * size
         count = math.prod(shape[kept[0] : kept[1]])
-        pieces.append(Piece(value.to(dtype), kept, at, count))
+        tensors.append(value.to(dtype))
+        pieces.append(Piece(kept, at, count, value.numel() // count))
         at += count
-    return Units(pieces, at + gap, CPU)
+    return Units(tensors, pieces, at + gap, CPU)
 
 
 def expected(units, measure):
     found = torch.zeros(units.count, dtype=torch.float64)
-    for piece in units.pieces:
-        for index in range(piece.count):
-            found[piece.start + index] = measure(unit(piece, index).double())
+    for tensor, piece in units:
+        for index in range(piece.units):
+            found[piece.start + index] = measure(unit(tensor, piece, index).double())
     return found
 
 
-def unit(piece, index):
+def unit(tensor, piece, index):
     """One unit, by plain indexing."""
     first, last = piece.kept
-    place = torch.unravel_index(torch.tensor(index), piece.tensor.shape[first:last])
-    return piece.tensor[(slice(None),) * first + tuple(int(i) for i in place)]
+    place = torch.unravel_index(torch.tensor(index), tensor.shape[first:last])
+    return tensor[(slice(None),) * first + tuple(int(i) for i in place)]
 
 
 @every_kernel
@@ -89,7 +90,7 @@ def test_a_scale_for_each_unit(kernel):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_element_shows_in_its_unit_alone(kernel, bad):
     units = units_of()
-    big = units.pieces[0].tensor
+    big = units.tensors[0]
     big[3, 5] = bad
     for found in (kernel.power_sums(units, 2.0), kernel.peaks(units)):
         finite = torch.isfinite(found)
@@ -100,7 +101,7 @@ def test_a_bad_element_shows_in_its_unit_alone(kernel, bad):
 @every_kernel
 def test_rows_of_zeros_are_zero(kernel):
     units = units_of()
-    units.pieces[0].tensor[1:30].zero_()
+    units.tensors[0][1:30].zero_()
     found = kernel.power_sums(units, 2.0)
     start = units.pieces[0].start
     assert (found[start + 1 : start + 30] == 0).all()
@@ -111,18 +112,21 @@ def test_rows_of_zeros_are_zero(kernel):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_scaling(kernel, dtype):
     units = units_of(dtype)
-    before = [piece.tensor.clone() for piece in units.pieces]
+    before = [tensor.clone() for tensor in units.tensors]
     coef = torch.linspace(0.1, 0.9, units.count, dtype=torch.float64)
     first = units.pieces[0]
-    coef[first.start : first.start + first.count] = 1.0
+    coef[first.start : first.start + first.units] = 1.0
     kernel.scale_(units, coef)
-    assert torch.equal(first.tensor, before[0])
-    for piece, old in zip(units.pieces, before, strict=True):
-        for index in range(piece.count):
-            was = unit(Piece(old, piece.kept, 0, piece.count), index)
+    assert torch.equal(units.tensors[0], before[0])
+    for (tensor, piece), old in zip(units, before, strict=True):
+        for index in range(piece.units):
+            was = unit(old, piece, index)
             want = (was.double() * coef[piece.start + index]).to(dtype)
             torch.testing.assert_close(
-                unit(piece, index), want, rtol=8e-3 if dtype == torch.bfloat16 else 2e-7, atol=0
+                unit(tensor, piece, index),
+                want,
+                rtol=8e-3 if dtype == torch.bfloat16 else 2e-7,
+                atol=0,
             )
 
 
@@ -137,8 +141,8 @@ def test_any_shape_and_any_dims(shape, data, p):
     last = data.draw(st.integers(first, len(shape))) if first < len(shape) else first
     kept = (first, last) if last > first else (0, 0)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    piece = Piece(tensor, kept, 0, math.prod(tensor.shape[kept[0] : kept[1]]))
-    units = Units([piece], piece.count, CPU)
+    count = math.prod(tensor.shape[kept[0] : kept[1]])
+    units = Units([tensor], [Piece(kept, 0, count, tensor.numel() // count)], count, CPU)
     want = expected(units, lambda g: torch.linalg.vector_norm(g.reshape(-1), p))
     for kernel in KERNELS:
         got = kernel.peaks(units) if p == math.inf else kernel.power_sums(units, p).pow(1 / p)
