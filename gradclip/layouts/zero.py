@@ -223,6 +223,10 @@ class ZeroLayout(LocalLayout):
             return [optimizer.fp32_partitioned_groups_flat[bucket].detach()]
         if self.kind == "BF16_Optimizer":
             return [optimizer.fp32_groups_flat_partition[bucket].detach()]
+        if self.kind == "FP16_Optimizer":
+            return [optimizer.fp32_groups_flat[bucket].detach()]
+        if self.kind == "FP16_UnfusedOptimizer":
+            return [p.detach() for p in optimizer.fp32_groups[bucket]]
         return [p.detach() for p in self.groups.param_groups[bucket]["params"]]
 
     def whole(self, bucket: int) -> Sequence[Tensor]:

@@ -122,12 +122,8 @@ def test_scaling(kernel, dtype):
         for index in range(piece.units):
             was = unit(old, piece, index)
             want = (was.double() * coef[piece.start + index]).to(dtype)
-            torch.testing.assert_close(
-                unit(tensor, piece, index),
-                want,
-                rtol=8e-3 if dtype == torch.bfloat16 else 2e-7,
-                atol=0,
-            )
+            rtol = 8e-3 if dtype == torch.bfloat16 else 2e-7
+            torch.testing.assert_close(unit(tensor, piece, index), want, rtol=rtol, atol=0)
 
 
 @settings(max_examples=40, deadline=None)

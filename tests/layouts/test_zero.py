@@ -11,7 +11,7 @@ from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
-from gradclip import ClipByNorm, ClipByValue, GradientClipper, ZClip
+from gradclip import AGC, ClipByNorm, ClipByRMS, ClipByValue, GradientClipper, ZClip
 
 pytest.importorskip("deepspeed")
 
@@ -35,6 +35,9 @@ POLICIES = {
     "norm_inf": [ClipByNorm(max_norm=0.1, norm_type=math.inf)],
     "parameter": [ClipByNorm(max_norm=0.1, scope="parameter")],
     "group": [ClipByNorm(max_norm=0.2, scope="group")],
+    "unit": [ClipByNorm(max_norm=0.05, scope="unit")],
+    "agc": [AGC(clip_factor=0.05), ClipByNorm(max_norm=5.0)],
+    "rms": [ClipByRMS(max_rms=0.02)],
     "value": [ClipByValue(clip_value=0.05)],
     "zclip": [ZClip(warmup_steps=2, max_norm=None)],
     "groups": {
