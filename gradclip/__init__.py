@@ -19,6 +19,7 @@ from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
 from gradclip.policies import (
     AGC,
+    AutoClip,
     ClipByNorm,
     ClipByRMS,
     ClipByValue,
@@ -31,6 +32,7 @@ from gradclip.records import ClipRecord
 
 __all__ = [
     "AGC",
+    "AutoClip",
     "ClipByNorm",
     "ClipByRMS",
     "ClipByValue",

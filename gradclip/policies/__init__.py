@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from gradclip.policies.agc import AGC
+from gradclip.policies.autoclip import AutoClip
 from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
 from gradclip.policies.chain import decide_all
 from gradclip.policies.fixed import ClipByNorm, ClipByRMS, ClipByValue, SkipNonfinite
@@ -16,6 +17,7 @@ __all__ = [
     "AGC",
     "AdaptivePolicy",
     "AnyPolicy",
+    "AutoClip",
     "ClipByNorm",
     "ClipByRMS",
     "ClipByValue",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 AnyPolicy = Annotated[
-    ClipByNorm | ClipByValue | ClipByRMS | AGC | ZClip | SkipNonfinite,
+    ClipByNorm | ClipByValue | ClipByRMS | AGC | AutoClip | ZClip | SkipNonfinite,
     Field(discriminator="type"),
 ]
 """Every policy that YAML can name, told apart by `type`."""

@@ -3,7 +3,16 @@
 import torch
 from torch import nn
 
-from gradclip import AGC, ClipByNorm, ClipByRMS, ClipByValue, Schedule, SkipNonfinite, ZClip
+from gradclip import (
+    AGC,
+    AutoClip,
+    ClipByNorm,
+    ClipByRMS,
+    ClipByValue,
+    Schedule,
+    SkipNonfinite,
+    ZClip,
+)
 
 POLICIES = {
     "norm": ClipByNorm(max_norm=1.0),
@@ -19,6 +28,9 @@ POLICIES = {
     "rms_global": ClipByRMS(max_rms=0.5, scope="global"),
     "agc": AGC(clip_factor=0.5),
     "agc_parameter": AGC(clip_factor=0.5, scope="parameter", exclude=["embed.*"]),
+    "autoclip": AutoClip(window=6, warmup_steps=3, percentile=80.0),
+    "autoclip_all": AutoClip(history="all", warmup_steps=3, inclusive=True, max_norm=9.0),
+    "autoclip_parameter": AutoClip(window=6, warmup_steps=2, scope="parameter", min_norm=0.1),
     "value": ClipByValue(clip_value=0.2),
     "zclip": ZClip(warmup_steps=4, max_norm=None, escape_after=6),
     "zclip_capped": ZClip(warmup_steps=4, max_norm=2.0, variance="exact", sigma_floor=0.02),
