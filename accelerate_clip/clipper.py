@@ -303,6 +303,7 @@ class AcceleratorClip:
         @functools.wraps(backward)
         def backward_and_watch(*args: Any, **kwargs: Any) -> Any:
             self._watched = True
+            self._show_loss(kwargs["loss"] if "loss" in kwargs else args[0])
             marks = [(clipper, clipper.before_backward()) for clipper in self._clippers]
             result = backward(*args, **kwargs)
             for clipper, mark in marks:
@@ -310,6 +311,18 @@ class AcceleratorClip:
             return result
 
         return backward_and_watch
+
+    def _show_loss(self, loss: Tensor) -> None:
+        """Let policies see it; with several optimizers nothing says whose it is."""
+        watching = [clipper for clipper in self._clippers if clipper.watches_loss]
+        if watching and len(self._clippers) > 1:
+            msg = (
+                f"A policy watches the loss, and {len(self._clippers)} optimizers have losses of "
+                "their own that accelerator.backward doesn't tell apart; set watch to 'norm'."
+            )
+            raise ConfigError(msg)
+        for clipper in watching:
+            clipper.observe_loss(loss)
 
     def _after_step(self, clipper: _Clipper) -> None:
         self._last_record = clipper.last_record

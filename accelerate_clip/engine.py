@@ -58,13 +58,15 @@ class EngineClipper(GradientClipper):
         """Nothing is left to clip: the engine did it."""
         return True
 
-    def clip(self, *, grad_scale: Tensor | None = None) -> ClipRecord:
+    def clip(
+        self, *, grad_scale: Tensor | None = None, loss: Tensor | float | None = None
+    ) -> ClipRecord:
         """The record of the step that the last `accelerator.backward` made.
 
         Raises:
             ConfigError: If the engine has made none yet.
         """
-        del grad_scale
+        del grad_scale, loss
         if self.last_record is None:
             msg = (
                 "accelerator.clip_grad_norm_ was called before DeepSpeed's first step, which "

@@ -66,17 +66,20 @@ class StepClipper(GradientClipper):
         """Whether the gradients now in place have been clipped."""
         return self._done
 
-    def clip(self, *, grad_scale: Tensor | None = None) -> ClipRecord:
+    def clip(
+        self, *, grad_scale: Tensor | None = None, loss: Tensor | float | None = None
+    ) -> ClipRecord:
         """Clip, unless this step's gradients have been clipped already.
 
         Args:
             grad_scale: 0-d factor that the gradients still carry (a loss scale).
+            loss: 0-d, this step's, for policies that watch it.
 
         Returns:
             This step's record.
         """
         if self.last_record is None or not self._done:
-            self.last_record = super().clip(grad_scale=grad_scale)
+            self.last_record = super().clip(grad_scale=grad_scale, loss=loss)
             self._done = True
         return self.last_record
 

@@ -15,7 +15,7 @@ from gradclip.config import (
     load_yaml,
 )
 from gradclip.engine import GradientClipper
-from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError
+from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError, SkipLimitError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
 from gradclip.policies import (
     AGC,
@@ -24,7 +24,9 @@ from gradclip.policies import (
     ClipByRMS,
     ClipByValue,
     Schedule,
+    SkipLarge,
     SkipNonfinite,
+    SkipSpike,
     ZClip,
     after,
 )
@@ -47,7 +49,10 @@ __all__ = [
     "NonFiniteError",
     "PolicyLike",
     "Schedule",
+    "SkipLarge",
+    "SkipLimitError",
     "SkipNonfinite",
+    "SkipSpike",
     "ZClip",
     "after",
     "as_config",

@@ -20,8 +20,7 @@ def apply(
     """Carry out a verdict on this rank's gradients.
 
     A step is withheld by dropping the gradients (`.grad = None`): every torch optimizer then
-    leaves parameters and state, weight decay included, as they are. Knowing that takes one host
-    read, made only where something configured can withhold a step.
+    leaves parameters and state, weight decay included, as they are.
 
     Args:
         verdict: The decision, equal on every rank.
@@ -30,7 +29,7 @@ def apply(
         kernel: What writes this rank's gradients.
         grad_scale: 0-d factor that the gradients still carry; a clamp carries it too.
     """
-    if verdict.skip is not None and bool(verdict.skip):
+    if verdict.withheld:
         for parameter in plan.parameters.values():
             parameter.grad = None
         return

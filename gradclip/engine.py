@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
 from gradclip.scopes import Plan, build_plan, needs_places
 from gradclip.state import carry_over, pack, unpack
+from gradclip.stops import WAY_OUT, Losses, is_withheld, where_not_finite
 from gradclip.types import Collected, Handle, Layout, Place, Verdict
 
 __all__ = ["GradientClipper"]
@@ -111,10 +113,14 @@ class GradientClipper:
         home = self._layout.devices[0]
         self._states = [rule.policy.init(len(rule.names), home) for rule in self._plan.rules]
         self._tally = Tally(home)
+        watches = any(rule.policy.watches_loss for rule in self._plan.rules)
+        self._losses = Losses() if watches else None
         self.last_record: ClipRecord | None = None
 
     @torch.no_grad()
-    def clip(self, *, grad_scale: Tensor | None = None) -> ClipRecord:
+    def clip(
+        self, *, grad_scale: Tensor | None = None, loss: Tensor | float | None = None
+    ) -> ClipRecord:
         """Clip this step's gradients in place. Call after backward, before the optimizer's step.
 
         Every rank must call it for every step, whatever gradients it has.
@@ -122,6 +128,8 @@ class GradientClipper:
         Args:
             grad_scale: 0-d factor that the gradients still carry (a loss scale). Norms and
                 limits are those of the gradients without it.
+            loss: 0-d, this step's on this rank, for policies that watch it; those average it
+                over ranks. Losses given to `observe_loss` before count too.
 
         Returns:
             What was measured and done; tensors on the device, equal on every rank.
@@ -129,8 +137,13 @@ class GradientClipper:
         Raises:
             NonFiniteError: If `on_nonfinite` is "raise" and a gradient on any rank is not
                 finite. Gradients and state are then as they were.
-            ConfigError: If no rank ever had a gradient, and a hook may have taken them.
+            SkipLimitError: If a policy's bound on withheld steps in a row is reached, and it is to
+                stop then. Gradients and state are as they were.
+            ConfigError: If no rank ever had a gradient, and a hook may have taken them; or if a
+                policy watches the loss and no rank has one.
         """
+        if loss is not None:
+            self.observe_loss(loss)
         grads, verdict, record = self._decide(grad_scale, self.config.on_nonfinite)
         apply(verdict, grads.all, self._plan, self._kernel, grad_scale)
         return record
@@ -145,6 +158,7 @@ class GradientClipper:
         if plan.weight_types:
             weights = self._layout.weights(plan.slots).counted
             sources.append((plan.cut_up(weights), plan.weight_types))
+        loss = self._losses.mean(self._layout.devices[0]) if self._losses is not None else None
         norms, *own = measure(sources, self._layout, self._kernel)
         if not any(grads.all):
             self._stop_if_lost(norms[plan.recorded])
@@ -157,14 +171,31 @@ class GradientClipper:
             self._states,
             step=self._tally.taken,
             weights=own[0] if own else None,
+            loss=loss,
             watched=plan.watched,
             skip_nonfinite=skips,
         )
         if on_nonfinite == "raise" and not bool(verdict.finite):
-            raise NonFiniteError(self._what_is_not_finite())
+            msg = f"{self._where_not_finite()} {WAY_OUT}"
+            raise NonFiniteError(msg)
+        verdict = replace(verdict, withheld=is_withheld(verdict, self._where_not_finite))
         self._states = states
         self.last_record = self._record(norms[plan.recorded], verdict)
         return grads, verdict, self.last_record
+
+    @property
+    def watches_loss(self) -> bool:
+        """Whether a policy needs the loss of every step."""
+        return self._losses is not None
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Show a loss to policies that watch it; `clip` uses the mean of those since the last one.
+
+        Args:
+            loss: 0-d, this rank's, of one backward.
+        """
+        if self._losses is not None:
+            self._losses.observe(loss)
 
     def attach(self, optimizer: Optimizer | Any) -> Handle:
         """Clip by itself before every `optimizer.step()`, also with a closure or a GradScaler.
@@ -275,20 +306,8 @@ class GradientClipper:
         if has_hooks(parameters) and not bool(norms.any()) and not bool(self._tally.counts[0]):
             refuse_lost_gradients(parameters)
 
-    def _what_is_not_finite(self) -> str:
-        parameters = self._plan.parameters.items()
-        held = self._layout.held
-        bad = [name for name, p in parameters if not all(map(self._is_finite, held(p)))]
-        where = f"on this rank in {', '.join(bad[:5])}" if bad else "on another rank"
-        if len(bad) > 5:
-            where += f" and {len(bad) - 5} more"
-        return (
-            f"clip: a gradient is NaN or infinite, {where}; gradients are unchanged. "
-            "on_nonfinite is 'raise'; 'skip' withholds such steps instead."
-        )
-
-    def _is_finite(self, part: Tensor) -> bool:
-        return not part.numel() or bool(self._kernel.peaks([[part]]).isfinite())
+    def _where_not_finite(self) -> str:
+        return where_not_finite(self._plan.parameters, self._layout, self._kernel)
 
     def _record(self, norms: Tensor, verdict: Verdict) -> ClipRecord:
         plan = self._plan

@@ -1,6 +1,6 @@
-"""The three things that can be wrong: what was asked, what was found, what came out."""
+"""What can be wrong: what was asked, what was found, what came out."""
 
-__all__ = ["ClipError", "ConfigError", "LayoutError", "NonFiniteError"]
+__all__ = ["ClipError", "ConfigError", "LayoutError", "NonFiniteError", "SkipLimitError"]
 
 
 class ClipError(Exception):
@@ -17,3 +17,7 @@ class LayoutError(ClipError, RuntimeError):
 
 class NonFiniteError(ClipError, RuntimeError):
     """A gradient is NaN or infinite and the configuration asks to stop."""
+
+
+class SkipLimitError(ClipError, RuntimeError):
+    """More steps in a row would be withheld than allowed, and `fallback` is "raise"."""

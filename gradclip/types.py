@@ -156,7 +156,7 @@ class Decision:
         coef: Shape (slots,), float64, in (0, 1]. Gradients are multiplied by it.
         limit: Shape (slots,), float64. The norm each slot was held to, inf for none.
         skip: 0-d bool, True to withhold the optimizer step; None if this policy never does.
-        stop: 0-d bool, True to raise an error instead of withholding; None if it never does.
+        stop: 0-d bool, True to raise an error instead, where `skip` is True too; None if never.
         clamp: Largest magnitude of an element, None where elements aren't clamped.
     """
 
@@ -179,6 +179,7 @@ class Verdict:
         stop: 0-d bool, an error is wanted instead; None if nothing configured ever does.
         clamps: Magnitude and measured slots of each element-wise clamp.
         clamped: 0-d bool, some element exceeds its clamp; None without a clamp.
+        withheld: `skip`, read on the host; False until it is.
     """
 
     coef: Tensor
@@ -188,6 +189,7 @@ class Verdict:
     stop: Tensor | None
     clamps: tuple[tuple[float, tuple[int, ...]], ...]
     clamped: Tensor | None
+    withheld: bool = False
 
 
 class Layout(Protocol):

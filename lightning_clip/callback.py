@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, as_config
@@ -127,6 +128,16 @@ class GradientClip(Callback):
         """Nothing of this batch has reached the gradients yet."""
         self._backward_ran = False
 
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Let policies see the loss, of each micro-batch, without a scaler's factor."""
+        del pl_module
+        for clipper in self._clippers:
+            if clipper.watches_loss:
+                scaler = live_scaler(trainer)
+                clipper.observe_loss(loss if scaler is None else loss / scaler.get_scale())
+
     def on_after_backward(self, *_: object) -> None:
         """This batch has gradients."""
         self._backward_ran = True
@@ -183,6 +194,12 @@ class GradientClip(Callback):
             self._detach = clipper.attach(self._engine).remove
             self._clippers = [clipper]
         self._steps = [0] * len(self._clippers)
+        if len(self._clippers) > 1 and any(clipper.watches_loss for clipper in self._clippers):
+            msg = (
+                f"GradientClip: a policy watches the loss, and {len(self._clippers)} optimizers "
+                "have losses of their own, which Lightning doesn't tell apart; set watch to 'norm'."
+            )
+            raise ConfigError(msg)
 
     def _take_in_saved(self) -> None:
         states = self._saved["clippers"]

@@ -3,6 +3,7 @@
 from gradclip.layouts.cuts import is_flat, is_flattened
 from gradclip.layouts.detect import Groups, detect, gathered, refuse_shared_names
 from gradclip.layouts.local import LocalLayout
+from gradclip.layouts.loss import mean_loss
 from gradclip.layouts.partial import completed
 from gradclip.layouts.places import place_of
 from gradclip.layouts.sharded import ShardedLayout
@@ -16,6 +17,7 @@ __all__ = [
     "gathered",
     "is_flat",
     "is_flattened",
+    "mean_loss",
     "place_of",
     "refuse_shared_names",
 ]

@@ -146,9 +146,8 @@ class _Step:
         with self._layout.in_step():
             _, verdict, record = self._halves.decide(grad_scale, rule)
         self._norm = record.grad_norm
-        self._withheld = verdict.skip is not None and bool(verdict.skip)
-        # Read on the host here, once; not again for each partition that is written.
-        self._verdict = replace(verdict, skip=None)
+        self._withheld = verdict.withheld
+        self._verdict = replace(verdict, withheld=False)
         return self._withheld
 
     @torch.no_grad()

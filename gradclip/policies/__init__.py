@@ -8,9 +8,10 @@ from gradclip.policies.agc import AGC
 from gradclip.policies.autoclip import AutoClip
 from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
 from gradclip.policies.chain import decide_all
-from gradclip.policies.fixed import ClipByNorm, ClipByRMS, ClipByValue, SkipNonfinite
+from gradclip.policies.fixed import ClipByNorm, ClipByRMS, ClipByValue
 from gradclip.policies.rule import Rule, combine, combine_runs
 from gradclip.policies.schedule import Schedule
+from gradclip.policies.skip import SkipLarge, SkipNonfinite, SkipSpike
 from gradclip.policies.zclip import ZClip
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "Policy",
     "Rule",
     "Schedule",
+    "SkipLarge",
     "SkipNonfinite",
+    "SkipSpike",
     "ZClip",
     "after",
     "combine",
@@ -34,7 +37,15 @@ __all__ = [
 ]
 
 AnyPolicy = Annotated[
-    ClipByNorm | ClipByValue | ClipByRMS | AGC | AutoClip | ZClip | SkipNonfinite,
+    ClipByNorm
+    | ClipByValue
+    | ClipByRMS
+    | AGC
+    | AutoClip
+    | ZClip
+    | SkipNonfinite
+    | SkipSpike
+    | SkipLarge,
     Field(discriminator="type"),
 ]
 """Every policy that YAML can name, told apart by `type`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
 from gradclip.policies.sketch import BINS, quantile, taken_in
+from gradclip.policies.window import percentile_of_last, pushed
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["AutoClip"]
@@ -87,26 +88,9 @@ class AutoClip(AdaptivePolicy):
         seen = state["seen"] + observed
         if self.history == "all":
             return {"seen": seen, "counts": taken_in(state["counts"], norms)}
-        rows = state["recent"]
-        moved = torch.cat([rows.narrow(0, 1, self.window - 1), norms.unsqueeze(0)])
-        return {"seen": seen, "recent": torch.where(observed, moved, rows)}
+        return {"seen": seen, "recent": pushed(state["recent"], norms, observed)}
 
     def _percentile(self, state: State) -> Tensor:
         if self.history == "all":
             return quantile(state["counts"], self.percentile / 100)
-        return _percentile_of_last(state["recent"], state["seen"], self.percentile / 100)
-
-
-def _percentile_of_last(rows: Tensor, seen: Tensor, share: float) -> Tensor:
-    """The quantile of the last min(seen, rows) rows of each column, linear between ranks."""
-    window = rows.shape[0]
-    count = seen.clamp(max=window)
-    age = torch.arange(window, 0, -1, device=rows.device).unsqueeze(1)
-    ordered = torch.where(age <= count, rows, torch.inf).sort(0).values
-    rank = share * (count - 1).clamp(min=0)
-    low, high = (
-        ordered.gather(0, place.long().unsqueeze(0)).squeeze(0)
-        for place in (rank.floor(), rank.ceil())
-    )
-    # Equal ends are taken as they are: inf - inf, where nothing was seen, is no number.
-    return torch.where(low == high, low, low + (high - low) * (rank - rank.floor()))
+        return percentile_of_last(state["recent"], state["seen"], self.percentile / 100)

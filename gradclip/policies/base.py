@@ -35,6 +35,8 @@ class Policy(BaseModel):
     """Whether it needs the norms of the parameters themselves."""
     uses_sizes: ClassVar[bool] = False
     """Whether it needs the number of elements of each slot."""
+    watches_loss: ClassVar[bool] = False
+    """Whether it needs the loss, which `clip(loss=...)` is given."""
 
     type: str
     """Selects this policy in YAML."""

@@ -12,7 +12,7 @@ from gradclip.policies.base import NormPolicy, Policy, coefficient, filled
 from gradclip.policies.schedule import Limit
 from gradclip.types import Decision, Scope, State, Stats
 
-__all__ = ["ClipByNorm", "ClipByRMS", "ClipByValue", "SkipNonfinite"]
+__all__ = ["ClipByNorm", "ClipByRMS", "ClipByValue"]
 
 
 class ClipByNorm(NormPolicy):
@@ -116,27 +116,3 @@ class ClipByValue(Policy):
         """Clamp; the coefficient stays 1."""
         limit = torch.full_like(stats.norms, self.clip_value)
         return Decision(torch.ones_like(limit), limit, clamp=self.clip_value), state
-
-
-class SkipNonfinite(Policy):
-    """Withhold the optimizer step if any gradient element, on any rank, is NaN or infinite.
-
-    The same as `on_nonfinite: skip`, as a policy that can be listed.
-    """
-
-    withholds: ClassVar[bool] = True
-
-    type: Literal["skip_nonfinite"] = "skip_nonfinite"
-    """Selects this policy in YAML."""
-
-    @property
-    def measured(self) -> tuple[Scope, float | None]:
-        """Whatever norm is measured anyway tells whether gradients are finite."""
-        return "global", None
-
-    def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
-        """Withhold a step that isn't finite."""
-        ones = torch.ones_like(stats.norms)
-        return Decision(
-            ones, torch.full_like(ones, math.inf), skip=stats.finite.logical_not()
-        ), state

@@ -10,7 +10,9 @@ from gradclip import (
     ClipByRMS,
     ClipByValue,
     Schedule,
+    SkipLarge,
     SkipNonfinite,
+    SkipSpike,
     ZClip,
 )
 
@@ -37,6 +39,16 @@ POLICIES = {
     "zclip_median": ZClip(warmup_steps=4, warmup="median", mode="percentile", max_norm=None),
     "zclip_parameter": ZClip(warmup_steps=4, scope="parameter", clip_option="mean"),
     "skip_nonfinite": SkipNonfinite(),
+    "skip_nonfinite_bounded": SkipNonfinite(max_consecutive=3),
+    "skip_spike": SkipSpike(window=6, warmup_steps=3, z_threshold=4.0),
+    "skip_spike_median": SkipSpike(
+        window=6, warmup_steps=3, statistic="median", max_consecutive=1, fallback="clip"
+    ),
+    "skip_large": SkipLarge(limit=50.0),
+    "skip_large_ema": SkipLarge(limit=3.0, relative_to="ema", warmup_steps=3, max_consecutive=1),
+    "skip_large_percentile": SkipLarge(
+        limit=2.0, relative_to="percentile", window=5, warmup_steps=3
+    ),
 }
 """At least one of every policy type; a test checks that none is missing."""
 

@@ -1,0 +1,62 @@
+"""The last values of each slot, newest in the last row, and statistics of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["last_rows", "mean_and_std", "median_and_mad", "percentile_of_last", "pushed"]
+
+
+def pushed(rows: Tensor, values: Tensor, taken: Tensor) -> Tensor:
+    """The rows with one more value for each slot, where it is taken.
+
+    Args:
+        rows: Shape (window, slots).
+        values: Shape (slots,).
+        taken: Bool of shape (slots,), or 0-d.
+    """
+    moved = torch.cat([rows.narrow(0, 1, rows.shape[0] - 1), values.unsqueeze(0)])
+    return torch.where(taken, moved, rows)
+
+
+def last_rows(rows: Tensor, seen: Tensor) -> Tensor:
+    """Which rows hold one of the last `seen` values, bool of the shape of `rows`."""
+    age = torch.arange(rows.shape[0], 0, -1, device=rows.device).unsqueeze(1)
+    return age <= seen
+
+
+def percentile_of_last(rows: Tensor, seen: Tensor, share: float) -> Tensor:
+    """The quantile of the last min(seen, window) values, linear between ranks as in numpy.
+
+    Args:
+        rows: Float64 of shape (window, slots).
+        seen: Float64 of shape (slots,).
+        share: From 0 to 1.
+
+    Returns:
+        Shape (slots,); inf for a slot that has none.
+    """
+    ordered = torch.where(last_rows(rows, seen), rows, torch.inf).sort(0).values
+    rank = share * (seen.clamp(max=rows.shape[0]) - 1).clamp(min=0)
+    low, high = (
+        ordered.gather(0, place.long().unsqueeze(0)).squeeze(0)
+        for place in (rank.floor(), rank.ceil())
+    )
+    # Equal ends are taken as they are: inf - inf, where nothing was seen, is no number.
+    return torch.where(low == high, low, low + (high - low) * (rank - rank.floor()))
+
+
+def mean_and_std(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of the last min(seen, window) values, (slots,)."""
+    held = last_rows(rows, seen)
+    count = seen.clamp(max=rows.shape[0])
+    mean = torch.where(held, rows, 0.0).sum(0) / count.clamp(min=1)
+    spread = torch.where(held, rows - mean, 0.0).square().sum(0)
+    return mean, (spread / (count - 1).clamp(min=1)).sqrt()
+
+
+def median_and_mad(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Median, and the standard deviation that 1.4826 times the median distance to it stands for."""
+    center = percentile_of_last(rows, seen, 0.5)
+    return center, 1.4826 * percentile_of_last((rows - center).abs(), seen, 0.5)
