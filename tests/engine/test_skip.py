@@ -279,9 +279,7 @@ def test_a_withheld_step_leaves_no_trace():
     assert all(map(torch.equal, moments, now))
     for name, value in clipper.state_dict()["policies"][1]["state"].items():
         assert torch.equal(value, state[name])
-    assert_same_grads(
-        grads(dict(model.named_parameters())), {n: None for n, _ in model.named_parameters()}
-    )
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(
