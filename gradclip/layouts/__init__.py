@@ -1,8 +1,14 @@
 """Geometry: the only place that knows about ranks."""
 
 from gradclip.layouts.cuts import is_flat, is_flattened
-from gradclip.layouts.detect import Groups, detect, gathered, refuse_shared_names
-from gradclip.layouts.local import LocalLayout
+from gradclip.layouts.detect import (
+    Groups,
+    detect,
+    gathered,
+    refuse_shared_names,
+    replicated,
+)
+from gradclip.layouts.local import LocalLayout, refuse_sparse
 from gradclip.layouts.partial import completed
 from gradclip.layouts.places import place_of
 from gradclip.layouts.sharded import ShardedLayout
@@ -18,4 +24,6 @@ __all__ = [
     "is_flattened",
     "place_of",
     "refuse_shared_names",
+    "refuse_sparse",
+    "replicated",
 ]
