@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,8 @@ from torch.nn import Parameter
 
 from gradclip.errors import ConfigError
 from gradclip.kernels import KernelName, kernel_for
-from gradclip.layouts import refuse_sparse, replicated
+from gradclip.layouts import ProcessGroup, refuse_sparse, replicated
 from gradclip.records import ClipRecord
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["NoiseScale"]
 

@@ -1,5 +1,7 @@
 """Geometry: the only place that knows about ranks."""
 
+from torch.distributed import ProcessGroup
+
 from gradclip.layouts.cuts import is_flat, is_flattened
 from gradclip.layouts.detect import (
     Groups,
@@ -16,6 +18,7 @@ from gradclip.layouts.sharded import ShardedLayout
 __all__ = [
     "Groups",
     "LocalLayout",
+    "ProcessGroup",
     "ShardedLayout",
     "completed",
     "detect",
