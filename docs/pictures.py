@@ -20,7 +20,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from gradclip import ClipByNorm, ClipByValue, GradientClipper, Schedule, SkipNonfinite, ZClip
+from gradclip import (
+    AGC,
+    ClipByNorm,
+    ClipByRMS,
+    ClipByValue,
+    GradientClipper,
+    Schedule,
+    SkipNonfinite,
+    ZClip,
+)
 from gradclip.policies import Policy
 
 FOLDER = Path(__file__).parent / "images" / "policies"
@@ -33,7 +42,8 @@ class Picture:
     Attributes:
         policy: With settings as its page shows them.
         title: What to see.
-        shown: The parameter whose norm and limit are drawn; None for all together.
+        shown: The slot whose norm and limit are drawn: a parameter, or a unit as `name[row]`; None
+            for all parameters together.
         norm_type: p of the norm drawn.
         quantity: The name of that norm.
         bad: Steps at which one element of the recorded gradients is made NaN.
@@ -47,7 +57,7 @@ class Picture:
     bad: Sequence[int] = field(default=())
 
 
-LAYER = "attention.weight"
+LAYER = "attention.weight"  # has spikes of its own
 PICTURES = {
     "norm": Picture(
         ClipByNorm(max_norm=2.0),
@@ -58,6 +68,16 @@ PICTURES = {
         "No element leaves [-0.3, 0.3]; the others keep their size",
         norm_type=float("inf"),
         quantity="largest element",
+    ),
+    "rms": Picture(
+        ClipByRMS(max_rms=0.1),
+        "A fixed limit on the root mean square, here of one layer: 0.1 x sqrt(144)",
+        shown=LAYER,
+    ),
+    "agc": Picture(
+        AGC(),
+        "A row's gradient is held to 0.01 of the norm of its weights, which grow",
+        shown=f"{LAYER}[5]",
     ),
     "zclip": Picture(
         ZClip(max_norm=None),
@@ -91,6 +111,7 @@ SPIKES = {55: 9.0, 110: 14.0, 160: 30.0, 185: 6.0, 290: 8.0, 330: 18.0}  # in al
 LOCAL = {80: 20.0, 135: 12.0, 215: 25.0, 310: 15.0}  # in one parameter
 POINTS = {70: 40.0, 145: 60.0, 270: 50.0, 345: 40.0}  # in one element of it
 NEW_LEVEL, RISE = 225, 2.5  # a lasting change
+GROWTH = 1.003  # of weights at each step
 
 # Okabe and Ito's palette, told apart also by colour-blind readers; marks differ in shape as well.
 GREY, BLUE, VERMILION, BLACK = "#6E7B8B", "#0072B2", "#D55E00", "#222222"
@@ -117,10 +138,10 @@ def record_run() -> list[list[torch.Tensor]]:
 
 
 def weights() -> dict[str, torch.nn.Parameter]:
-    """Parameters as freshly initialised."""
+    """Parameters at the start; they grow over the run, as where nothing decays them."""
     random = np.random.default_rng(8)
     return {
-        name: torch.nn.Parameter(torch.tensor(random.normal(0, 0.3, shape), dtype=torch.float32))
+        name: torch.nn.Parameter(torch.tensor(random.normal(0, 8, shape), dtype=torch.float32))
         for name, shape in SHAPES.items()
     }
 
@@ -139,28 +160,29 @@ def replay(picture: Picture, run: Sequence[Sequence[torch.Tensor]]) -> Replay:
     """Feed the recorded gradients to a clipper and note what became of them."""
     parameters = weights()
     clipper = GradientClipper(picture.policy, parameters.items())
+    slots = clipper.state_dict()["policies"][0]["slots"]
+    slot = slots.index(picture.shown) if picture.shown else 0
     rows = []
     with limits_of(picture.policy) as limits:
         for step, grads in enumerate(run):
             for parameter, grad in zip(parameters.values(), grads, strict=True):
                 parameter.grad = grad.clone()
-            shown = [p for n, p in parameters.items() if picture.shown in (None, n)]
-            before = norm_of(shown, picture.norm_type)
+                parameter.data *= GROWTH
+            before = norm_of(parameters, picture)
             if step in picture.bad:
                 next(iter(parameters.values())).grad.flatten()[3] = float("nan")  # type: ignore[union-attr]
             record = clipper.clip()
-            slot = list(SHAPES).index(picture.shown) if picture.shown else 0
-            rows.append(
-                (before, norm_of(shown, picture.norm_type), limits[-1][slot], record.skipped)
-            )
+            rows.append((before, norm_of(parameters, picture), limits[-1][slot], record.skipped))
     before, after, limit, skipped = np.array(rows, dtype=float).T
     return Replay(before, after, np.where(np.isfinite(limit), limit, np.nan), skipped > 0)
 
 
-def norm_of(parameters: Sequence[torch.nn.Parameter], p: float) -> float:
-    """Of the gradients there are; NaN without any."""
-    held = [q.grad.double().flatten() for q in parameters if q.grad is not None]
-    return float(torch.linalg.vector_norm(torch.cat(held), p)) if held else float("nan")
+def norm_of(parameters: Mapping[str, torch.nn.Parameter], picture: Picture) -> float:
+    """Of the gradients that are shown; NaN if they were dropped."""
+    name, _, row = (picture.shown or "").rstrip("]").partition("[")
+    grads = [p.grad for n, p in parameters.items() if name in ("", n)]
+    held = [(g[int(row)] if row else g).double().flatten() for g in grads if g is not None]
+    return float(torch.linalg.vector_norm(torch.cat(held), picture.norm_type)) if held else np.nan
 
 
 @contextmanager
@@ -220,11 +242,12 @@ def canvas(title: str) -> tuple[Figure, Axes]:
     """An empty picture of 900 x 360 pixels; y is logarithmic, and labels stand at the right."""
     mpl.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     figure = Figure(figsize=(9, 3.6), dpi=100)
-    axes = figure.add_axes((0.075, 0.125, 0.775, 0.785))
+    axes = figure.add_axes((0.085, 0.125, 0.765, 0.785))
     axes.set_title(title, loc="left", weight="bold", size=11.5, color=BLACK)
     axes.set_yscale("log")
     axes.set_xlim(0, STEPS)
     axes.set_xlabel("optimizer step")
+    axes.yaxis.set_label_coords(-0.06, 0.5)
     axes.axvline(NEW_LEVEL - 0.5, color="0.75", linewidth=0.9, linestyle=":")
     axes.text(
         NEW_LEVEL + 2, 0.02, "a new level", color="0.45", transform=axes.get_xaxis_transform()
