@@ -194,6 +194,11 @@ def no_gradient(weight, noise, clipper):
     noise.update(torch.tensor(0.0))
 
 
+def zeros(weight, noise, clipper):
+    feed(weight, np.zeros((4, 30)))
+    noise.update(clipper.clip())
+
+
 def fewer(weight, noise, clipper):
     """The last step of an epoch has fewer micro-batches."""
     feed(weight, np.ones((3, 30)))
@@ -209,7 +214,7 @@ def withheld(weight, noise, clipper):
     noise.update(record)
 
 
-@pytest.mark.parametrize("spoil", [one_nan, hidden_infinity, no_gradient, fewer, withheld])
+@pytest.mark.parametrize("spoil", [one_nan, hidden_infinity, no_gradient, zeros, fewer, withheld])
 def test_what_is_no_observation_leaves_no_trace(spoil):
     clean, spoiled = short_run(), short_run(spoil)
     for name, value in clean.state_dict().items():
