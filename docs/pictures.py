@@ -22,6 +22,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from gradclip import (
     AGC,
+    AutoClip,
     ClipByNorm,
     ClipByRMS,
     ClipByValue,
@@ -78,6 +79,10 @@ PICTURES = {
         AGC(),
         "A row's gradient is held to 0.01 of the norm of its weights, which grow",
         shown=f"{LAYER}[5]",
+    ),
+    "autoclip": Picture(
+        AutoClip(percentile=95, window=100, warmup_steps=25),
+        "The limit is the 95th percentile of the last 100 norms; it follows a new level",
     ),
     "zclip": Picture(
         ZClip(max_norm=None),
