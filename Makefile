@@ -1,9 +1,9 @@
 # Needs Python 3.11, pip, git and make. Everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks
+SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks docs/pictures.py
 
-.PHONY: setup demo test lint schema bench clean
+.PHONY: setup demo test lint schema pictures bench clean
 
 setup: .venv/ready
 
@@ -26,6 +26,9 @@ test: lint
 
 schema: setup  ## Write configs/schema.json anew from the models.
 	$(BIN)/python -m gradclip.config.schema configs/schema.json
+
+pictures: setup  ## Draw docs/images/policies anew from one recorded run.
+	$(BIN)/python docs/pictures.py
 
 bench: setup  ## Times against torch, as ratios within one run.
 	$(BIN)/python benchmarks/bench_step.py

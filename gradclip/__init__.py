@@ -17,6 +17,7 @@ from gradclip.config import (
 from gradclip.engine import GradientClipper
 from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError, SkipLimitError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
+from gradclip.noise_scale import NoiseScale
 from gradclip.policies import (
     AGC,
     AutoClip,
@@ -46,6 +47,7 @@ __all__ = [
     "GroupConfig",
     "LayoutError",
     "LogConfig",
+    "NoiseScale",
     "NonFiniteError",
     "PolicyLike",
     "Schedule",

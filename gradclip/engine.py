@@ -316,4 +316,4 @@ class GradientClipper:
         named: dict[str, Tensor] = {}
         if self.config.log.per_parameter:
             named = dict(zip(plan.slot_names, plan.by_slot(norms).unbind(), strict=True))
-        return self._tally.append(grad_norm, clipped_norm, verdict, named)
+        return self._tally.append(grad_norm, clipped_norm, verdict, named, plan.recorded)

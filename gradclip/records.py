@@ -31,6 +31,7 @@ class ClipRecord:
         finite: Bool. Every gradient element on every rank was finite.
         clip_rate: Float64. Share of the steps so far that were clipped.
         per_parameter: Norm before clipping by parameter name; empty unless asked for.
+        norm_type: p of these norms, that of the first policy that has one.
     """
 
     grad_norm: Tensor
@@ -42,6 +43,7 @@ class ClipRecord:
     finite: Tensor
     clip_rate: Tensor
     per_parameter: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    norm_type: float = 2.0
 
     def as_metrics(self) -> dict[str, Tensor]:
         """Float 0-d tensors by metric key, still on the device.
@@ -78,6 +80,7 @@ class Tally:
         clipped_norm: Tensor,
         verdict: Verdict,
         per_parameter: Mapping[str, Tensor],
+        norm_type: float = 2.0,
     ) -> ClipRecord:
         """Count a step and describe it.
 
@@ -105,4 +108,5 @@ class Tally:
             finite=verdict.finite,
             clip_rate=total / steps.clamp(min=1),
             per_parameter=per_parameter,
+            norm_type=norm_type,
         )

@@ -157,14 +157,15 @@ class Decision:
         limit: Shape (slots,), float64. The norm each slot was held to, inf for none.
         skip: 0-d bool, True to withhold the optimizer step; None if this policy never does.
         stop: 0-d bool, True to raise an error instead, where `skip` is True too; None if never.
-        clamp: Largest magnitude of an element, None where elements aren't clamped.
+        clamp: Largest magnitude of an element, a number or 0-d float64; None where elements aren't
+            clamped.
     """
 
     coef: Tensor
     limit: Tensor
     skip: Tensor | None = None
     stop: Tensor | None = None
-    clamp: float | None = None
+    clamp: float | Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ class Verdict:
     finite: Tensor
     skip: Tensor | None
     stop: Tensor | None
-    clamps: tuple[tuple[float, tuple[int, ...]], ...]
+    clamps: tuple[tuple[float | Tensor, tuple[int, ...]], ...]
     clamped: Tensor | None
     withheld: bool = False
 

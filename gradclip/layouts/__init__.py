@@ -1,8 +1,16 @@
 """Geometry: the only place that knows about ranks."""
 
+from torch.distributed import ProcessGroup
+
 from gradclip.layouts.cuts import is_flat, is_flattened
-from gradclip.layouts.detect import Groups, detect, gathered, refuse_shared_names
-from gradclip.layouts.local import LocalLayout
+from gradclip.layouts.detect import (
+    Groups,
+    detect,
+    gathered,
+    refuse_shared_names,
+    replicated,
+)
+from gradclip.layouts.local import LocalLayout, refuse_sparse
 from gradclip.layouts.loss import mean_loss
 from gradclip.layouts.partial import completed
 from gradclip.layouts.places import place_of
@@ -11,6 +19,7 @@ from gradclip.layouts.sharded import ShardedLayout
 __all__ = [
     "Groups",
     "LocalLayout",
+    "ProcessGroup",
     "ShardedLayout",
     "completed",
     "detect",
@@ -20,4 +29,6 @@ __all__ = [
     "mean_loss",
     "place_of",
     "refuse_shared_names",
+    "refuse_sparse",
+    "replicated",
 ]

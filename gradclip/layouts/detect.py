@@ -21,7 +21,7 @@ from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.sharded import ShardedLayout
 from gradclip.layouts.zero import is_managed
 
-__all__ = ["Groups", "detect", "gathered"]
+__all__ = ["Groups", "detect", "gathered", "replicated"]
 
 Groups = ProcessGroup | Mapping[str, ProcessGroup | None]
 """Which ranks hold other parameters: a group for all, or by pattern of the parameter's name."""
@@ -66,6 +66,32 @@ def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> Lo
     if axes or any(isinstance(p, DTensor) for p in parameters.values()):
         return ShardedLayout(parameters, cuts, axes)
     return LocalLayout(parameters)
+
+
+def replicated(
+    parameters: Mapping[str, Tensor], group: ProcessGroup | None = None
+) -> tuple[LocalLayout, int]:
+    """A layout that adds over ranks which hold the same parameters, and how many they are.
+
+    Args:
+        parameters: Every parameter by name.
+        group: The ranks that gradients are averaged over; all ranks if not given.
+
+    Raises:
+        LayoutError: If a parameter is sharded, whose own gradient never passes on this rank.
+    """
+    for name, p in parameters.items():
+        if isinstance(p, DTensor) or is_flattened(p) or is_managed(p):
+            msg = (
+                f"{name} is sharded (DTensor, FSDP or DeepSpeed), so that its gradient on one "
+                "rank's samples alone is never there to be seen; supported: plain parameters, in "
+                "one process or under DDP. Measure there: the noise scale is that of the model "
+                "and its data, whatever the layout."
+            )
+            raise LayoutError(msg)
+    ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    groups = [group or dist.group.WORLD] if ranks > 1 else []
+    return LocalLayout(parameters, [g for g in groups if g is not None]), ranks
 
 
 def gathered(facts: dict[str, Fact], groups: Groups | None) -> dict[str, Fact]:

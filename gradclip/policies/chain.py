@@ -48,7 +48,7 @@ def decide_all(
     skip = finite.logical_not() if skip_nonfinite else None
     stop: Tensor | None = None
     clamped: Tensor | None = None
-    clamps: list[tuple[float, tuple[int, ...]]] = []
+    clamps: list[tuple[float | Tensor, tuple[int, ...]]] = []
     after: list[State] = []
     for rule, state in zip(rules, states, strict=True):
         norm_type = rule.policy.measured[1] or next(iter(norms))
@@ -96,6 +96,7 @@ def _once(starts: Tensor, decision: Decision, new: State, old: State) -> tuple[D
         limit=torch.where(starts, decision.limit, math.inf),
         skip=None if decision.skip is None else decision.skip & starts,
         stop=None if decision.stop is None else decision.stop & starts,
+        clamp=None if decision.clamp is None else torch.where(starts, decision.clamp, math.inf),
     )
     return late, _select(starts, new, old)
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from support.lit import Small
 
-from gradclip import ClipByNorm, ZClip
+from gradclip import ClipByNorm, Schedule, ZClip
 from lightning_clip import GradientClip
 
 # Lightning 2.6 calls jsonargparse by names that jsonargparse 4.53 deprecates.
@@ -82,14 +82,31 @@ def test_a_path_in_the_configuration_and_on_the_command_line(tmp_path):
     assert callback_of(made).config.policies == [ZClip(eps=1e-7)]
 
 
+SCHEDULE = {"schedule": "cosine", "start": 4.0, "end": 0.5, "steps": 2}
+
+
+def test_a_schedule_and_a_late_policy_train(tmp_path):
+    policies = [{"type": "norm", "max_norm": SCHEDULE}, {"type": "zclip", "after": 2}]
+    path = config_file(tmp_path, {"policies": policies})
+    clip = callback_of(cli("fit", f"--config={path}", *QUIET, "--trainer.max_steps=3"))
+    [clipper] = clip.clippers
+    assert clip.config.policies == [ClipByNorm(max_norm=Schedule(**SCHEDULE)), ZClip(after=2)]
+    assert clipper.last_record.limit == 0.5
+    assert clipper.state_dict()["policies"][1]["state"]["seen"] == 1
+
+
 def test_what_print_config_prints_is_read_back(tmp_path, capsys):
-    policy = {"policies": [{"type": "norm", "max_norm": 2.0}], "log": {"every_n_steps": 5}}
+    limits = [{"type": "norm", "max_norm": 2.0}, {"type": "norm", "max_norm": SCHEDULE}]
+    policy = {"policies": limits, "log": {"every_n_steps": 5}}
     with pytest.raises(SystemExit):
         cli(f"--config={config_file(tmp_path, policy)}", "--print_config", *QUIET, run=False)
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     clip = callback_of(cli(f"--config={printed}", run=False))
-    assert clip.config.policies == [ClipByNorm(max_norm=2.0)]
+    assert clip.config.policies == [
+        ClipByNorm(max_norm=2.0),
+        ClipByNorm(max_norm=Schedule(**SCHEDULE)),
+    ]
     assert clip.config.log.every_n_steps == 5
 
 
@@ -103,6 +120,14 @@ def test_what_print_config_prints_is_read_back(tmp_path, capsys):
         (
             {"policies": [{"type": "zclip", "decay": "fast"}]},
             "policies[0].decay is 'fast'; it must be a valid number",
+        ),
+        (
+            {"policies": [{"type": "norm", "max_norm": {**SCHEDULE, "strat": 1.0}}]},
+            "policies[0].max_norm.strat is not a known key; did you mean 'start'?",
+        ),
+        (
+            {"policies": [{"type": "norm", "max_norm": {**SCHEDULE, "schedule": "cosin"}}]},
+            "policies[0].max_norm.schedule is 'cosin'; allowed: 'linear', 'cosine' or",
         ),
         ({"policies": [{"type": "zclp"}]}, "policies[0].type is 'zclp'; did you mean 'zclip'?"),
         ({"polices": []}, "polices is not a known key; did you mean 'policies'?"),
