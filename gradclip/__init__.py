@@ -19,10 +19,12 @@ from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
 from gradclip.policies import (
     AGC,
+    AdaGC,
     AutoClip,
     ClipByNorm,
     ClipByRMS,
     ClipByValue,
+    EmaClip,
     Schedule,
     SkipNonfinite,
     ZClip,
@@ -32,6 +34,7 @@ from gradclip.records import ClipRecord
 
 __all__ = [
     "AGC",
+    "AdaGC",
     "AutoClip",
     "ClipByNorm",
     "ClipByRMS",
@@ -40,6 +43,7 @@ __all__ = [
     "ClipError",
     "ClipRecord",
     "ConfigError",
+    "EmaClip",
     "GradientClipper",
     "GroupConfig",
     "LayoutError",

@@ -4,10 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from gradclip.policies.adagc import AdaGC
 from gradclip.policies.agc import AGC
 from gradclip.policies.autoclip import AutoClip
 from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
 from gradclip.policies.chain import decide_all
+from gradclip.policies.ema import EmaClip
 from gradclip.policies.fixed import ClipByNorm, ClipByRMS, ClipByValue, SkipNonfinite
 from gradclip.policies.rule import Rule, combine, combine_runs
 from gradclip.policies.schedule import Schedule
@@ -15,12 +17,14 @@ from gradclip.policies.zclip import ZClip
 
 __all__ = [
     "AGC",
+    "AdaGC",
     "AdaptivePolicy",
     "AnyPolicy",
     "AutoClip",
     "ClipByNorm",
     "ClipByRMS",
     "ClipByValue",
+    "EmaClip",
     "NormPolicy",
     "Policy",
     "Rule",
@@ -34,7 +38,7 @@ __all__ = [
 ]
 
 AnyPolicy = Annotated[
-    ClipByNorm | ClipByValue | ClipByRMS | AGC | AutoClip | ZClip | SkipNonfinite,
+    ClipByNorm | ClipByValue | ClipByRMS | AGC | AutoClip | ZClip | EmaClip | AdaGC | SkipNonfinite,
     Field(discriminator="type"),
 ]
 """Every policy that YAML can name, told apart by `type`."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
+from gradclip.policies.recent import pushed
 from gradclip.policies.sketch import BINS, quantile, taken_in
 from gradclip.types import Decision, State, Stats
 
@@ -83,13 +84,10 @@ class AutoClip(AdaptivePolicy):
         return Decision(coefficient(stats.norms, limit, self.eps), limit), after
 
     def _observe(self, norms: Tensor, state: State) -> State:
-        observed = norms > 0
-        seen = state["seen"] + observed
+        seen = state["seen"] + (norms > 0)
         if self.history == "all":
             return {"seen": seen, "counts": taken_in(state["counts"], norms)}
-        rows = state["recent"]
-        moved = torch.cat([rows.narrow(0, 1, self.window - 1), norms.unsqueeze(0)])
-        return {"seen": seen, "recent": torch.where(observed, moved, rows)}
+        return {"seen": seen, "recent": pushed(state["recent"], norms)}
 
     def _percentile(self, state: State) -> Tensor:
         if self.history == "all":
