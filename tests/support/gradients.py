@@ -13,6 +13,9 @@ from gradclip import (
     SkipLarge,
     SkipNonfinite,
     SkipSpike,
+    Spam,
+    SpikeMax,
+    UClip,
     ZClip,
 )
 
@@ -38,6 +41,13 @@ POLICIES = {
     "zclip_capped": ZClip(warmup_steps=4, max_norm=2.0, variance="exact", sigma_floor=0.02),
     "zclip_median": ZClip(warmup_steps=4, warmup="median", mode="percentile", max_norm=None),
     "zclip_parameter": ZClip(warmup_steps=4, scope="parameter", clip_option="mean"),
+    "spam": Spam(theta=4.0, warmup_steps=3),
+    "spam_reference": Spam(
+        theta=9.0, warmup_steps=2, bias_correction=False, moment="own", reset_every=7
+    ),
+    "spike_max": SpikeMax(decay=0.9),
+    "uclip": UClip(limit=0.4),
+    "uclip_norm": UClip(limit=1.0, kind="norm", carry_decay=0.9, max_carry=2.0),
     "skip_nonfinite": SkipNonfinite(),
     "skip_nonfinite_bounded": SkipNonfinite(max_consecutive=3),
     "skip_spike": SkipSpike(window=6, warmup_steps=3, z_threshold=4.0),
