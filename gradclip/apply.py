@@ -1,9 +1,10 @@
-"""Effect: scale in place, clamp, or withhold the step."""
+"""Effect: scale in place, change elements, or withhold the step."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from gradclip.memory import ElementMemory
 from gradclip.scopes import Plan
 from gradclip.types import Grads, Kernel, Verdict
 
@@ -15,6 +16,7 @@ def apply(
     grads: Grads,
     plan: Plan,
     kernel: Kernel,
+    memory: ElementMemory,
     grad_scale: Tensor | None = None,
 ) -> None:
     """Carry out a verdict on this rank's gradients.
@@ -27,16 +29,13 @@ def apply(
         grads: All local gradients, one list per slot of the plan.
         plan: Whose gradients to drop, and how they are cut into what has coefficients.
         kernel: What writes this rank's gradients.
-        grad_scale: 0-d factor that the gradients still carry; a clamp carries it too.
+        memory: What changes elements and remembers them.
+        grad_scale: 0-d factor that the gradients still carry.
     """
     if verdict.withheld:
         for parameter in plan.parameters.values():
             parameter.grad = None
         return
     kernel.scale_(plan.cut_up(grads), verdict.coef)
-    on_cpu = verdict.coef.device.type == "cpu"
-    if verdict.clamped is None or (on_cpu and not verdict.clamped):
-        return
-    for value, slots in verdict.clamps:
-        limit = value if grad_scale is None else value * grad_scale
-        kernel.clamp_([grad for slot in slots for grad in grads[slot]], limit)
+    for edit in verdict.edits:
+        memory.edit_(edit, grads, kernel, grad_scale)

@@ -27,7 +27,8 @@ from gradclip.layouts import (
 )
 from gradclip.layouts.zero import ZeroLayout, is_engine
 from gradclip.layouts.zero_step import Halves, clip_inside_step
-from gradclip.measure import measure
+from gradclip.measure import Source, measure
+from gradclip.memory import ElementMemory
 from gradclip.parameters import collect_parameters, facts_of
 from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
@@ -115,6 +116,7 @@ class GradientClipper:
         self._tally = Tally(home)
         watches = any(rule.policy.watches_loss for rule in self._plan.rules)
         self._losses = Losses() if watches else None
+        self._memory = ElementMemory(self._plan, self._optimizer)
         self.last_record: ClipRecord | None = None
 
     @torch.no_grad()
@@ -145,7 +147,7 @@ class GradientClipper:
         if loss is not None:
             self.observe_loss(loss)
         grads, verdict, record = self._decide(grad_scale, self.config.on_nonfinite)
-        apply(verdict, grads.all, self._plan, self._kernel, grad_scale)
+        apply(verdict, grads.all, self._plan, self._kernel, self._memory, grad_scale)
         return record
 
     def _decide(
@@ -154,12 +156,17 @@ class GradientClipper:
         """Everything but the writing, for which DeepSpeed has a moment of its own."""
         plan = self._current_plan()
         grads = self._layout.collect(plan.slots)
-        sources = [(plan.cut_up(grads.counted), plan.norm_types)]
+        probes = self._memory.probes(grads.counted, grad_scale)
+        sources: list[tuple[Source, Mapping[float, bool]]] = [
+            (plan.cut_up(grads.counted), plan.norm_types),
+            *((probe, plan.probe_types[index]) for index, probe in probes.items()),
+        ]
         if plan.weight_types:
             weights = self._layout.weights(plan.slots).counted
             sources.append((plan.cut_up(weights), plan.weight_types))
         loss = self._losses.mean(self._layout.devices[0]) if self._losses is not None else None
-        norms, *own = measure(sources, self._layout, self._kernel)
+        norms, *more = measure(sources, self._layout, self._kernel)
+        probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
         if not any(grads.all):
             self._stop_if_lost(norms[plan.recorded])
         if grad_scale is not None:
@@ -170,7 +177,8 @@ class GradientClipper:
             norms,
             self._states,
             step=self._tally.taken,
-            weights=own[0] if own else None,
+            probed=probed,
+            weights=more[0] if more else None,
             loss=loss,
             watched=plan.watched,
             skip_nonfinite=skips,
@@ -233,13 +241,18 @@ class GradientClipper:
     def _write(self, verdict: Verdict, bucket: int, tensors: Sequence[Tensor]) -> None:
         """The other half: apply to what DeepSpeed is about to step with."""
         assert self._zero is not None
-        apply(
-            verdict, self._zero.parts(self._plan.slots, bucket, tensors), self._plan, self._kernel
-        )
+        parts = self._zero.parts(self._plan.slots, bucket, tensors)
+        apply(verdict, parts, self._plan, self._kernel, self._memory)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts."""
-        return pack(self._current_plan().rules, self._states, self._tally.counts)
+        """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.
+
+        What policies remember of single elements (`spam`, `uclip`) is put together from all
+        ranks, so every rank must call this where there is such a policy.
+        """
+        rules, layout = self._current_plan().rules, self._layout
+        elements = [self._memory.saved(rule, layout) for rule in rules]
+        return pack(rules, self._states, self._tally.counts, elements)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved at any world size.
@@ -249,7 +262,13 @@ class GradientClipper:
                 changed then.
         """
         rules, device = self._current_plan().rules, self._layout.devices[0]
-        self._states, self._tally.counts = unpack(state, rules, self._states, device)
+        states, counts = unpack(state, rules, self._states, device)
+        own = [
+            self._memory.loaded(rule, entry.get("elements", {}), device)
+            for rule, entry in zip(rules, state["policies"], strict=True)
+        ]
+        self._states, self._tally.counts = states, counts
+        self._memory.replace({key: one for found in own for key, one in found.items()})
 
     def _lay_out(self) -> tuple[Layout, Plan]:
         parameters = collect_parameters(self._named, self._optimizer)
@@ -295,6 +314,7 @@ class GradientClipper:
             self._states = carry_over(self._plan.rules, self._states, plan.rules, home)
             self._tally.counts = self._tally.counts.to(home)
             self._plan = plan
+            self._memory = ElementMemory(plan, self._optimizer, self._memory)
             self._signature = self._what_may_change()
         return self._plan
 

@@ -8,9 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradclip.types import Grads, Kernel, Layout, Units
+from gradclip.types import Grads, Kernel, Layout, Measurable, Units
 
-__all__ = ["is_wide", "measure"]
+__all__ = ["Source", "is_wide", "measure"]
+
+Source = Grads | Units | Measurable
+"""What can be measured."""
 
 
 def is_wide(norm_type: float, dtypes: Iterable[torch.dtype]) -> bool:
@@ -22,7 +25,7 @@ def is_wide(norm_type: float, dtypes: Iterable[torch.dtype]) -> bool:
 
 
 def measure(
-    sources: Sequence[tuple[Grads | Units, Mapping[float, bool]]], layout: Layout, kernel: Kernel
+    sources: Sequence[tuple[Source, Mapping[float, bool]]], layout: Layout, kernel: Kernel
 ) -> list[dict[float, Tensor]]:
     """The p-norm of each slot, for each p, over all ranks.
 
@@ -31,8 +34,8 @@ def measure(
 
     Args:
         sources: What this rank counts, one list per slot or cut into units, and for each p
-            whether it is wide (see `is_wide`); the same on every rank. The gradients, and the
-            parameters where their norms are asked for.
+            whether it is wide (see `is_wide`); the same on every rank. The gradients, the
+            parameters where their norms are asked for, and what element policies make of both.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
 
@@ -44,13 +47,15 @@ def measure(
     norms: list[dict[float, Tensor]] = [{} for _ in sources]
     ranged = [i for i, (_, p) in enumerate(sources) if math.inf in p or any(p.values())]
     if ranged:
-        peaks = torch.stack([kernel.peaks(sources[i][0]).to(home) for i in ranged])
+        peaks = torch.stack([_peaks(sources[i][0], kernel).to(home) for i in ranged])
         for i, peak in zip(ranged, layout.max(peaks.view(-1)).view_as(peaks), strict=True):
             norms[i][math.inf] = peak
     exponents = {i: _exponent(norms[i][math.inf]) for i in ranged}
     summed = [(i, p) for i, (_, types) in enumerate(sources) for p in types if p != math.inf]
     parts = [
-        kernel.power_sums(sources[i][0], p, torch.exp2(-exponents[i]) if sources[i][1][p] else None)
+        _power_sums(
+            sources[i][0], kernel, p, torch.exp2(-exponents[i]) if sources[i][1][p] else None
+        )
         for i, p in summed
     ]
     if parts:
@@ -59,6 +64,16 @@ def measure(
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
             norms[i][p] = root * torch.exp2(exponents[i]) if sources[i][1][p] else root
     return [{p: found[p] for p in types} for (_, types), found in zip(sources, norms, strict=True)]
+
+
+def _peaks(source: Source, kernel: Kernel) -> Tensor:
+    return kernel.peaks(source) if isinstance(source, Sequence | Units) else source.peaks(kernel)
+
+
+def _power_sums(source: Source, kernel: Kernel, norm_type: float, scale: Tensor | None) -> Tensor:
+    if isinstance(source, Sequence | Units):
+        return kernel.power_sums(source, norm_type, scale)
+    return source.power_sums(kernel, norm_type, scale)
 
 
 def _exponent(peaks: Tensor) -> Tensor:

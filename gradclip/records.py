@@ -24,8 +24,8 @@ class ClipRecord:
         grad_norm: Float64. Norm of all gradients before clipping; NaN or inf if they are.
         limit: Float64. The tightest limit any slot was held to; inf if there was none.
         coef: Float64. The smallest factor any slot was multiplied by; 1 if nothing was scaled.
-        clipped_norm: Float64. Norm after clipping. NaN if elements were clamped: that norm isn't
-            known without reading the gradients again.
+        clipped_norm: Float64. Norm after clipping. NaN if elements were changed one by one: that
+            norm isn't known without reading the gradients again.
         clipped: Bool. Some gradient was changed.
         skipped: Bool. The optimizer step was withheld.
         finite: Bool. Every gradient element on every rank was finite.
@@ -89,10 +89,10 @@ class Tally:
         skipped = torch.zeros_like(verdict.finite) if verdict.skip is None else verdict.skip
         coef = torch.where(skipped, 1.0, verdict.coef.min())
         clipped = coef < 1
-        if verdict.clamped is not None:
-            clamped = verdict.clamped & skipped.logical_not()
-            clipped = clipped | clamped
-            clipped_norm = torch.where(clamped, torch.nan, clipped_norm)
+        if verdict.edited is not None:
+            edited = verdict.edited & skipped.logical_not()
+            clipped = clipped | edited
+            clipped_norm = torch.where(edited, torch.nan, clipped_norm)
         some = grad_norm != 0
         taken = some & verdict.finite & skipped.logical_not()
         happened = torch.stack([some, clipped, skipped, verdict.finite.logical_not(), taken])

@@ -13,7 +13,7 @@ from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
 from gradclip.groups import Fact, Membership, matched, members_of
 from gradclip.measure import is_wide
-from gradclip.policies import NormPolicy, Policy, Rule, combine_runs
+from gradclip.policies import ElementPolicy, NormPolicy, Policy, Rule, combine_runs
 from gradclip.types import Grads, Place, Units
 from gradclip.units import Kept, UnitCut
 
@@ -40,7 +40,10 @@ class Plan:
         watched: Int64 indices of the measured slots (or units) that may withhold a step; None for
             all.
         weight_types: The p of every norm of the parameters themselves to measure, as `norm_types`.
+        probe_types: The p of what each element policy measures in place of gradients, by rule.
         cut: How each slot, then one parameter, is cut into units; None if none are measured.
+        places: Where this rank's part of each parameter lies, by name; empty where nobody asks.
+        shapes: Of all whole parameters, by name.
     """
 
     parameters: Mapping[str, Parameter]
@@ -50,7 +53,10 @@ class Plan:
     norm_types: Mapping[float, bool]
     watched: Tensor | None
     weight_types: Mapping[float, bool]
+    probe_types: Mapping[int, Mapping[float, bool]]
     cut: UnitCut | None
+    places: Mapping[str, Place]
+    shapes: Mapping[str, tuple[int, ...]]
 
     @property
     def recorded(self) -> float:
@@ -99,7 +105,7 @@ def build_plan(
     policies = [policy for chain in chains for policy in chain]
     members = members_of(config, facts)
     depth = 2 if config.log.per_parameter else 0
-    depth = max([depth, *(_depth(policy) for policy in policies)])
+    depth = max([depth, *(_finest(policy) for policy in policies)])
 
     # A slot is named by its path: config group, optimizer group, parameter, as deep as needed.
     slots: dict[Path, list[Parameter]] = {}
@@ -112,6 +118,7 @@ def build_plan(
             slot.append(parameters[name])
     cut = None
     if depth == _UNIT:
+        _refuse_probes(policies)
         kept = _kept(chains, where, facts)
         shapes = {name: fact.shape for name, fact in facts.items()}
         cut = UnitCut.of(kept, shapes, places, device)
@@ -122,7 +129,7 @@ def build_plan(
         if (rule := _rule(policy, index, where, cut, device)).names
     ]
     recorded = next((p.norm_type for p in policies if isinstance(p, NormPolicy)), 2.0)
-    needed = [p for policy in policies if (p := policy.measured[1]) is not None]
+    needed = [p for policy in policies if not _probes(policy) and (p := policy.measured[1])]
     weighed = [p.measured[1] for p in policies if p.uses_weights and p.measured[1] is not None]
     dtypes = {fact.dtype for fact in facts.values()}
     return Plan(
@@ -133,18 +140,51 @@ def build_plan(
         norm_types={p: is_wide(p, dtypes) for p in dict.fromkeys([recorded, *needed])},
         watched=_watched(where, cut, device),
         weight_types={p: is_wide(p, dtypes) for p in dict.fromkeys(weighed)},
+        probe_types={
+            i: {p: is_wide(p, dtypes)}
+            for i, rule in enumerate(rules)
+            if _probes(rule.policy) and (p := rule.policy.measured[1])
+        },
         cut=cut,
+        places=places,
+        shapes={name: fact.shape for name, fact in facts.items()},
     )
 
 
 def needs_places(config: ClipConfig) -> bool:
-    """Whether units are told apart, for which one has to know where local parts lie."""
+    """Whether one has to know where local parts lie: for units, and to save what elements have."""
     chains = [config.policies, *(group.policies or [] for group in config.groups)]
-    return any(policy.measured[0] == "unit" for chain in chains for policy in chain)
+    return any(
+        policy.measured[0] == "unit" or (isinstance(policy, ElementPolicy) and policy.saves)
+        for chain in chains
+        for policy in chain
+    )
 
 
 def _depth(policy: Policy) -> int:
     return _LEVELS.index(policy.measured[0])
+
+
+def _probes(policy: Policy) -> bool:
+    return isinstance(policy, ElementPolicy) and policy.probes
+
+
+def _finest(policy: Policy) -> int:
+    """The depth that a policy needs its slots to have: memory of elements goes by parameter."""
+    remembers = isinstance(policy, ElementPolicy) and policy.memory
+    return max(_depth(policy), _PARAMETER if remembers else 0)
+
+
+def _refuse_probes(policies: Sequence[Policy]) -> None:
+    """Elements of units that were scaled differently could not be measured as one."""
+    for policy in policies:
+        if _probes(policy):
+            msg = (
+                f"{policy.type!r} stands beside a policy of scope 'unit', and measures elements by "
+                "parameter; allowed beside it: scope 'global', 'group' or 'parameter'. Change that "
+                "scope, or leave one of them out."
+            )
+            raise ConfigError(msg)
 
 
 def _watched(

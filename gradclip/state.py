@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradclip.errors import ConfigError
-from gradclip.policies import Rule
+from gradclip.policies import ElementPolicy, Rule
 from gradclip.records import Tally
 from gradclip.types import State
 
@@ -18,15 +18,21 @@ __all__ = ["carry_over", "pack", "unpack"]
 FORMAT = 2
 
 
-def pack(rules: Sequence[Rule], states: Sequence[State], counts: Tensor) -> dict[str, Any]:
+def pack(
+    rules: Sequence[Rule],
+    states: Sequence[State],
+    counts: Tensor,
+    elements: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     """Plain tensors, numbers and strings; loads with `torch.load(weights_only=True)`."""
     policies = [
         {
             "type": rule.policy.type,
             "slots": list(rule.names),
             "state": {name: value.clone() for name, value in state.items()},
+            **({"elements": dict(own)} if own else {}),
         }
-        for rule, state in zip(rules, states, strict=True)
+        for rule, state, own in zip(rules, states, elements, strict=True)
     ]
     return {
         "format": FORMAT,
@@ -76,6 +82,9 @@ def unpack(
                 "a length such as warmup_steps differs. Start with fresh state or the same values."
             )
             raise ConfigError(msg)
+        if isinstance(rule.policy, ElementPolicy) and rule.policy.memory and not rule.policy.saves:
+            loaded.append(rule.policy.init(len(rule.names), device))
+            continue
         loaded.append({n: v.to(device, torch.float64).clone() for n, v in entry["state"].items()})
     counts = [torch.as_tensor(saved["counts"][name]).to(device) for name in Tally.NAMES]
     return loaded, torch.stack(counts).to(torch.float64)

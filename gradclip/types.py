@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +12,14 @@ from torch import Tensor
 __all__ = [
     "Collected",
     "Decision",
+    "Edit",
+    "Elementwise",
     "Grads",
     "Handle",
     "Kernel",
     "Layout",
+    "Measurable",
+    "Memory",
     "Piece",
     "Place",
     "Scope",
@@ -31,6 +35,9 @@ one unit of a parameter: a row of a matrix, a filter of a convolution, a whole v
 
 State = dict[str, Tensor]
 """A policy's memory: a flat mapping of names to tensors whose last dim is the policy's slots."""
+
+Memory = dict[str, Tensor]
+"""What an element policy remembers of elements, by name, of the shape of their gradient."""
 
 Grads = Sequence[list[Tensor]]
 """Local gradient tensors, one list per slot. A slot is what one coefficient covers."""
@@ -157,15 +164,58 @@ class Decision:
         limit: Shape (slots,), float64. The norm each slot was held to, inf for none.
         skip: 0-d bool, True to withhold the optimizer step; None if this policy never does.
         stop: 0-d bool, True to raise an error instead, where `skip` is True too; None if never.
-        clamp: Largest magnitude of an element, a number or 0-d float64; None where elements aren't
-            clamped.
+        changes: Shape (slots,), bool: some element of the slot will be changed by itself; None
+            for a policy that isn't element-wise.
+        elements: Numbers of shape (slots,), float64, that an element policy clips with.
     """
 
     coef: Tensor
     limit: Tensor
     skip: Tensor | None = None
     stop: Tensor | None = None
-    clamp: float | Tensor | None = None
+    changes: Tensor | None = None
+    elements: tuple[Tensor, ...] = ()
+
+
+class Elementwise(Protocol):
+    """The part of an element policy that works on elements (`gradclip.policies.elements`)."""
+
+    memory: ClassVar[tuple[str, ...]]
+    clamps: ClassVar[bool]
+
+    @property
+    def borrows(self) -> str | None:
+        """What the optimizer may have that stands for the first memory."""
+        ...
+
+    def probe(self, grad: Tensor, memory: Memory) -> Tensor:
+        """What to measure before deciding."""
+        ...
+
+    def clip(
+        self, grad: Tensor, memory: Memory, values: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Memory]:
+        """A part of a gradient as it shall be, and the memory after it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What an element policy does to elements this step.
+
+    Attributes:
+        policy: What clips.
+        slots: Indices of the plan's slots that it may change.
+        values: What it clips with, each of shape (plan's slots,), float64.
+        changes: Shape (plan's slots,), bool: some element of the slot changes.
+        learns: 0-d bool, memory takes this step in.
+    """
+
+    policy: Elementwise
+    slots: tuple[int, ...]
+    values: tuple[Tensor, ...]
+    changes: Tensor
+    learns: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +228,7 @@ class Verdict:
         finite: 0-d bool, every gradient element on every rank is finite.
         skip: 0-d bool; None if nothing configured can withhold a step.
         stop: 0-d bool, an error is wanted instead; None if nothing configured ever does.
-        clamps: Magnitude and measured slots of each element-wise clamp.
-        clamped: 0-d bool, some element exceeds its clamp; None without a clamp.
+        edits: What element policies do, in order.
         withheld: `skip`, read on the host; False until it is.
     """
 
@@ -188,9 +237,13 @@ class Verdict:
     finite: Tensor
     skip: Tensor | None
     stop: Tensor | None
-    clamps: tuple[tuple[float | Tensor, tuple[int, ...]], ...]
-    clamped: Tensor | None
+    edits: tuple[Edit, ...] = ()
     withheld: bool = False
+
+    @property
+    def edited(self) -> Tensor | None:
+        """0-d bool, some element is changed by itself; None without an element policy."""
+        return torch.cat([edit.changes for edit in self.edits]).any() if self.edits else None
 
 
 class Layout(Protocol):
@@ -252,6 +305,18 @@ class Kernel(Protocol):
 
     def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
         """Clamp elements in place to [-limit, limit]; NaN stays NaN."""
+        ...
+
+
+class Measurable(Protocol):
+    """What measures itself with a kernel: elements that are made when they are needed."""
+
+    def peaks(self, kernel: Kernel) -> Tensor:
+        """As `Kernel.peaks` of the elements."""
+        ...
+
+    def power_sums(self, kernel: Kernel, norm_type: float, scale: Tensor | None = None) -> Tensor:
+        """As `Kernel.power_sums` of the elements."""
         ...
 
 

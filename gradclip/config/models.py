@@ -6,23 +6,33 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from gradclip.policies import AnyPolicy, ClipByValue, Policy
+from gradclip.policies import AnyPolicy, ElementPolicy, Policy
 from gradclip.policies.strict import STRICT
 
 __all__ = ["ClipConfig", "GroupConfig", "LogConfig"]
 
 
-def _clamps_stand_last(policies: list[Policy]) -> list[Policy]:
-    if any(isinstance(policy, ClipByValue) for policy in policies[:-1]):
+def _elements_stand_last(policies: list[Policy]) -> list[Policy]:
+    early = [policy.type for policy in policies[:-1] if isinstance(policy, ElementPolicy)]
+    if early:
         msg = (
-            "has 'value' before another policy; clamping elements changes norms in a way later "
-            "policies can't know. Move it to the end."
+            f"has {early[0]!r} before another policy; changing elements one by one changes norms "
+            "in a way later policies can't know. Move it to the end; only one can stand there."
         )
         raise ValueError(msg)
+    for last in policies[-1:]:
+        others = [policy.type for policy in policies[:-1] if not policy.withholds]
+        if isinstance(last, ElementPolicy) and last.alone and others:
+            msg = (
+                f"has {others[0]!r} before {last.type!r}, which clips the gradient plus what it "
+                "carries over and can't know how that is scaled; allowed beside it: policies "
+                f"that only withhold steps. Remove {others[0]!r}."
+            )
+            raise ValueError(msg)
     return policies
 
 
-PolicyList = Annotated[list[AnyPolicy], AfterValidator(_clamps_stand_last)]
+PolicyList = Annotated[list[AnyPolicy], AfterValidator(_elements_stand_last)]
 
 
 class LogConfig(BaseModel):

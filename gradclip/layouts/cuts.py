@@ -72,21 +72,30 @@ def flat_cuts(flattened: Mapping[str, Tensor]) -> dict[str, Cut]:
         _handles.update(dict.fromkeys(_held_by(handle), weakref.ref(handle)))
     lost = [name for name, p in flattened.items() if p not in _known]
     if lost:
-        msg = (
-            f"Parameters {lost[:3]} belong to FullyShardedDataParallel (FSDP1), and no live FSDP "
-            "module holds them, so nothing says which ranks hold the rest; supported: parameters "
-            "of a wrapped model that is in use. Build the optimizer and the clipper from the "
-            "wrapped model's parameters, after wrapping."
-        )
-        raise LayoutError(msg)
+        raise LayoutError(_lost(lost))
     return {name: _known[p] for name, p in flattened.items()}
 
 
-def flat_handle(parameter: Tensor) -> FlatParamHandle:
-    """The FSDP1 handle that holds a parameter of a wrapped model that is in use."""
-    flat_cuts({"": parameter})
-    handle: FlatParamHandle = _handles[parameter]()
+def flat_handle(name: str, parameter: Tensor) -> FlatParamHandle:
+    """The FSDP1 handle that holds a parameter.
+
+    Raises:
+        LayoutError: If the wrapped model is gone.
+    """
+    flat_cuts({name: parameter})
+    handle: FlatParamHandle | None = _handles[parameter]()
+    if handle is None:
+        raise LayoutError(_lost([name]))
     return handle
+
+
+def _lost(names: Sequence[str]) -> str:
+    return (
+        f"Parameters {list(names[:3])} belong to FullyShardedDataParallel (FSDP1), and no live "
+        "FSDP module holds them, so nothing says which ranks hold the rest; supported: parameters "
+        "of a wrapped model that is in use. Build the optimizer and the clipper from the wrapped "
+        "model's parameters, after wrapping."
+    )
 
 
 def _handles_of(parameters: Iterable[Tensor]) -> Iterator[FlatParamHandle]:

@@ -133,9 +133,10 @@ def refuse_shared_names(parameters: Mapping[str, Tensor], groups: Groups | None)
 
 def _shared(name: str) -> str:
     return (
-        f"Scope is 'unit', and {name!r} is another parameter on other ranks (an expert), whose "
-        "rows have no place among the rows of one; supported: names of their own, as in "
-        "[(f'expert{rank}.' + n, p) ...], or scope 'global', 'group' or 'parameter'."
+        f"Scope is 'unit' or memory of elements is saved, and {name!r} is another parameter on "
+        "other ranks (an expert), whose rows have no place among the rows of one; supported: names "
+        "of their own, as in [(f'expert{rank}.' + n, p) ...], or scope 'global', 'group' or "
+        "'parameter', or save: false."
     )
 
 

@@ -35,7 +35,7 @@ def place_of(name: str, parameter: Tensor) -> Place:
 
 
 def _in_flat(name: str, parameter: Tensor) -> Place:
-    handle = flat_handle(parameter)
+    handle = flat_handle(name, parameter)
     flat = handle.flat_param
     if is_flat(parameter) or flat._params is None:
         msg = (
@@ -47,7 +47,8 @@ def _in_flat(name: str, parameter: Tensor) -> Place:
     if flat._param_extensions[index] is not None:
         msg = (
             f"{name!r} was cut by tensor parallelism and then by FSDP1, in the middle of rows; "
-            "supported for units and for memory of elements: fully_shard over tensor parallelism."
+            "supported for units, and to save the memory of elements: fully_shard over tensor "
+            "parallelism. Use that, or another scope, or save: false."
         )
         raise LayoutError(msg)
     shape = tuple(flat._shapes[index])

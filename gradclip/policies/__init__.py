@@ -9,11 +9,15 @@ from gradclip.policies.agc import AGC
 from gradclip.policies.autoclip import AutoClip
 from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
 from gradclip.policies.chain import decide_all
+from gradclip.policies.elements import ClipByValue, ElementPolicy
 from gradclip.policies.ema import EmaClip
-from gradclip.policies.fixed import ClipByNorm, ClipByRMS, ClipByValue
+from gradclip.policies.fixed import ClipByNorm, ClipByRMS
 from gradclip.policies.rule import Rule, combine, combine_runs
 from gradclip.policies.schedule import Schedule
 from gradclip.policies.skip import SkipLarge, SkipNonfinite, SkipSpike
+from gradclip.policies.spam import Spam
+from gradclip.policies.spike_max import SpikeMax
+from gradclip.policies.uclip import UClip
 from gradclip.policies.zclip import ZClip
 
 __all__ = [
@@ -25,6 +29,7 @@ __all__ = [
     "ClipByNorm",
     "ClipByRMS",
     "ClipByValue",
+    "ElementPolicy",
     "EmaClip",
     "NormPolicy",
     "Policy",
@@ -33,6 +38,9 @@ __all__ = [
     "SkipLarge",
     "SkipNonfinite",
     "SkipSpike",
+    "Spam",
+    "SpikeMax",
+    "UClip",
     "ZClip",
     "after",
     "combine",
@@ -49,6 +57,9 @@ AnyPolicy = Annotated[
     | ZClip
     | EmaClip
     | AdaGC
+    | Spam
+    | SpikeMax
+    | UClip
     | SkipNonfinite
     | SkipSpike
     | SkipLarge,

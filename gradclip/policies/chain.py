@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from gradclip.policies.elements import ElementPolicy
 from gradclip.policies.rule import Rule
-from gradclip.types import Decision, State, Stats, Verdict
+from gradclip.types import Decision, Edit, State, Stats, Verdict
 
 __all__ = ["decide_all"]
 
@@ -21,6 +23,7 @@ def decide_all(
     states: Sequence[State],
     *,
     step: Tensor,
+    probed: Mapping[int, Tensor] = MappingProxyType({}),
     weights: Mapping[float, Tensor] | None = None,
     loss: Tensor | None = None,
     watched: Tensor | None = None,
@@ -36,6 +39,8 @@ def decide_all(
         norms: For each p, float64 of shape (measured slots,).
         states: One per rule.
         step: 0-d float64, the optimizer steps taken before this one.
+        probed: By index of a rule, the norms it decides on in place of those of the gradients,
+            float64 of shape (measured slots,).
         weights: The same norms of the parameters, for each p that a policy asks for.
         loss: 0-d float64, equal on every rank, if the caller gave one.
         watched: Int64 indices of the measured slots that may withhold a step; None for all.
@@ -47,14 +52,15 @@ def decide_all(
     limit = torch.full_like(finite, math.inf, dtype=torch.float64)
     skip = finite.logical_not() if skip_nonfinite else None
     stop: Tensor | None = None
-    clamped: Tensor | None = None
-    clamps: list[tuple[float | Tensor, tuple[int, ...]]] = []
+    edits: list[Edit] = []
+    some = (every != 0).any()  # a step without any gradient is none
     after: list[State] = []
-    for rule, state in zip(rules, states, strict=True):
+    for index, (rule, state) in enumerate(zip(rules, states, strict=True)):
         norm_type = rule.policy.measured[1] or next(iter(norms))
+        measured = probed[index] if index in probed else norms[norm_type]
         own = weights.get(norm_type) if weights and rule.policy.uses_weights else None
         stats = Stats(
-            norms=rule.gather(norms[norm_type] * coef, norm_type),
+            norms=rule.gather(measured * coef, norm_type),
             finite=finite,
             step=step,
             sizes=rule.sizes,
@@ -62,24 +68,38 @@ def decide_all(
             loss=loss,
         )
         decision, new = rule.policy.decide(stats, state)
+        learns = some
         if watched is not None:  # what isn't watched may still not reach state
-            new = _select(torch.isfinite(stats.norms).all(), new, state)
+            learns = some & torch.isfinite(stats.norms).all()
+            new = _select(learns, new, state)
         if rule.policy.after:
-            decision, new = _once(step >= rule.policy.after, decision, new, state)
+            starts = step >= rule.policy.after
+            learns = learns & starts
+            decision, new = _once(starts, decision, new, state)
+        if isinstance(rule.policy, ElementPolicy):
+            new = _select(learns, new, state)
+            edits.append(_edit(rule.policy, rule, decision, some, learns))
         after.append(new)
         coef = coef * rule.spread(decision.coef)
         limit = torch.minimum(limit, decision.limit.min())
         skip = _either(skip, decision.skip)
         stop = _either(stop, decision.stop)
-        if decision.clamp is not None:
-            clamps.append((decision.clamp, rule.covers))
-            clamped = _either(clamped, (stats.norms > decision.clamp).any())
     keeps = finite if skip is None else finite & skip.logical_not()
     kept = [
         _select(keeps, new, old, rule.policy.counters)
         for rule, new, old in zip(rules, after, states, strict=True)
     ]
-    return Verdict(coef, limit, finite, skip, stop, tuple(clamps), clamped), kept
+    edits = [replace(edit, learns=edit.learns & keeps) for edit in edits]
+    return Verdict(coef, limit, finite, skip, stop, tuple(edits)), kept
+
+
+def _edit(
+    policy: ElementPolicy, rule: Rule, decision: Decision, some: Tensor, learns: Tensor
+) -> Edit:
+    """A decision on elements, for the slots as they are measured and written."""
+    assert decision.changes is not None
+    values = tuple(rule.by_slot(value) for value in decision.elements)
+    return Edit(policy, rule.covers, values, rule.by_slot(decision.changes & some), learns)
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -96,7 +116,7 @@ def _once(starts: Tensor, decision: Decision, new: State, old: State) -> tuple[D
         limit=torch.where(starts, decision.limit, math.inf),
         skip=None if decision.skip is None else decision.skip & starts,
         stop=None if decision.stop is None else decision.stop & starts,
-        clamp=None if decision.clamp is None else torch.where(starts, decision.clamp, math.inf),
+        changes=None if decision.changes is None else decision.changes & starts,
     )
     return late, _select(starts, new, old)
 

@@ -1,18 +1,16 @@
-"""Limits that never move: a norm, a magnitude, and not stepping on NaN."""
+"""Limits that never move: a norm, a root mean square, and not stepping on NaN."""
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from gradclip.policies.base import NormPolicy, Policy, coefficient, filled
 from gradclip.policies.schedule import Limit
 from gradclip.types import Decision, Scope, State, Stats
 
-__all__ = ["ClipByNorm", "ClipByRMS", "ClipByValue"]
+__all__ = ["ClipByNorm", "ClipByRMS"]
 
 
 class ClipByNorm(NormPolicy):
@@ -93,26 +91,3 @@ class ClipByRMS(Policy):
         assert stats.sizes is not None
         limit = filled(stats.norms, self.max_rms, stats.step) * stats.sizes.sqrt()
         return Decision(coefficient(stats.norms, limit, 0.0), limit), state
-
-
-class ClipByValue(Policy):
-    """Clamp every element to [-clip_value, clip_value]. Changes the direction; stands last.
-
-    Whether anything exceeded the value is measured (an inf-norm) before anything is written.
-    NaN stays NaN.
-    """
-
-    type: Literal["value"] = "value"
-    """Selects this policy in YAML."""
-    clip_value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """Largest magnitude of an element, above 0, in units of the gradient."""
-
-    @property
-    def measured(self) -> tuple[Scope, float | None]:
-        """The largest magnitude over all parameters."""
-        return "global", math.inf
-
-    def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
-        """Clamp; the coefficient stays 1."""
-        limit = torch.full_like(stats.norms, self.clip_value)
-        return Decision(torch.ones_like(limit), limit, clamp=self.clip_value), state

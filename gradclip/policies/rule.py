@@ -63,6 +63,12 @@ class Rule:
             return coef
         return torch.repeat_interleave(coef, self.lengths, output_size=self.units)
 
+    def by_slot(self, values: Tensor) -> Tensor:
+        """What this policy's slots have, for each measured slot; 0 where left alone."""
+        if self.members is None:
+            return values
+        return torch.cat([values, values.new_zeros(1)]).index_select(0, self.owner)
+
     def sized(self, sizes: Tensor) -> Tensor:
         """Elements of this policy's slots from those of the measured slots."""
         if self.places is not None:

@@ -18,7 +18,7 @@ from support.gradients import (
 )
 
 from gradclip import ClipConfig, GradientClipper
-from gradclip.policies import AnyPolicy
+from gradclip.policies import AnyPolicy, ElementPolicy
 
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 
@@ -102,6 +102,9 @@ def test_raise_leaves_everything_as_it_was(policy):
     for entry, old in zip(clipper.state_dict()["policies"], state["policies"], strict=True):
         for name, value in entry["state"].items():
             assert torch.equal(value, old["state"][name])
+        for name, own in entry.get("elements", {}).items():
+            for key, value in own.items():
+                assert torch.equal(value, old["elements"][name][key])
 
 
 @every_policy
@@ -119,8 +122,10 @@ def test_coefficient_direction_and_limit(policy, kernel):
             continue
         after = flat(params)
         assert record.clipped == (not torch.equal(before, after))
-        if policy.type == "value":
-            assert after.abs().max() <= policy.clip_value + 1e-7
+        if isinstance(policy, ElementPolicy):
+            assert record.coef == 1
+            if policy.type == "value":
+                assert after.abs().max() <= policy.clip_value + 1e-7
         elif policy.measured[0] == "global":
             torch.testing.assert_close(after, before * record.coef, rtol=1e-6, atol=1e-9)
             p = policy.measured[1] or 2.0

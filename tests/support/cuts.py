@@ -245,6 +245,7 @@ def fsdp1_tp(rank, world):
             found[name] = torch.cat(parts, placement.dim) if cut else parts[0]
         return found
 
+    whole.model = wrapped  # what parameters of FSDP1 are is known as long as their model lives
     return Cell(named, whole)
 
 

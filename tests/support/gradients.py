@@ -15,6 +15,9 @@ from gradclip import (
     SkipLarge,
     SkipNonfinite,
     SkipSpike,
+    Spam,
+    SpikeMax,
+    UClip,
     ZClip,
 )
 
@@ -49,6 +52,13 @@ POLICIES = {
     ),
     "adagc_global": AdaGC(warmup_steps=3, factor=1.2, scope="global", max_norm=4.0),
     "adagc_unit": AdaGC(warmup_steps=3, scope="unit", mean_floor=0.3),
+    "spam": Spam(theta=4.0, warmup_steps=3),
+    "spam_reference": Spam(
+        theta=9.0, warmup_steps=2, bias_correction=False, moment="own", reset_every=7
+    ),
+    "spike_max": SpikeMax(decay=0.9),
+    "uclip": UClip(limit=0.4),
+    "uclip_norm": UClip(limit=1.0, kind="norm", carry_decay=0.9, max_carry=2.0),
     "skip_nonfinite": SkipNonfinite(),
     "skip_nonfinite_bounded": SkipNonfinite(max_consecutive=3),
     "skip_spike": SkipSpike(window=6, warmup_steps=3, z_threshold=4.0),

@@ -1,0 +1,408 @@
+"""Element policies against formulas in numpy, and the faults of the references."""
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.gradients import SHAPES, fill, flat, grads, optimizer_for, parameters
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradclip import (
+    ClipByNorm,
+    ClipByValue,
+    ConfigError,
+    GradientClipper,
+    SkipNonfinite,
+    Spam,
+    SpikeMax,
+    UClip,
+)
+
+STEPS = 300
+RNG = np.random.default_rng(0)
+SPIKES = {int(step): 4.0 + 30 * RNG.random() for step in RNG.integers(20, STEPS, 30)}
+
+
+def run(policy, optimizer=None, **options):
+    """A run with spikes; per step the gradients before and after, float64 numpy by name."""
+    params = parameters()
+    steps = optimizer(params) if optimizer else None
+    clipper = GradientClipper(policy, params.items(), steps, **options)
+    for step in range(STEPS):
+        fill(params, step)
+        for name, grad in grads(params).items():
+            params[name].grad = torch.where(grad.abs() > 1.5, grad * SPIKES.get(step, 1.0), grad)
+        came = {name: p.grad.double().numpy().copy() for name, p in params.items()}
+        record = clipper.clip()
+        yield step, came, {n: p.grad.double().numpy() for n, p in params.items()}, record, clipper
+        if steps is not None:
+            steps.step()
+
+
+def close(got, want):
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def spam_oracle(came, square, t, theta, decay, warmup):
+    clipped = {}
+    for name, grad in came.items():
+        hat = square[name] / (1 - decay**t) if t else square[name]
+        bound = np.sqrt(theta * hat)
+        held = np.where(hat > 0, np.clip(grad, -bound, bound), grad)
+        clipped[name] = held if t >= warmup else grad
+        square[name] = decay * square[name] + (1 - decay) * clipped[name] ** 2
+    return clipped
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel": "accelerator"}])
+def test_spam_with_its_own_moment(options):
+    square = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    policy = Spam(theta=9.0, decay=0.95, warmup_steps=10)
+    clipped = 0
+    for step, came, after, record, _ in run(policy, **options):
+        want = spam_oracle(came, square, step, 9.0, 0.95, 10)
+        close(after, want)
+        changed = max(np.abs(want[n] - came[n]).max() for n in want)
+        assert bool(record.clipped) == (changed > 1e-9)
+        clipped += bool(record.clipped)
+    assert 20 < clipped < STEPS
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam])
+def test_spam_takes_the_optimizers_moment(cls):
+    square = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    clipped = 0
+    policy = Spam(theta=9.0, decay=0.5, warmup_steps=10)
+
+    def adam(params):
+        return optimizer_for(params, cls, betas=(0.9, 0.95))
+
+    for step, came, after, record, clipper in run(policy, adam):
+        close(after, spam_oracle(came, square, step, 9.0, 0.95, 10))
+        assert "elements" not in clipper.state_dict()["policies"][0]
+        clipped += bool(record.clipped)
+    assert clipped > 20
+
+
+def test_spam_keeps_its_own_where_the_optimizer_has_none():
+    class Lion(torch.optim.Optimizer):
+        """Has betas and a state, and no second moment."""
+
+        def step(self):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["exp_avg"] = p.grad
+
+    params = parameters()
+    lion = Lion(params.values(), {"betas": (0.9, 0.99)})
+    clipper = GradientClipper(Spam(), params.items(), lion)
+    for step in range(3):
+        fill(params, step)
+        clipper.clip()
+        lion.step()
+        saved = clipper.state_dict()["policies"][0].get("elements", {})
+        assert len(saved) == (len(SHAPES) if step else 0)
+    silent = Lion(params.values(), {"betas": (0.9, 0.99)})  # whoever steps keeps state elsewhere
+    clipper = GradientClipper(Spam(), params.items(), silent)
+    for step in range(22):
+        fill(params, step)
+        clipper.clip()
+    assert clipper.state_dict()["policies"][0]["elements"].keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel": "accelerator"}])
+def test_spike_max(options):
+    decay, raw, weight, clipped = 0.97, dict.fromkeys(SHAPES, 0.0), 1.0, 0
+    for _, came, after, record, _ in run(SpikeMax(decay=decay), **options):
+        weight *= decay
+        want = {}
+        for name, grad in came.items():
+            largest = np.abs(grad).max()
+            raw[name] = decay * raw[name] + (1 - decay) * largest
+            mean = raw[name] / (1 - weight)
+            want[name] = np.where(np.abs(grad) > mean, grad * (mean / largest), grad)
+        close(after, want)
+        changed = max(np.abs(want[n] - came[n]).max() for n in want)
+        assert bool(record.clipped) == (changed > 1e-9)
+        clipped += bool(record.clipped)
+    assert clipped > 20
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+@pytest.mark.parametrize(("cap", "fade"), [(None, 1.0), (3.0, 1.0), (2.0, 0.8)])
+def test_uclip(kind, cap, fade):
+    limit = 0.9 if kind == "value" else 4.0
+    policy = UClip(limit=limit, kind=kind, max_carry=cap, carry_decay=fade)
+    most = math.inf if cap is None else cap * limit
+    carry = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    used = came_so_far = 0.0
+    for _, came, after, record, _ in run(policy):
+        whole = {name: grad + carry[name] for name, grad in came.items()}
+        norm = math.sqrt(sum((w**2).sum() for w in whole.values()))
+        coef = 1.0 if norm <= limit else limit / (norm + 1e-6)
+        for name, value in whole.items():
+            want = np.clip(value, -limit, limit) if kind == "value" else value * coef
+            np.testing.assert_allclose(after[name], want, rtol=1e-4, atol=2e-4)
+            carry[name] = (value - want) * fade
+            if kind == "value":
+                carry[name] = np.clip(carry[name], -most, most)
+        size = math.sqrt(sum((c**2).sum() for c in carry.values()))
+        if kind == "norm" and size > most:
+            carry = {name: c * (most / size) for name, c in carry.items()}
+        total = math.sqrt(sum((grad**2).sum() for grad in came.values()))
+        assert float(record.grad_norm) == pytest.approx(total, rel=1e-6)
+        used += sum(a.sum() for a in after.values())
+        came_so_far += sum(g.sum() for g in came.values())
+    if cap is None:
+        left = sum(c.sum() for c in carry.values())
+        assert used == pytest.approx(came_so_far - left, abs=1e-2)
+
+
+@given(
+    values=st.lists(
+        st.lists(st.integers(-1024, 1024), min_size=3, max_size=3), min_size=1, max_size=30
+    ),
+    power=st.integers(-3, 6),
+)
+def test_all_that_uclip_lets_through_is_all_that_came_less_what_it_carries(values, power):
+    p = torch.nn.Parameter(torch.zeros(3))
+    clipper = GradientClipper(UClip(limit=2.0**power, max_carry=None), [("p", p)])
+    used = torch.zeros(3, dtype=torch.float64)
+    for row in values:
+        p.grad = torch.tensor(row, dtype=torch.float32) / 8
+        clipper.clip()
+        assert p.grad.abs().max() <= 2.0**power
+        used += p.grad
+    saved = clipper.state_dict()["policies"][0].get("elements", {})
+    carry = saved["p"]["carry"].double() if saved else torch.zeros(3)
+    came = torch.tensor(values, dtype=torch.float64).sum(0) / 8
+    if (torch.tensor(values) != 0).any():
+        assert torch.equal(used, came - carry)
+
+
+def test_uclip_carries_nothing_below_its_limit_and_no_more_than_its_cap():
+    params = parameters()
+    clipper = GradientClipper(UClip(limit=math.inf), params.items())
+    for step in range(5):
+        fill(params, step)
+        before = grads(params)
+        assert not clipper.clip().clipped
+        assert all(torch.equal(p.grad, before[name]) for name, p in params.items())
+    p = torch.nn.Parameter(torch.zeros(2))
+    for cap in (None, 10.0):
+        clipper = GradientClipper(UClip(limit=1.0, max_carry=cap), [("p", p)])
+        for _ in range(50):
+            p.grad = torch.full((2,), 2.0)
+            clipper.clip()
+        carry = clipper.state_dict()["policies"][0]["elements"]["p"]["carry"]
+        assert torch.equal(carry, torch.full((2,), 50.0 if cap is None else cap))
+
+
+def test_an_element_that_had_no_gradient_yet_is_not_dead():
+    """Rows of an embedding seen for the first time after the warm-up."""
+    theta, decay, square = 5000.0, 0.999, np.zeros(2)
+    p = torch.nn.Parameter(torch.zeros(2))
+    clipper = GradientClipper(Spam(theta=theta, decay=decay), [("p", p)])
+    for step in range(60):
+        seen = np.array([1.0, 0.0 if step < 30 else 1.0])
+        p.grad = torch.tensor(seen, dtype=torch.float32)
+        clipper.clip()
+        assert torch.equal(p.grad, torch.tensor(seen, dtype=torch.float32))
+        over = (step >= 20) & (seen**2 > theta * square)  # as the reference has it
+        reference = np.where(over, np.sqrt(theta * square), seen)
+        square = decay * square + (1 - decay) * reference**2
+        assert reference[1] == 0
+
+
+def test_a_new_element_is_held_from_its_second_gradient_on():
+    p = torch.nn.Parameter(torch.zeros(2))
+    clipper = GradientClipper(Spam(theta=100.0), [("p", p)])
+    for step in range(40):
+        p.grad = torch.tensor([1.0, float(step >= 30)])
+        clipper.clip()
+    p.grad = torch.tensor([1.0, 1e4])
+    assert clipper.clip().clipped
+    assert p.grad[0] == 1
+    assert 0.5 < p.grad[1] < 10
+
+
+def test_a_reset_does_not_turn_spike_max_off():
+    """Stable-SPAM restarts the count of its correction every `gap` steps and keeps the mean."""
+    decay, gap, raw, count = 0.999, 50, 0.0, 0
+    p = torch.nn.Parameter(torch.zeros(2))
+    clipper = GradientClipper(SpikeMax(decay=decay), [("p", p)])
+    for step in range(80):
+        largest = 100.0 if step == 60 else 1.0
+        p.grad = torch.tensor([largest, 0.5])
+        clipper.clip()
+        count = 1 if step and step % gap == 0 else count + 1
+        raw = decay * raw + (1 - decay) * largest
+        reference = min(largest, raw / (1 - decay**count))
+        if step == 60:
+            assert reference > 10
+            assert p.grad[0] < 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "policy", [Spam(theta=4.0, warmup_steps=3), UClip(limit=0.3)], ids=lambda p: p.type
+)
+def test_memory_of_half_precision_gradients_is_single(policy, dtype):
+    """Each square of 1e-3 would be lost beside 1 in half precision, and underflow in float16."""
+    params, single = parameters(dtype), parameters()
+    clipper = GradientClipper(policy, params.items())
+    other = GradientClipper(policy, single.items())
+    for step in range(30):
+        fill(params, step, 1e-4 if policy.type == "spam" else 1.0)
+        for name, p in params.items():
+            single[name].grad = p.grad.float()
+        clipper.clip()
+        other.clip()
+        for name, p in params.items():
+            torch.testing.assert_close(p.grad, single[name].grad.to(dtype), rtol=2e-2, atol=1e-3)
+    for name, own in clipper.state_dict()["policies"][0]["elements"].items():
+        (value,) = own.values()
+        (want,) = other.state_dict()["policies"][0]["elements"][name].values()
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, want, rtol=1e-2, atol=1e-10)
+
+
+def test_gradients_of_any_layout_are_cut_alike():
+    torch.manual_seed(0)
+    values = torch.randn(3, 200, 300)
+    found = []
+    for grad in (values, values.transpose(1, 2).contiguous().transpose(1, 2)):
+        p = torch.nn.Parameter(torch.zeros(3, 200, 300))
+        clipper = GradientClipper(UClip(limit=0.5), [("p", p)])
+        for _ in range(2):
+            p.grad = grad.clone()
+            clipper.clip()
+        found.append((p.grad, clipper.state_dict()["policies"][0]["elements"]["p"]["carry"]))
+    assert all(map(torch.equal, *found))
+
+
+def test_what_is_before_it_in_the_list_scales_first():
+    norm = ClipByNorm(max_norm=3.0)
+    for last in (Spam(theta=4.0, warmup_steps=3), SpikeMax(decay=0.9)):
+        params, others = parameters(), parameters()
+        both = GradientClipper([SkipNonfinite(), norm, last], params.items())
+        first, second = (GradientClipper(p, others.items()) for p in (norm, last))
+        clipped = 0
+        for step in range(40):
+            fill(params, step, SPIKES.get(step, 1.0))
+            fill(others, step, SPIKES.get(step, 1.0))
+            both.clip()
+            first.clip()
+            clipped += bool(second.clip().clipped)
+            torch.testing.assert_close(flat(params), flat(others), rtol=1e-6, atol=1e-7)
+        assert clipped > 5
+
+
+def test_spike_max_after_units():
+    unit = ClipByNorm(max_norm=1.5, scope="unit")
+    params, others = parameters(), parameters()
+    both = GradientClipper([unit, SpikeMax(decay=0.9)], params.items())
+    first, second = (GradientClipper(p, others.items()) for p in (unit, SpikeMax(decay=0.9)))
+    for step in range(20):
+        fill(params, step)
+        fill(others, step)
+        both.clip()
+        first.clip()
+        second.clip()
+        torch.testing.assert_close(flat(params), flat(others), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("policy", [Spam(theta=4.0, warmup_steps=3), UClip(limit=0.4)])
+def test_before_it_starts_it_neither_acts_nor_learns(policy):
+    params, others = parameters(), parameters()
+    late = GradientClipper(policy.model_copy(update={"after": 5}), params.items())
+    clipper = GradientClipper(policy, others.items())
+    for step in range(5):
+        fill(params, step)
+        assert not late.clip().clipped
+    for step in range(5, 20):
+        fill(params, step)
+        fill(others, step)
+        late.clip()
+        clipper.clip()
+        assert torch.equal(flat(params), flat(others))
+
+
+def test_without_save_it_starts_anew():
+    for policy in (UClip(limit=0.4, save=False), Spam(theta=4.0, warmup_steps=3, save=False)):
+        params, others = parameters(), parameters()
+        clipper = GradientClipper(policy, params.items())
+        for step in range(10):
+            fill(params, step)
+            clipper.clip()
+        buffer = io.BytesIO()
+        torch.save(clipper.state_dict(), buffer)
+        assert "elements" not in clipper.state_dict()["policies"][0]
+        clipper.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+        fresh = GradientClipper(policy, others.items())
+        for step in range(10):
+            fill(params, step)
+            fill(others, step)
+            assert clipper.clip().clipped == fresh.clip().clipped
+            assert torch.equal(flat(params), flat(others))
+
+
+def test_memory_of_another_shape_is_refused_and_changes_nothing():
+    params = parameters()
+    clipper = GradientClipper(UClip(limit=0.4), params.items())
+    fill(params, 0)
+    clipper.clip()
+    state = clipper.state_dict()
+    other = copy.deepcopy(state)
+    other["policies"][0]["elements"]["scale"]["carry"] = torch.zeros(3)
+    other["policies"][0]["state"]["carrying"].zero_()
+    with pytest.raises(ConfigError, match=r"'carry' of 'uclip' for 'scale' has shape \(3,\)"):
+        clipper.load_state_dict(other)
+    assert clipper.state_dict()["policies"][0]["state"] == state["policies"][0]["state"]
+
+
+def test_orders_and_neighbours_that_are_refused():
+    norm, unit = ClipByNorm(max_norm=1.0), ClipByNorm(max_norm=1.0, scope="unit")
+    with pytest.raises(ConfigError, match=r"has 'spam' before another policy; .*Move it"):
+        GradientClipper([Spam(), ClipByValue(clip_value=1.0)], parameters().items())
+    with pytest.raises(ConfigError, match=r"has 'norm' before 'uclip', .*Remove 'norm'"):
+        GradientClipper([norm, UClip(limit=1.0)], parameters().items())
+    GradientClipper([SkipNonfinite(), UClip(limit=1.0)], parameters().items())
+    with pytest.raises(ConfigError, match="'spam' stands beside a policy of scope 'unit'"):
+        GradientClipper([unit, Spam()], parameters().items())
+    with pytest.raises(ConfigError, match="reset_every with moment 'optimizer'"):
+        GradientClipper({"policies": [{"type": "spam", "reset_every": 5}]}, parameters().items())
+
+
+def test_a_clamp_reads_nothing_again_where_nothing_exceeds_it():
+    params = parameters()
+    for policy in (ClipByValue(clip_value=1e3), Spam(theta=1e9), UClip(limit=1e3)):
+        clipper = GradientClipper(policy, params.items())
+        for step in range(3):
+            fill(params, step)
+            versions = [p.grad._version for p in params.values()]
+            clipper.clip()
+            assert [p.grad._version for p in params.values()] == versions
+
+
+def test_the_optimizers_moment_on_an_accelerator_is_not_waited_for():
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.empty(4, 3, device="cuda"))
+        optimizer = torch.optim.AdamW([p], foreach=False)
+        clipper = GradientClipper(
+            {"policies": [Spam()], "on_nonfinite": "ignore"}, [("p", p)], optimizer
+        )
+        p.grad = torch.empty_like(p)
+        optimizer.state[p] = {
+            "step": torch.tensor(30.0),
+            "exp_avg_sq": torch.empty_like(p),
+        }
+        record = clipper.clip()
+        assert record.clipped.device.type == "cuda"
+        assert not clipper._memory._own
