@@ -20,10 +20,12 @@ from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_nor
 from gradclip.noise_scale import NoiseScale
 from gradclip.policies import (
     AGC,
+    AdaGC,
     AutoClip,
     ClipByNorm,
     ClipByRMS,
     ClipByValue,
+    EmaClip,
     Schedule,
     SkipLarge,
     SkipNonfinite,
@@ -35,6 +37,7 @@ from gradclip.records import ClipRecord
 
 __all__ = [
     "AGC",
+    "AdaGC",
     "AutoClip",
     "ClipByNorm",
     "ClipByRMS",
@@ -43,6 +46,7 @@ __all__ = [
     "ClipError",
     "ClipRecord",
     "ConfigError",
+    "EmaClip",
     "GradientClipper",
     "GroupConfig",
     "LayoutError",

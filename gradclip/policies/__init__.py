@@ -4,10 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from gradclip.policies.adagc import AdaGC
 from gradclip.policies.agc import AGC
 from gradclip.policies.autoclip import AutoClip
 from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
 from gradclip.policies.chain import decide_all
+from gradclip.policies.ema import EmaClip
 from gradclip.policies.fixed import ClipByNorm, ClipByRMS, ClipByValue
 from gradclip.policies.rule import Rule, combine, combine_runs
 from gradclip.policies.schedule import Schedule
@@ -16,12 +18,14 @@ from gradclip.policies.zclip import ZClip
 
 __all__ = [
     "AGC",
+    "AdaGC",
     "AdaptivePolicy",
     "AnyPolicy",
     "AutoClip",
     "ClipByNorm",
     "ClipByRMS",
     "ClipByValue",
+    "EmaClip",
     "NormPolicy",
     "Policy",
     "Rule",
@@ -43,6 +47,8 @@ AnyPolicy = Annotated[
     | AGC
     | AutoClip
     | ZClip
+    | EmaClip
+    | AdaGC
     | SkipNonfinite
     | SkipSpike
     | SkipLarge,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
 from gradclip.policies.schedule import Limit
+from gradclip.policies.window import level, pushed, run
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["ZClip"]
@@ -36,16 +37,17 @@ class ZClip(AdaptivePolicy):
     the variance that 1.4826 times the median absolute deviation stands for, which a spike among
     them does not inflate.
 
-    State: `mean`, `var`, `seen` (norms taken in), `streak` (spikes in a row), all of shape
-    (slots,) and float64, and `recent`, the last norms, of shape (history, slots). All of it is
-    restored, warm-up included.
+    State: `mean`, `var`, `seen` (norms taken in), `streak` (spikes in a row, negative for norms
+    below half the mean), all of shape (slots,) and float64, and `recent`, the last norms, of shape
+    (history, slots). All of it is restored, warm-up included.
 
     Ranks: decided from reduced norms, so equal everywhere without a broadcast.
 
     Departures: the reference locks for ever after a lasting change of level by a factor of 2 or
-    more, since a spike feeds back only its clipped value. After `escape_after` spikes in a row m
-    and V are taken anew from those norms; `escape_after: null` is the reference. A norm of
-    exactly 0 is no observation. State is in float64. `sigma_floor` keeps s above a share of m.
+    more, since a spike feeds back only its clipped value. After `escape_after` spikes in a row,
+    or as many norms below m / 2, m and V are taken anew from those norms: their median, and the
+    variance about their mean. `escape_after: null` is the reference. A norm of exactly 0 is no
+    observation. State is in float64. `sigma_floor` keeps s above a share of m.
 
     References: Kumar, Owen, Roy Chowdhury, Guera, "ZClip: Adaptive Spike Mitigation for LLM
     Pre-Training", https://arxiv.org/abs/2504.02507 (2025); code: bluorion-com/ZClip 1.0.0.
@@ -76,7 +78,8 @@ class ZClip(AdaptivePolicy):
     warmup: Literal["mean", "median"] = "mean"
     """How mean and variance start (see above)."""
     escape_after: Annotated[int, Field(ge=2)] | None = 25
-    """Spikes in a row that count as a new level; null never escapes, as the reference."""
+    """Spikes in a row, or norms below half the mean, that count as a new level; null never escapes,
+    as the reference."""
 
     @property
     def _history(self) -> int:
@@ -120,11 +123,10 @@ class ZClip(AdaptivePolicy):
         self, norms: Tensor, taken: Tensor, spike: Tensor, ready: Tensor, state: State
     ) -> State:
         observed = norms > 0
-        recent = torch.cat([state["recent"].narrow(0, 1, self._history - 1), norms.unsqueeze(0)])
-        recent = torch.where(observed, recent, state["recent"])
+        recent = pushed(state["recent"], norms, observed)
         seen = state["seen"] + observed
-        streak = torch.where(spike, state["streak"] + 1, 0.0)
-        streak = torch.where(observed, streak, state["streak"])
+        low = ready & (norms < state["mean"] / 2)
+        streak = torch.where(observed, run(state["streak"], spike, low), state["streak"])
 
         step = 1 - self.decay
         mean = self.decay * state["mean"] + step * taken
@@ -139,30 +141,14 @@ class ZClip(AdaptivePolicy):
         var = torch.where(moves, var, state["var"])
 
         started = (seen >= self.warmup_steps) & (state["seen"] < self.warmup_steps)
-        center, square = _level(recent, self.warmup_steps, self.warmup)
+        center, square = level(recent, self.warmup_steps, self.warmup)
         mean = torch.where(started, center, mean)
         var = torch.where(started, square, var)
         if self.escape_after is not None:
-            escaped = streak >= self.escape_after
-            center, _ = _level(recent, self.escape_after, "median")
-            _, square = _level(recent, self.escape_after, "mean")
+            escaped = streak.abs() >= self.escape_after
+            center, _ = level(recent, self.escape_after, "median")
+            _, square = level(recent, self.escape_after, "mean")
             mean = torch.where(escaped, center, mean)
             var = torch.where(escaped, square, var)
             streak = torch.where(escaped, 0.0, streak)
         return {"mean": mean, "var": var, "seen": seen, "streak": streak, "recent": recent}
-
-
-def _level(recent: Tensor, count: int, kind: str) -> tuple[Tensor, Tensor]:
-    """Centre and variance of the last `count` rows of `recent`, each of shape (slots,)."""
-    last = recent.narrow(0, recent.shape[0] - count, count)
-    if kind == "mean":
-        return last.mean(0), last.var(0, correction=0)
-    center = _median(last)
-    return center, (1.4826 * _median((last - center).abs())).square()
-
-
-def _median(rows: Tensor) -> Tensor:
-    """The middle of each column, the mean of both middles for an even count."""
-    ordered = rows.sort(0).values
-    count = rows.shape[0]
-    return ordered.narrow(0, (count - 1) // 2, 2 - count % 2).mean(0)

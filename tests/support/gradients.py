@@ -5,10 +5,12 @@ from torch import nn
 
 from gradclip import (
     AGC,
+    AdaGC,
     AutoClip,
     ClipByNorm,
     ClipByRMS,
     ClipByValue,
+    EmaClip,
     Schedule,
     SkipLarge,
     SkipNonfinite,
@@ -38,6 +40,15 @@ POLICIES = {
     "zclip_capped": ZClip(warmup_steps=4, max_norm=2.0, variance="exact", sigma_floor=0.02),
     "zclip_median": ZClip(warmup_steps=4, warmup="median", mode="percentile", max_norm=None),
     "zclip_parameter": ZClip(warmup_steps=4, scope="parameter", clip_option="mean"),
+    "ema": EmaClip(warmup_steps=4, escape_after=5),
+    "ema_group": EmaClip(warmup_steps=3, scope="group", update="raw", escape_after=None),
+    "ema_skip": EmaClip(warmup_steps=3, factor=1.5, decay=0.8, update="skip", max_norm=20.0),
+    "adagc": AdaGC(warmup_steps=4, escape_after=5),
+    "adagc_min": AdaGC(
+        warmup_steps=4, warmup="min", mean_floor=0.0, escape_after=None, warmup_norm=None
+    ),
+    "adagc_global": AdaGC(warmup_steps=3, factor=1.2, scope="global", max_norm=4.0),
+    "adagc_unit": AdaGC(warmup_steps=3, scope="unit", mean_floor=0.3),
     "skip_nonfinite": SkipNonfinite(),
     "skip_nonfinite_bounded": SkipNonfinite(max_consecutive=3),
     "skip_spike": SkipSpike(window=6, warmup_steps=3, z_threshold=4.0),
