@@ -31,8 +31,9 @@ class EmaClip(AdaptivePolicy):
     How fast it follows, once w is near 1: with "clipped" the mean grows by at most
     decay + (1 - decay) * factor a step (1.01 with the defaults: 110 steps for a factor of 3), which
     holds off spikes and holds up a lasting change; with "raw" one spike of size S lifts the limit
-    by factor * (1 - decay) * S; with "skip" a change above `factor` is never followed. `escape_after` norms in a row above
-    factor * mean, or below mean / factor, are a new level: the mean is then their median.
+    by factor * (1 - decay) * S; with "skip" a change above `factor` is never followed.
+    `escape_after` norms in a row above factor * mean, or below mean / factor, are a new level: the
+    mean is then their median.
 
     State: `mean` (m), `weight` (w), `seen` (norms taken in), `streak` (norms in a row above the
     limit, negative for below), all of shape (slots,) and float64, and `recent`, the last norms, of
