@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
-from gradclip.policies.recent import percentile_of_last, pushed
 from gradclip.policies.sketch import BINS, quantile, taken_in
+from gradclip.policies.window import percentile_of_last, pushed
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["AutoClip"]
@@ -84,10 +84,11 @@ class AutoClip(AdaptivePolicy):
         return Decision(coefficient(stats.norms, limit, self.eps), limit), after
 
     def _observe(self, norms: Tensor, state: State) -> State:
-        seen = state["seen"] + (norms > 0)
+        observed = norms > 0
+        seen = state["seen"] + observed
         if self.history == "all":
             return {"seen": seen, "counts": taken_in(state["counts"], norms)}
-        return {"seen": seen, "recent": pushed(state["recent"], norms)}
+        return {"seen": seen, "recent": pushed(state["recent"], norms, observed)}
 
     def _percentile(self, state: State) -> Tensor:
         if self.history == "all":

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
-from gradclip.policies.recent import median, pushed, run
+from gradclip.policies.window import median, pushed, run
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["EmaClip"]
@@ -98,7 +98,7 @@ class EmaClip(AdaptivePolicy):
         }
         if self.escape_after is None:
             return new
-        new["recent"] = pushed(state["recent"], norms)
+        new["recent"] = pushed(state["recent"], norms, observed)
         escaped = streak.abs() >= self.escape_after
         new["mean"] = torch.where(escaped, median(new["recent"]), new["mean"])
         new["weight"] = torch.where(escaped, 1.0, new["weight"])

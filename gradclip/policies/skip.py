@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gradclip.policies.base import Policy, coefficient, filled
-from gradclip.policies.recent import mean_and_std, median_and_mad, percentile_of_last, pushed
 from gradclip.policies.schedule import Limit
+from gradclip.policies.window import mean_and_std, median_and_mad, percentile_of_last, pushed
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = ["SkipLarge", "SkipNonfinite", "SkipSpike"]

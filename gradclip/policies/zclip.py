@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
-from gradclip.policies.recent import level, pushed, run
 from gradclip.policies.schedule import Limit
+from gradclip.policies.window import level, pushed, run
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["ZClip"]
@@ -123,7 +123,7 @@ class ZClip(AdaptivePolicy):
         self, norms: Tensor, taken: Tensor, spike: Tensor, ready: Tensor, state: State
     ) -> State:
         observed = norms > 0
-        recent = pushed(state["recent"], norms)
+        recent = pushed(state["recent"], norms, observed)
         seen = state["seen"] + observed
         low = ready & (norms < state["mean"] / 2)
         streak = torch.where(observed, run(state["streak"], spike, low), state["streak"])
