@@ -28,7 +28,9 @@ from gradclip import (
     ClipByValue,
     GradientClipper,
     Schedule,
+    SkipLarge,
     SkipNonfinite,
+    SkipSpike,
     ZClip,
 )
 from gradclip.policies import Policy
@@ -92,6 +94,14 @@ PICTURES = {
         SkipNonfinite(),
         "Steps with a NaN are withheld; spikes pass",
         bad=(90, 205, 300),
+    ),
+    "skip_spike": Picture(
+        SkipSpike(window=64, z_threshold=6.0, max_consecutive=10),
+        "Spikes are withheld; a new level is, too, for ten steps, then it is the level",
+    ),
+    "skip_large": Picture(
+        SkipLarge(limit=3.0, relative_to="ema", decay=0.95, warmup_steps=25),
+        "Steps whose norm is three times the running mean, or more, are withheld",
     ),
 }
 CURVES = {
