@@ -11,7 +11,8 @@ from gradclip.policies.chain import decide_all
 from gradclip.policies.fixed import ClipByNorm, ClipByRMS, ClipByValue
 from gradclip.policies.rule import Rule, combine, combine_runs
 from gradclip.policies.schedule import Schedule
-from gradclip.policies.skip import SkipLarge, SkipNonfinite, SkipSpike
+from gradclip.policies.skip import SkipNonfinite, SkipSpike
+from gradclip.policies.skip_large import SkipLarge
 from gradclip.policies.zclip import ZClip
 
 __all__ = [
