@@ -32,6 +32,7 @@ pictures: setup  ## Draw docs/images/policies anew from one recorded run.
 
 bench: setup  ## Times against torch, as ratios within one run.
 	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_policies.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ranks.py
 
 clean:

@@ -10,15 +10,13 @@ is taken pair by pair on rank 0. Collectives are those of one call.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from bench_step import alternate, print_heads, print_row
+from bench_step import alternate, middle, print_heads, print_row, write_json
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -104,18 +102,16 @@ def rank_main(rank: int, store: str, options: argparse.Namespace) -> None:
         named = sharded(width, options.layers)
         for clips, aim in zip((False, True), aims, strict=True):
             runs, (ours, theirs) = compare(named, clips, options)
-            ratio, mine, torchs = (statistics.median(column) for column in zip(*runs, strict=True))
-            low, high = min(run[0] for run in runs), max(run[0] for run in runs)
+            found, (low, high) = middle(runs)
             rows.append(
-                {"gradients": name, "clips": clips, "ratio": ratio, "range": [low, high]}
+                {"gradients": name, "clips": clips, "ratio": found[0], "range": [low, high]}
                 | {"aim": aim, "collectives": [ours, theirs]}
             )
             if rank == 0:
                 note = f"{low:.3f} to {high:.3f}; collectives {ours} against {theirs}"
-                print_row(f"{len(named)} tensors, {name}", clips, (ratio, mine, torchs), aim, note)
-    if rank == 0 and options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+                print_row(f"{len(named)} tensors, {name}", clips, found, aim, note)
+    if rank == 0:
+        write_json(rows, options.json)
     dist.destroy_process_group()
 
 

@@ -44,6 +44,12 @@ def parameters(shapes: list[torch.Size], dtype: torch.dtype) -> list[Parameter]:
     return made
 
 
+def restoring(params: list[Parameter]) -> Callable[[], None]:
+    """A call that gives gradients the values they have now."""
+    saved = [p.grad.clone() for p in params if p.grad is not None]
+    return lambda: torch._foreach_copy_([p.grad for p in params], saved)
+
+
 def timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
@@ -68,6 +74,15 @@ def alternate(
     return statistics.median(a / b for a, b in pairs), *medians
 
 
+def middle(
+    runs: list[tuple[float, float, float]],
+) -> tuple[tuple[float, float, float], tuple[float, float]]:
+    """Medians over runs of what `alternate` returns, and the smallest and largest ratio."""
+    ratios, ours, theirs = zip(*runs, strict=True)
+    medians = statistics.median(ratios), statistics.median(ours), statistics.median(theirs)
+    return medians, (min(ratios), max(ratios))
+
+
 def compare(params: list[Parameter], clips: bool, repeats: int) -> tuple[float, float, float]:
     """A step against torch's on the same gradients."""
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
@@ -75,18 +90,16 @@ def compare(params: list[Parameter], clips: bool, repeats: int) -> tuple[float, 
     clipper = GradientClipper(
         ClipByNorm(max_norm=limit), [(str(i), p) for i, p in enumerate(params)]
     )
-    saved = [p.grad.clone() for p in params if p.grad is not None]
-
-    def restore() -> None:
-        torch._foreach_copy_([p.grad for p in params], saved)
-
     return alternate(
-        clipper.clip, lambda: torch.nn.utils.clip_grad_norm_(params, limit), restore, repeats
+        clipper.clip,
+        lambda: torch.nn.utils.clip_grad_norm_(params, limit),
+        restoring(params),
+        repeats,
     )
 
 
-def print_heads() -> None:
-    heads = ("gradients", "clips", "ratio", "ours ms", "torch ms", "aim")
+def print_heads(other: str = "torch") -> None:
+    heads = ("gradients", "clips", "ratio", "ours ms", f"{other} ms", "aim")
     print("{:32s} {:>6s} {:>7s} {:>9s} {:>9s} {:>6s}".format(*heads))
 
 
@@ -96,6 +109,12 @@ def print_row(
     ratio, ours, theirs = found
     shown = "" if aim is None else f"{aim:.2f}"
     print(f"{name:32s} {clips!s:>6s} {ratio:7.3f} {ours:9.2f} {theirs:9.2f} {shown:>6s} {note}")
+
+
+def write_json(rows: list[dict[str, object]], path: str | None) -> None:
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=1)
 
 
 def main() -> None:
@@ -116,9 +135,7 @@ def main() -> None:
             found = compare(params, clips, options.repeats)
             rows.append({"gradients": name, "clips": clips, "ratio": found[0], "aim": aim})
             print_row(name, clips, found, aim)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write_json(rows, options.json)
 
 
 if __name__ == "__main__":
