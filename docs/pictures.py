@@ -31,6 +31,9 @@ from gradclip import (
     SkipLarge,
     SkipNonfinite,
     SkipSpike,
+    Spam,
+    SpikeMax,
+    UClip,
     ZClip,
 )
 from gradclip.policies import Policy
@@ -49,6 +52,7 @@ class Picture:
             for all parameters together.
         norm_type: p of the norm drawn.
         quantity: The name of that norm.
+        shows_after: Whether to draw the norm after clipping as a line too.
         bad: Steps at which one element of the recorded gradients is made NaN.
     """
 
@@ -57,6 +61,7 @@ class Picture:
     shown: str | None = None
     norm_type: float = 2.0
     quantity: str = "gradient norm"
+    shows_after: bool = False
     bad: Sequence[int] = field(default=())
 
 
@@ -89,6 +94,28 @@ PICTURES = {
     "zclip": Picture(
         ZClip(max_norm=None),
         "Spikes are pulled back to the mean; after 25 in a row the level is taken as new",
+    ),
+    "spam": Picture(
+        Spam(theta=25.0, decay=0.98),
+        "Single elements are held to five times their own running root mean square",
+        shows_after=True,
+        shown=LAYER,
+        norm_type=float("inf"),
+        quantity="largest element",
+    ),
+    "spike_max": Picture(
+        SpikeMax(decay=0.98),
+        "Elements above the running mean of their parameter's largest are scaled down",
+        shown=LAYER,
+        norm_type=float("inf"),
+        quantity="largest element",
+    ),
+    "uclip": Picture(
+        UClip(limit=0.3),
+        "What is cut off is given back later: after a spike, steps stay at the limit",
+        shows_after=True,
+        norm_type=float("inf"),
+        quantity="largest element",
     ),
     "skip_nonfinite": Picture(
         SkipNonfinite(),
@@ -176,7 +203,7 @@ def replay(picture: Picture, run: Sequence[Sequence[torch.Tensor]]) -> Replay:
     parameters = weights()
     clipper = GradientClipper(picture.policy, parameters.items())
     slots = clipper.state_dict()["policies"][0]["slots"]
-    slot = slots.index(picture.shown) if picture.shown else 0
+    slot = slots.index(picture.shown) if picture.shown in slots else 0
     rows = []
     with limits_of(picture.policy) as limits:
         for step, grads in enumerate(run):
@@ -219,16 +246,20 @@ def draw(picture: Picture, run: Replay, path: Path) -> None:
     figure, axes = canvas(picture.title)
     steps = np.arange(STEPS)
     axes.plot(steps, run.before, color=GREY, linewidth=0.9)
-    axes.hlines(run.limit, steps - 0.6, steps + 0.6, BLUE, linewidth=2.6)
     factor = run.before / run.after
     clipped = factor > 1 + 1e-6
+    axes.hlines(run.limit, steps - 0.6, steps + 0.6, BLUE, linewidth=2.6)
     for some, size in ((clipped & (factor < 1.5), 1.8), (clipped & (factor >= 1.5), 4.5)):
         axes.vlines(steps[some], run.after[some], run.before[some], VERMILION, linewidth=0.9)
         axes.plot(steps[some], run.before[some], "v", color=VERMILION, markersize=size)
     skipped = run.skipped
     axes.plot(steps[skipped], run.before[skipped], "x", color=BLACK, markersize=7, mew=1.8)
     ends = {picture.quantity: (float(np.median(run.before[-15:])), GREY)}
-    label(axes, {**ends, "limit": (float(np.median(run.limit[-15:])), BLUE)})
+    ends["limit"] = float(np.median(run.limit[-15:])), BLUE
+    if picture.shows_after:
+        axes.plot(steps, run.after, color=GREEN, linewidth=1.6)
+        ends["after clipping"] = float(np.median(run.after[-15:])), GREEN
+    label(axes, ends)
     marks = {f"▼ {clipped.sum()} clipped": VERMILION, f"✕ {skipped.sum()} withheld": BLACK}
     for row, (text, color) in enumerate(m for m in marks.items() if " 0 " not in m[0]):
         axes.text(1.01, 0.97 - 0.08 * row, text, color=color, transform=axes.transAxes)
