@@ -22,10 +22,12 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from gradclip import (
     AGC,
+    AdaGC,
     AutoClip,
     ClipByNorm,
     ClipByRMS,
     ClipByValue,
+    EmaClip,
     GradientClipper,
     Schedule,
     SkipLarge,
@@ -116,6 +118,15 @@ PICTURES = {
         shows_after=True,
         norm_type=float("inf"),
         quantity="largest element",
+    ),
+    "ema": Picture(
+        EmaClip(warmup_steps=25),
+        "The limit is twice a running mean: it follows a new level, and spikes barely move it",
+    ),
+    "adagc": Picture(
+        AdaGC(warmup_norm=10.0, warmup_steps=25),
+        "1.05 x this layer's own mean: much is clipped a little; 50 in a row are a new level",
+        shown=LAYER,
     ),
     "skip_nonfinite": Picture(
         SkipNonfinite(),

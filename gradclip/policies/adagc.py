@@ -35,8 +35,8 @@ class AdaGC(AdaptivePolicy):
     1100 steps for a factor of 3). With `factor` near 1 most steps are clipped, by design: with
     norms that vary by 10, 30 and 50 % it clips 42, 70 and 78 % of them. A run of clipped norms is
     therefore nothing unusual, and `escape_after` is 50: one false escape in some 10^6 norms that
-    vary by 50 %, none in 10^7 at 30 %; with 25 it would be 37 in 10^6 there. After so many norms in
-    a row above factor * g_i, or below g_i / factor, g_i is their geometric mean, which takes one
+    vary by 50 %, none in 8 * 10^6 at 30 %; with 25 it would be 37 in 10^6 there. After so many in a
+    row above factor * g_i, or below g_i / factor, g_i is their geometric mean, which takes one
     number a slot instead of a history.
 
     State: `mean` (g), `seen` (norms taken in), `streak` (norms in a row above the limit, negative
