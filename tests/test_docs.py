@@ -54,7 +54,7 @@ def test_python(code, monkeypatch, tmp_path):
 def sections(mapping):
     """Every clip configuration in a YAML block, whatever it is nested in."""
     if isinstance(mapping, dict):
-        if "policies" in mapping and "match" not in mapping:
+        if "policies" in mapping and not {"match", "optimizer", "optimizer_group"} & set(mapping):
             yield mapping
         for value in mapping.values():
             yield from sections(value)
