@@ -17,7 +17,13 @@ from torch.nn import Module
 
 from accelerate_clip.engine import EngineClipper, settle_threshold
 from accelerate_clip.private import prepared_models, prepared_optimizers
-from accelerate_clip.refuse import refuse_lomo, refuse_stale, refuse_unsupported, warn_if_alone
+from accelerate_clip.refuse import (
+    refuse_lomo,
+    refuse_loss_of_several,
+    refuse_stale,
+    refuse_unsupported,
+    warn_if_alone,
+)
 from accelerate_clip.report import describe, is_same_rule, report
 from accelerate_clip.step import StepClipper, accumulated_norm, named_parameters
 from gradclip import (
@@ -257,6 +263,7 @@ class AcceleratorClip:
             for prepared in prepared_optimizers(self._accelerator):
                 known = before.get(id(prepared))
                 now.append(known or self._build(prepared, models))
+            refuse_loss_of_several(now)
         except Exception:
             for clipper in now:
                 if clipper not in self._clippers:
@@ -303,26 +310,14 @@ class AcceleratorClip:
         @functools.wraps(backward)
         def backward_and_watch(*args: Any, **kwargs: Any) -> Any:
             self._watched = True
-            self._show_loss(kwargs["loss"] if "loss" in kwargs else args[0])
-            marks = [(clipper, clipper.before_backward()) for clipper in self._clippers]
+            loss = kwargs["loss"] if "loss" in kwargs else args[0] if args else None
+            marks = [(clipper, clipper.before_backward(loss)) for clipper in self._clippers]
             result = backward(*args, **kwargs)
             for clipper, mark in marks:
                 clipper.after_backward(mark)
             return result
 
         return backward_and_watch
-
-    def _show_loss(self, loss: Tensor) -> None:
-        """Let policies see it; with several optimizers nothing says whose it is."""
-        watching = [clipper for clipper in self._clippers if clipper.watches_loss]
-        if watching and len(self._clippers) > 1:
-            msg = (
-                f"A policy watches the loss, and {len(self._clippers)} optimizers have losses of "
-                "their own that accelerator.backward doesn't tell apart; set watch to 'norm'."
-            )
-            raise ConfigError(msg)
-        for clipper in watching:
-            clipper.observe_loss(loss)
 
     def _after_step(self, clipper: _Clipper) -> None:
         self._last_record = clipper.last_record

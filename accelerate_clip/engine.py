@@ -78,8 +78,10 @@ class EngineClipper(GradientClipper):
     def expect_new(self) -> None:
         """Nothing to do: records come from the engine's steps."""
 
-    def before_backward(self) -> Versions | None:
-        """Nothing to remember."""
+    def before_backward(self, loss: Tensor | None) -> Versions | None:
+        """Observe the loss; nothing else to remember."""
+        if loss is not None:
+            self.observe_loss(loss)
         return None
 
     def after_backward(self, before: Versions | None) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 
-from gradclip import ConfigError, LayoutError
+from gradclip import ConfigError, GradientClipper, LayoutError
 
-__all__ = ["refuse_lomo", "refuse_stale", "refuse_unsupported", "warn_if_alone"]
+__all__ = [
+    "refuse_lomo",
+    "refuse_loss_of_several",
+    "refuse_stale",
+    "refuse_unsupported",
+    "warn_if_alone",
+]
 
 _logger = get_logger(__name__)
 
@@ -53,6 +60,22 @@ def refuse_lomo(accelerator: Accelerator) -> None:
             "accelerate_clip.enable: LOMO and AdaLomo update parameters during backward, before "
             "a norm over all gradients exists; allowed: optimizers that step after it. Use "
             "LOMO's own clip_grad_norm, or another optimizer."
+        )
+        raise ConfigError(msg)
+
+
+def refuse_loss_of_several(clippers: Sequence[GradientClipper]) -> None:
+    """Raise if a policy watches the loss and several optimizers have losses of their own.
+
+    Raises:
+        ConfigError: If so.
+    """
+    if len(clippers) > 1 and any(clipper.watches_loss for clipper in clippers):
+        msg = (
+            f"accelerate_clip: a policy has watch 'loss' or 'both', and {len(clippers)} optimizers "
+            "are prepared whose losses accelerator.backward(loss) doesn't tell apart; allowed: one "
+            "optimizer. Set watch to 'norm', or give each optimizer a gradclip.GradientClipper "
+            "and call clipper.clip(loss=...) yourself."
         )
         raise ConfigError(msg)
 

@@ -87,8 +87,11 @@ class StepClipper(GradientClipper):
         """The gradients to come, or now in place, are not those that were clipped."""
         self._done = False
 
-    def before_backward(self) -> Versions | None:
-        """What `after_backward` needs; None while nothing is clipped yet, the usual case."""
+    def before_backward(self, loss: Tensor | None) -> Versions | None:
+        """Observe the loss. What `after_backward` needs; None while nothing is clipped yet."""
+        if self.watches_loss and loss is not None:
+            # A scaler may have left a step out, whose losses are still waiting.
+            self.observe_loss(loss, first=all(p.grad is None for p in self.parameters))
         return versions(self.parameters) if self._done else None
 
     def after_backward(self, before: Versions | None) -> None:

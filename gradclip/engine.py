@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gradclip.apply import apply
 from gradclip.config import ClipConfig, PolicyLike, as_config
-from gradclip.errors import ConfigError, NonFiniteError
+from gradclip.errors import ConfigError
 from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
 from gradclip.kernels import KernelName, kernel_for
@@ -34,7 +34,7 @@ from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
 from gradclip.scopes import Plan, build_plan, needs_places
 from gradclip.state import carry_over, pack, unpack
-from gradclip.stops import WAY_OUT, Losses, is_withheld, where_not_finite
+from gradclip.stops import Losses, is_withheld, where_not_finite
 from gradclip.types import Collected, Handle, Layout, Place, Verdict
 
 __all__ = ["GradientClipper"]
@@ -183,10 +183,13 @@ class GradientClipper:
             watched=plan.watched,
             skip_nonfinite=skips,
         )
-        if on_nonfinite == "raise" and not bool(verdict.finite):
-            msg = f"{self._where_not_finite()} {WAY_OUT}"
-            raise NonFiniteError(msg)
-        verdict = replace(verdict, withheld=is_withheld(verdict, self._where_not_finite))
+        withheld = is_withheld(
+            verdict,
+            [rule.policy for rule in plan.rules],
+            self._where_not_finite,
+            raises=on_nonfinite == "raise",
+        )
+        verdict = replace(verdict, withheld=withheld)
         self._states = states
         self.last_record = self._record(norms[plan.recorded], verdict)
         return grads, verdict, self.last_record
@@ -196,13 +199,22 @@ class GradientClipper:
         """Whether a policy needs the loss of every step."""
         return self._losses is not None
 
-    def observe_loss(self, loss: Tensor | float) -> None:
+    @property
+    def has_loss(self) -> bool:
+        """Whether a loss was observed since the last step, where a policy needs one."""
+        return self._losses is not None and self._losses.any
+
+    def observe_loss(self, loss: Tensor | float, *, first: bool = False) -> None:
         """Show a loss to policies that watch it; `clip` uses the mean of those since the last one.
 
         Args:
-            loss: 0-d, this rank's, of one backward.
+            loss: One number, this rank's, of one backward; without a scaler's factor.
+            first: It is the first since gradients were zeroed. What was observed before is of a
+                step that never came, as when a `GradScaler` leaves one out.
         """
         if self._losses is not None:
+            if first:
+                self._losses.forget()
             self._losses.observe(loss)
 
     def attach(self, optimizer: Optimizer | Any) -> Handle:

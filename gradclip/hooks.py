@@ -21,7 +21,8 @@ def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Removabl
     """Register a step pre-hook that clips; with a closure, clip when its backward is done.
 
     A `GradScaler` leaves the unscaling to a fused optimizer and tells it the scale, which is
-    passed on, so that limits mean the same with and without one.
+    passed on, so that limits mean the same with and without one. What a closure returns is shown
+    to policies that watch the loss, unless one was observed.
 
     Raises:
         ConfigError: If the optimizer evaluates its closure several times a step.
@@ -34,7 +35,9 @@ def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Removabl
         )
         raise ConfigError(msg)
 
-    def clip() -> None:
+    def clip(loss: Any = None) -> None:
+        if loss is not None and clipper.watches_loss and not clipper.has_loss:
+            clipper.observe_loss(loss)
         clipper.clip(grad_scale=getattr(optimizer, "grad_scale", None))
 
     def before_step(
@@ -50,11 +53,11 @@ def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Removabl
     return optimizer.register_step_pre_hook(before_step)
 
 
-def _then(closure: Callable[[], Any], clip: Callable[[], None]) -> Callable[[], Any]:
+def _then(closure: Callable[[], Any], clip: Callable[[Any], None]) -> Callable[[], Any]:
     def closure_then_clip() -> Any:
         with torch.enable_grad():
             loss = closure()
-        clip()
+        clip(loss)
         return loss
 
     return closure_then_clip

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
 from gradclip.layouts import mean_loss
+from gradclip.policies import Policy, SkipNonfinite
+from gradclip.policies.skip import SkipPolicy
 from gradclip.types import Kernel, Layout, Verdict
 
-__all__ = ["WAY_OUT", "Losses", "is_withheld", "where_not_finite"]
-
-WAY_OUT = "on_nonfinite is 'raise'; 'skip' withholds such steps instead."
+__all__ = ["Losses", "is_withheld", "where_not_finite"]
 
 
 class Losses:
@@ -23,18 +23,33 @@ class Losses:
         self._seen: list[Tensor] = []
 
     def observe(self, loss: Tensor | float) -> None:
-        """Take one in, 0-d."""
-        self._seen.append(torch.as_tensor(loss, dtype=torch.float64).detach())
+        """Take one in."""
+        self._seen.append(torch.as_tensor(loss).detach())
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._seen = []
+
+    @property
+    def any(self) -> bool:
+        """Whether one was taken in since the last step."""
+        return bool(self._seen)
 
     def mean(self, device: torch.device) -> Tensor:
         """Their mean, and over ranks, 0-d float64; begins anew.
 
         Raises:
-            ConfigError: If no rank has one.
+            ConfigError: If no rank has one, or one isn't a single number.
         """
-        own = torch.stack(self._seen).mean() if self._seen else None
-        self._seen = []
-        found = mean_loss(own, device)
+        seen, self._seen = self._seen, []
+        shapes = [tuple(loss.shape) for loss in seen if loss.numel() != 1]
+        if shapes:
+            msg = (
+                f"clip: a loss has shape {shapes[0]}; allowed: one number, what backward is called "
+                "on. Pass the mean over the batch."
+            )
+            raise ConfigError(msg)
+        found = mean_loss(seen, device)
         if found is None:
             msg = (
                 "clip: a policy watches the loss, and no rank has given one; call "
@@ -45,33 +60,53 @@ class Losses:
         return found
 
 
-def is_withheld(verdict: Verdict, where: Callable[[], str]) -> bool:
+def is_withheld(
+    verdict: Verdict, policies: Iterable[Policy], where: Callable[[], str], *, raises: bool
+) -> bool:
     """Whether the step is withheld: the one host read, where something can withhold it.
 
     Args:
         verdict: What was decided.
+        policies: Those that decided.
         where: Tells where gradients aren't finite.
+        raises: Whether a step that isn't finite is an error.
 
     Raises:
-        NonFiniteError: If a policy is to stop at so many steps in a row that aren't finite.
-        SkipLimitError: If one is to stop at so many withheld steps in a row.
+        NonFiniteError: If the step isn't finite and that is an error, or was so too many times in
+            a row for a policy.
+        SkipLimitError: If a policy withheld as many steps in a row as it may.
     """
-    if verdict.skip is None or not bool(verdict.skip):
+    odd = verdict.skip
+    if raises:
+        bad = verdict.finite.logical_not()
+        odd = bad if odd is None else odd | bad
+    if odd is None or not bool(odd):
         return False
+    finite = bool(verdict.finite)
+    if raises and not finite:
+        msg = f"{where()} on_nonfinite is 'raise'; 'skip' withholds such steps instead."
+        raise NonFiniteError(msg)
     if verdict.stop is None or not bool(verdict.stop):
         return True
-    if not bool(verdict.finite):
+    if not finite:
+        who = _bounds(p for p in policies if isinstance(p, SkipNonfinite))
         msg = (
-            f"{where()} So it was for the last max_consecutive steps of 'skip_nonfinite'. Raise or "
-            "remove that bound, or look at data, learning rate and loss scale."
+            f"{where()} As many steps in a row as may be were withheld for that ({who}). Raise or "
+            "remove max_consecutive, or look at data, learning rate and loss scale."
         )
         raise NonFiniteError(msg)
+    who = _bounds(p for p in policies if isinstance(p, SkipPolicy) and p.fallback == "raise")
     msg = (
-        "clip: steps were withheld max_consecutive times in a row, and the next is beyond the "
-        "bound too; gradients are unchanged. fallback is 'raise'; 'accept' or 'clip' takes such a "
-        "step and starts anew from its level. Look at data and learning rate."
+        f"clip: a step is beyond the bound {float(verdict.limit):.6g}, or its loss is, and as many "
+        f"in a row as may be were withheld for that ({who}); gradients and state are unchanged. "
+        "fallback is 'raise'; 'accept' or 'clip' takes such a step and starts anew from its "
+        "level. Look at data and learning rate."
     )
     raise SkipLimitError(msg)
+
+
+def _bounds(policies: Iterable[SkipNonfinite | SkipPolicy]) -> str:
+    return ", ".join(f"{p.type!r}: max_consecutive {p.max_consecutive}" for p in policies)
 
 
 def where_not_finite(parameters: Mapping[str, Tensor], layout: Layout, kernel: Kernel) -> str:

@@ -15,6 +15,7 @@ from lightning_clip.framework import (
     Trainer,
     deepspeed_engine,
     live_scaler,
+    unscaled,
 )
 from lightning_clip.refuse import refuse_optimizers, refuse_setup
 from lightning_clip.report import report
@@ -73,6 +74,7 @@ class GradientClip(Callback):
         self._saved: dict[str, Any] = {}
         self._last_record: ClipRecord | None = None
         self._backward_ran = False
+        self._zeroed = False
         self._engine: Any | None = None
         self._detach: Callable[[], None] | None = None
 
@@ -131,12 +133,16 @@ class GradientClip(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Let policies see the loss, of each micro-batch, without a scaler's factor."""
-        del pl_module
+        """Let a policy see the loss of each micro-batch, as `training_step` gave it."""
         for clipper in self._clippers:
             if clipper.watches_loss:
-                scaler = live_scaler(trainer)
-                clipper.observe_loss(loss if scaler is None else loss / scaler.get_scale())
+                loss = unscaled(trainer, pl_module, loss)
+                clipper.observe_loss(loss, first=self._zeroed)
+                self._zeroed = False
+
+    def on_before_zero_grad(self, *_: object) -> None:
+        """What follows is the first batch of a step."""
+        self._zeroed = True
 
     def on_after_backward(self, *_: object) -> None:
         """This batch has gradients."""
@@ -196,8 +202,10 @@ class GradientClip(Callback):
         self._steps = [0] * len(self._clippers)
         if len(self._clippers) > 1 and any(clipper.watches_loss for clipper in self._clippers):
             msg = (
-                f"GradientClip: a policy watches the loss, and {len(self._clippers)} optimizers "
-                "have losses of their own, which Lightning doesn't tell apart; set watch to 'norm'."
+                f"GradientClip: a policy has watch 'loss' or 'both', and {len(self._clippers)} "
+                "optimizers have losses that Lightning's on_before_backward doesn't tell apart; "
+                "allowed: one optimizer. Set watch to 'norm', or call clipper.clip(loss=...) of a "
+                "gradclip.GradientClipper in manual optimization."
             )
             raise ConfigError(msg)
 

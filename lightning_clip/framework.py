@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
@@ -20,6 +22,7 @@ __all__ = [
     "is_lightning",
     "live_scaler",
     "logger_step",
+    "unscaled",
     "unscales_in_step",
 ]
 
@@ -38,6 +41,19 @@ def live_scaler(trainer: Trainer) -> Any | None:
     """The gradient scaler that is in use, if any: an attribute of the mixed precision plugins."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def unscaled(trainer: Trainer, module: LightningModule, loss: Tensor) -> Tensor:
+    """A loss as `training_step` gave it, from what `on_before_backward` is handed.
+
+    That was divided by the batches of a step, in automatic optimization, and multiplied by the
+    scale of a live scaler, which `scale` tells without reading it on the host.
+    """
+    loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+    if module.automatic_optimization:
+        loss = loss * trainer.accumulate_grad_batches
+    scaler = live_scaler(trainer)
+    return loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
 
 
 def unscales_in_step(optimizer: Optimizer) -> bool:

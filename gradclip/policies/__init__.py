@@ -14,7 +14,8 @@ from gradclip.policies.ema import EmaClip
 from gradclip.policies.fixed import ClipByNorm, ClipByRMS
 from gradclip.policies.rule import Rule, combine, combine_runs
 from gradclip.policies.schedule import Schedule
-from gradclip.policies.skip import SkipLarge, SkipNonfinite, SkipSpike
+from gradclip.policies.skip import SkipNonfinite, SkipSpike
+from gradclip.policies.skip_large import SkipLarge
 from gradclip.policies.spam import Spam
 from gradclip.policies.spike_max import SpikeMax
 from gradclip.policies.uclip import UClip

@@ -38,7 +38,7 @@ def withheld(policy, norms, losses=None):
     return found
 
 
-REFERENCE = {"include_skipped": True, "max_consecutive": None}
+REFERENCE = {"include_skipped": True, "max_consecutive": None, "sigma_floor": 0.0}
 
 
 def olmo(case):
@@ -123,7 +123,9 @@ def test_is_the_plain_formula(statistic, window):
     norms[generator.random(400) < 0.05] *= 30
     norms[250:] *= 12  # a lasting change of level
     norms = np.float32(norms).astype(float).tolist()
-    policy = SkipSpike(window=window, z_threshold=4.0, statistic=statistic, max_consecutive=6)
+    policy = SkipSpike(
+        window=window, z_threshold=4.0, statistic=statistic, max_consecutive=6, sigma_floor=0.0
+    )
     found = withheld(policy, norms)
     assert found == plain(policy, norms)
     assert 0 < sum(found) < 200
@@ -156,7 +158,7 @@ class TestBound:
             clipper.clip()
         before = clipper.state_dict()
         p.grad = torch.tensor([60.0])
-        with pytest.raises(SkipLimitError, match=r"max_consecutive times in a row.* unchanged"):
+        with pytest.raises(SkipLimitError, match=r"'skip_spike': max_consecutive 3\).* unchanged"):
             clipper.clip()
         assert float(p.grad) == 60.0
         for name, value in clipper.state_dict()["policies"][0]["state"].items():
@@ -175,18 +177,33 @@ class TestBound:
             p.grad = torch.tensor([value])
             clipper.clip()
         p.grad = torch.tensor([math.nan])
-        with pytest.raises(NonFiniteError, match=r"on this rank in p;.*last max_consecutive steps"):
+        with pytest.raises(NonFiniteError, match=r"on this rank in p;.*max_consecutive 2\)"):
             clipper.clip()
         assert p.grad is not None
 
     def test_a_bad_step_is_no_spike_and_a_spike_no_bad_step(self):
         p, clipper = clipper_of([SkipSpike(window=8, max_consecutive=3), SkipNonfinite()])
-        for norm in [*self.NORMS[:8], math.nan, 50.0, math.nan, 50.0]:
+
+        def rows():
+            states = [entry["state"] for entry in clipper.state_dict()["policies"]]
+            return [float(state["withheld"] - state["before"]) for state in states]
+
+        for norm in [*self.NORMS[:8], math.nan, 50.0, 0.0, math.nan, 50.0, math.nan]:
             p.grad = torch.tensor([norm])
             clipper.clip()
-        spike, bad = (entry["state"] for entry in clipper.state_dict()["policies"])
-        assert float(spike["streak"]) == 2
-        assert float(bad["streak"]) == 0
+        assert rows() == [2.0, 3.0]
+        p.grad = torch.tensor([1.0])
+        clipper.clip()
+        assert rows() == [0.0, 0.0]
+
+    def test_two_bounds_that_began_apart_let_the_same_step_pass(self):
+        """Reset by steps that only the other withheld, they would take turns for ever."""
+        policies = [
+            SkipSpike(window=8, max_consecutive=3),
+            SkipLarge(limit=40.0, max_consecutive=3),
+        ]
+        norms = [*self.NORMS[:8], 20.0, *([50.0] * 6)]
+        assert withheld(policies, norms) == [False] * 8 + [True] * 4 + [False, True, True]
 
 
 class TestOptax:
@@ -288,7 +305,7 @@ def test_a_withheld_step_leaves_no_trace():
         ({"type": "skip_spike", "window": 8, "warmup_steps": 9}, "warmup_steps 9 above window 8"),
         ({"type": "skip_spike", "watch": "loss", "fallback": "clip"}, "no norm to clip to"),
         ({"type": "skip_large", "limit": 1.0, "relative_to": "percentile", "window": 9}, "above"),
-        ({"type": "skip_spike", "scope": "parameter"}, "scope is not a known key"),
+        ({"type": "skip_spike", "scope": "parameter"}, "scope is 'parameter'"),
     ],
 )
 def test_what_makes_no_sense(policy, message):

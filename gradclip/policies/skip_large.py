@@ -1,0 +1,112 @@
+"""Withholding a step because its norm is too large."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from gradclip.policies.base import filled
+from gradclip.policies.schedule import Limit
+from gradclip.policies.skip import SkipPolicy
+from gradclip.policies.window import percentile_of_last, pushed
+from gradclip.types import Decision, State, Stats
+
+__all__ = ["SkipLarge"]
+
+
+class SkipLarge(SkipPolicy):
+    """Withhold the step unless its norm is below a bound.
+
+    The bound is `limit` itself, or `limit` times the mean ("ema", bias-corrected with `decay`) or
+    the `percentile` of the norms of steps that were taken, once there were `warmup_steps` of them.
+    A step at the bound is withheld too. What isn't finite is `on_nonfinite`'s matter.
+
+    After `max_consecutive` steps in a row the next is taken (`fallback`), and the mean or the
+    percentile starts anew from it, or from it and those that were withheld.
+
+    State: `withheld`, `before` and `held_norms`, as for `skip_spike`; for "ema" `mean`, `weight`,
+    `seen` of shape (1,); for "percentile" `norms` of shape (window, 1) and `seen`. All float64;
+    all restored.
+
+    Departures: optax drops the micro-batch; this withholds the optimizer's step, and falls back
+    after `max_consecutive` of them.
+
+    References: optax.skip_large_updates.
+    """
+
+    type: Literal["skip_large"] = "skip_large"
+    """Selects this policy in YAML."""
+    limit: Limit
+    """The bound on the norm, or the factor on what it is relative to, above 0."""
+    relative_to: Literal["fixed", "ema", "percentile"] = "fixed"
+    """What `limit` multiplies: 1, the running mean, or a percentile of past norms."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """Weight of the past in the running mean."""
+    percentile: Annotated[float, Field(ge=0, le=100)] = 95.0
+    """The percentile of past norms, 0 to 100."""
+    window: Annotated[int, Field(ge=2)] = 1000
+    """How many norms the percentile looks back."""
+    warmup_steps: Annotated[int, Field(ge=1)] = 100
+    """Norms to take in before a relative bound holds."""
+
+    @model_validator(mode="after")
+    def _warms_up_within_the_window(self) -> Self:
+        if self.relative_to == "percentile" and self.warmup_steps > self.window:
+            msg = (
+                f"has warmup_steps {self.warmup_steps} above window {self.window}, which never "
+                "holds so many norms; allowed: at most window. Lower it or widen the window."
+            )
+            raise ValueError(msg)
+        return self
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """Nothing seen yet."""
+        state = super().init(slots, device)
+        zeros = torch.zeros(slots, dtype=torch.float64, device=device)
+        if self.relative_to == "ema":
+            return {**state, **{name: zeros.clone() for name in ("mean", "weight", "seen")}}
+        if self.relative_to == "percentile":
+            return {**state, "norms": zeros.repeat(self.window, 1), "seen": zeros.clone()}
+        return state
+
+    def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
+        """Withhold a step at or beyond the bound, or take its norm in."""
+        norm = stats.norms
+        factor = filled(norm, self.limit, stats.step)
+        bound = factor
+        if self.relative_to == "ema":
+            bound = factor * state["mean"] / state["weight"]
+        elif self.relative_to == "percentile":
+            bound = factor * percentile_of_last(
+                state["norms"], state["seen"], self.percentile / 100
+            )
+        if self.relative_to != "fixed":
+            bound = torch.where(state["seen"] >= self.warmup_steps, bound, torch.inf)
+        beyond = (norm < bound).logical_not() & torch.isfinite(bound)
+        decision, over, counts = self._bounded(stats, state, beyond, bound)
+        took = (norm > 0) & (counts["withheld"] > state["withheld"]).logical_not()
+        return decision, {**self._taken_in(norm, took, over, counts, state), **counts}
+
+    def _taken_in(
+        self, norm: Tensor, took: Tensor, over: Tensor, counts: State, state: State
+    ) -> State:
+        """What is remembered with this norm, or anew from it where the bound was reached."""
+        if self.relative_to == "fixed":
+            return {}
+        seen = torch.where(over, float(self.warmup_steps), state["seen"] + took)
+        if self.relative_to == "percentile":
+            rows, held = pushed(state["norms"], norm, took), counts["held_norms"]
+            filler = norm.expand(self.window - 1 - self._holds, -1)
+            level = torch.cat([filler, held, norm.unsqueeze(0)])
+            return {"norms": torch.where(over, level, rows), "seen": seen}
+        step = (1 - self.decay) * took
+        mean = state["mean"] + step * (norm - state["mean"])
+        weight = state["weight"] + step * (1 - state["weight"])
+        return {
+            "mean": torch.where(over, norm, mean),
+            "weight": torch.where(over, 1.0, weight),
+            "seen": seen,
+        }
