@@ -183,12 +183,8 @@ class GradientClipper:
             watched=plan.watched,
             skip_nonfinite=skips,
         )
-        withheld = is_withheld(
-            verdict,
-            [rule.policy for rule in plan.rules],
-            self._where_not_finite,
-            raises=on_nonfinite == "raise",
-        )
+        raises = on_nonfinite == "raise"
+        withheld = is_withheld(verdict, plan.rules, self._where_not_finite, raises=raises)
         verdict = replace(verdict, withheld=withheld)
         self._states = states
         self.last_record = self._record(norms[plan.recorded], verdict)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
 from gradclip.layouts import mean_loss
-from gradclip.policies import Policy, SkipNonfinite
+from gradclip.policies import Rule, SkipNonfinite
 from gradclip.policies.skip import SkipPolicy
 from gradclip.types import Kernel, Layout, Verdict
 
@@ -61,13 +61,13 @@ class Losses:
 
 
 def is_withheld(
-    verdict: Verdict, policies: Iterable[Policy], where: Callable[[], str], *, raises: bool
+    verdict: Verdict, rules: Iterable[Rule], where: Callable[[], str], *, raises: bool
 ) -> bool:
     """Whether the step is withheld: the one host read, where something can withhold it.
 
     Args:
         verdict: What was decided.
-        policies: Those that decided.
+        rules: What decided.
         where: Tells where gradients aren't finite.
         raises: Whether a step that isn't finite is an error.
 
@@ -82,6 +82,7 @@ def is_withheld(
         odd = bad if odd is None else odd | bad
     if odd is None or not bool(odd):
         return False
+    policies = [rule.policy for rule in rules]
     finite = bool(verdict.finite)
     if raises and not finite:
         msg = f"{where()} on_nonfinite is 'raise'; 'skip' withholds such steps instead."

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.gradients import NORM, backward, flat, small_model
 
-from gradclip import ConfigError, GradientClipper
+from gradclip import ConfigError, GradientClipper, SkipSpike
 
 
 def train(clip, steps=5):
@@ -38,6 +38,24 @@ def test_removed():
     before = flat(dict(model.named_parameters()))
     optimizer.step()
     assert torch.equal(flat(dict(model.named_parameters())), before)
+
+
+def test_what_a_closure_returns_is_the_loss_unless_one_was_observed():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    policy = SkipSpike(window=4, watch="loss")
+    clipper = GradientClipper(policy, model.named_parameters(), optimizer)
+    clipper.attach(optimizer)
+
+    def closure():
+        backward(model)
+        return torch.tensor(7.0)
+
+    optimizer.step(closure)
+    clipper.observe_loss(5.0)
+    optimizer.step(closure)
+    losses = clipper.state_dict()["policies"][0]["state"]["losses"]
+    assert losses[-2:, 0].tolist() == [7.0, 5.0]
 
 
 @pytest.mark.parametrize("keyword", [True, False])

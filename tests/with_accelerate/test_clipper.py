@@ -28,8 +28,8 @@ def counted(monkeypatch):
     records = []
     clip = GradientClipper.clip
 
-    def clip_and_count(self, *, grad_scale=None):
-        records.append(clip(self, grad_scale=grad_scale))
+    def clip_and_count(self, **options):
+        records.append(clip(self, **options))
         return records[-1]
 
     monkeypatch.setattr(GradientClipper, "clip", clip_and_count)
