@@ -11,7 +11,17 @@ from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from torch.distributed.tensor.debug import CommDebugMode
 
-from gradclip import AGC, ClipByNorm, ClipByRMS, ClipByValue, GradientClipper, ZClip
+from gradclip import (
+    AGC,
+    ClipByNorm,
+    ClipByRMS,
+    ClipByValue,
+    GradientClipper,
+    Spam,
+    SpikeMax,
+    UClip,
+    ZClip,
+)
 
 pytest.importorskip("deepspeed")
 
@@ -39,6 +49,10 @@ POLICIES = {
     "agc": [AGC(clip_factor=0.05), ClipByNorm(max_norm=5.0)],
     "rms": [ClipByRMS(max_rms=0.02)],
     "value": [ClipByValue(clip_value=0.05)],
+    "spam": [Spam(theta=1.5, warmup_steps=2)],
+    "spike_max": [SpikeMax(decay=0.5)],
+    "uclip": [UClip(limit=0.05)],
+    "uclip_norm": [UClip(limit=0.3, kind="norm")],
     "zclip": [ZClip(warmup_steps=2, max_norm=None)],
     "groups": {
         "policies": [{"type": "zclip", "warmup_steps": 2}],
@@ -46,13 +60,19 @@ POLICIES = {
         "log": {"per_parameter": True},
     },
 }
-COLLECTIVES = {"value": 2}
+COLLECTIVES = {"value": 2, "spam": 2, "spike_max": 2, "uclip": 2}
 WHOLE = ("SGD", "FP16_Optimizer", "FP16_UnfusedOptimizer")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def values(record):
     return {key: float(value) for key, value in record.as_metrics().items()}
+
+
+def memory(clipper):
+    """What is remembered of elements, whole, as one list."""
+    saved = clipper.state_dict()["policies"][0].get("elements", {})
+    return {name: value.flatten().tolist() for name, own in saved.items() for value in own.values()}
 
 
 def methods(optimizer):
@@ -81,7 +101,7 @@ def train(rank, world, name):
         handle.remove()
         assert methods(engine.optimizer) == own
         reductions = sum(n for op, n in comms.get_comm_counts().items() if "reduce" in str(op))
-        seen[case] = records, reductions
+        seen[case] = records, reductions, memory(clipper)
     return seen, whole(engine)
 
 
@@ -115,7 +135,7 @@ def alone(precision):
             for p, q in zip(net.parameters(), master.parameters(), strict=True):
                 p.data.copy_(q.data)
             number += 1
-        seen[case] = records
+        seen[case] = records, memory(clipper)
     return seen, [p.detach().float() for p in net.parameters()]
 
 
@@ -128,11 +148,15 @@ def test_every_wrapper_under_every_policy_is_one_process(name):
     want, parameters = alone("".join(ENGINES[name][1][1:]))
     assert repr(seen) == repr(other)
     assert all(map(torch.equal, left, right))
-    for case, (records, reductions) in seen.items():
+    for case, (records, reductions, kept) in seen.items():
         spread = ENGINES[name][0] not in WHOLE
         assert reductions == (COLLECTIVES.get(case, 1) if spread else 0), case
         assert any(record["clip/clipped"] for record in records), case
-        for got, expected in zip(records, want[case], strict=True):
+        expected_records, expected_kept = want[case]
+        for got, expected in zip(records, expected_records, strict=True):
             assert got == pytest.approx(expected, rel=1e-6, abs=1e-6, nan_ok=True), case
+        assert kept.keys() == expected_kept.keys(), case
+        for key, values in kept.items():
+            assert values == pytest.approx(expected_kept[key], rel=1e-5, abs=1e-6), (case, key)
     for got, expected in zip(left, parameters, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
