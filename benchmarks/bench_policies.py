@@ -16,6 +16,7 @@ have to leave gradients of the same norm. The other sides are written from their
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -213,8 +214,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--only", choices=COMPARISONS, help="one of the comparisons")
+    parser.add_argument(
+        "--busy", action="store_true", help="CPU time of one thread, for a busy machine"
+    )
     parser.add_argument("--json", help="also write the rows to this file")
     options = parser.parse_args()
+    clock = time.process_time if options.busy else time.perf_counter
+    if options.busy:
+        torch.set_num_threads(1)
     rows = []
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print_heads("theirs")
@@ -227,7 +234,7 @@ def main() -> None:
             for case in COMPARISONS[policy](model, small=name != "GPT-2 small"):
                 check(case, model, restore)
                 runs = [
-                    alternate(case.ours.clip, case.theirs.clip, restore, options.repeats)
+                    alternate(case.ours.clip, case.theirs.clip, restore, options.repeats, clock)
                     for _ in range(options.runs)
                 ]
                 restore()

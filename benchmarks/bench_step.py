@@ -50,10 +50,10 @@ def restoring(params: list[Parameter]) -> Callable[[], None]:
     return lambda: torch._foreach_copy_([p.grad for p in params], saved)
 
 
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def alternate(
@@ -61,14 +61,15 @@ def alternate(
     theirs: Callable[[], object],
     before: Callable[[], None],
     repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float, float]:
     """Median ratio ours/theirs, and the median milliseconds of each, called in turn."""
     pairs = []
     for _ in range(repeats + 2):
         before()
-        mine = timed(ours)
+        mine = timed(ours, clock)
         before()
-        pairs.append((mine, timed(theirs)))
+        pairs.append((mine, timed(theirs, clock)))
     pairs = pairs[2:]
     medians = [statistics.median(column) * 1e3 for column in zip(*pairs, strict=True)]
     return statistics.median(a / b for a, b in pairs), *medians
