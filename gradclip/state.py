@@ -99,9 +99,10 @@ def carry_over(
     for rule in after:
         fresh = rule.policy.init(len(rule.names), device)
         names, state = old.get(id(rule.policy), ((), {}))
-        kept = [(i, names.index(name)) for i, name in enumerate(rule.names) if name in names]
-        for key, value in fresh.items():
-            for i, j in kept:
-                value[..., i] = state[key][..., j]
+        known = {name: place for place, name in enumerate(names)}
+        kept = [(i, known[name]) for i, name in enumerate(rule.names) if name in known]
+        for key, value in fresh.items() if kept else ():
+            here, there = torch.tensor(kept, device=value.device).unbind(1)
+            value[..., here] = state[key].index_select(-1, there.to(state[key].device)).to(device)
         carried.append(fresh)
     return carried
