@@ -6,7 +6,7 @@ from support.gradients import POLICIES, SHAPES
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradclip import ClipConfig, GradientClipper
+from gradclip import ClipConfig, GradientClipper, SkipNonfinite, SkipSpike
 
 
 class Copies(TorchDispatchMode):
@@ -74,6 +74,20 @@ def test_withholding_reads_the_host_once_a_step(policy):
         clipper.clip()
     learns = getattr(policy, "memory", ())  # asked for on the CPU alone
     assert reads.count == 1 + bool(learns)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "ignore"])
+def test_a_loss_and_a_bound_add_no_read(on_nonfinite):
+    params = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+    policies = [SkipSpike(watch="both", fallback="raise"), SkipNonfinite(max_consecutive=3)]
+    config = ClipConfig(policies=policies, on_nonfinite=on_nonfinite)
+    clipper = GradientClipper(config, params.items(), kernel="accelerator")
+    for parameter in params.values():
+        parameter.grad = torch.ones_like(parameter)
+    loss = torch.tensor(2.0)
+    with Reads() as reads:
+        clipper.clip(loss=loss)
+    assert reads.count == 1
 
 
 def test_fake_tensors_do_notice_a_read():

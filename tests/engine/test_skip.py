@@ -81,8 +81,37 @@ def test_one_bad_value_withholds_one_step_where_the_reference_withholds_a_window
     assert sum(found[start : start + 32]) <= 3
 
 
+def olmo_rule(norms, window, sigma):
+    """The reference's rule, on norms alone: withheld values and NaN stay in the window."""
+    found = []
+    for step, norm in enumerate(norms):
+        past = torch.tensor(norms[max(0, step - window) : step], dtype=torch.float64)
+        ready = len(past) + 1 >= max(2, window // 2)
+        spread = past.std() if len(past) > 1 else torch.tensor(math.nan)
+        found.append(ready and not bool(norm - past.mean() <= sigma * spread))
+    return found
+
+
 def test_a_small_window_does_not_withhold_step_two():
-    assert not any(withheld(SkipSpike(window=5), [1.0, 5.0, 1.0, 2.0]))
+    norms = [1.0, 1.01, 0.99, 1.0]
+    assert olmo_rule(norms, 5, 6.0) == [False, True, False, False]
+    assert not any(withheld(SkipSpike(window=5), norms))
+    assert not any(withheld(SkipSpike(window=5, warmup_steps=2), norms))
+
+
+def test_a_spike_does_not_hide_the_next():
+    norms = [1.0, 1.02, 0.98, 1.01, 0.99] * 4 + [1e3, 1.0, 20.0]
+    assert olmo_rule(norms, 20, 6.0)[-3:] == [True, False, False]
+    assert withheld(SkipSpike(window=20), norms)[-3:] == [True, False, True]
+
+
+def test_norms_that_all_stand_at_a_limit_are_no_spikes():
+    """Clipped norms differ by eps alone, of which a spread can be made all the same."""
+    norms = [5.0 + 0.01 * (step % 5) for step in range(20)] + [1e3]
+    policies = [ClipByNorm(max_norm=1.0), SkipSpike(window=8)]
+    assert not any(withheld(policies, norms))
+    policies[1] = SkipSpike(window=8, sigma_floor=0.0)
+    assert withheld(policies, norms)[-1]
 
 
 def plain(policy, norms):
@@ -129,6 +158,58 @@ def test_is_the_plain_formula(statistic, window):
     found = withheld(policy, norms)
     assert found == plain(policy, norms)
     assert 0 < sum(found) < 200
+
+
+def plain_large(policy, norms):
+    """What `skip_large` withholds, in plain Python."""
+    kept, held, row, mean, weight, taken, found = [], [], 0, 0.0, 0.0, 0, []
+    for norm in norms:
+        bound = policy.limit
+        if policy.relative_to == "ema":
+            bound *= mean / weight if taken >= policy.warmup_steps else math.inf
+        elif policy.relative_to == "percentile":
+            known = kept[-policy.window :]
+            bound *= (
+                float(np.percentile(known, policy.percentile))
+                if taken >= policy.warmup_steps
+                else math.inf
+            )
+        over = norm >= bound and row >= policy.max_consecutive
+        found.append(norm >= bound and not over)
+        if found[-1]:
+            row += 1
+            held = [*held, norm][-min(policy.max_consecutive, policy.window - 1) :]
+            continue
+        row, taken = 0, taken + 1
+        kept.append(norm)
+        mean = norm if over else policy.decay * mean + (1 - policy.decay) * norm
+        weight = 1.0 if over else policy.decay * weight + 1 - policy.decay
+        if over:
+            level = [*held, norm]
+            kept = [norm] * max(0, policy.warmup_steps - len(level)) + level
+            kept, taken = kept[-policy.warmup_steps :], policy.warmup_steps
+    return found
+
+
+@pytest.mark.parametrize("relative_to", ["fixed", "ema", "percentile"])
+def test_large_is_the_plain_formula(relative_to):
+    generator = np.random.default_rng(4)
+    norms = generator.lognormal(0, 0.3, 400)
+    norms[generator.random(400) < 0.05] *= 30
+    norms[250:] *= 8  # a lasting change of level
+    norms = np.float32(norms).astype(float).tolist()
+    policy = SkipLarge(
+        limit=6.0 if relative_to == "fixed" else 3.0,
+        relative_to=relative_to,
+        decay=0.9,
+        percentile=80.0,
+        window=30,
+        warmup_steps=10,
+        max_consecutive=6,
+    )
+    found = withheld(policy, norms)
+    assert found == plain_large(policy, norms)
+    assert 10 < sum(found) < 200
 
 
 class TestBound:
@@ -251,6 +332,27 @@ class TestLoss:
     def test_a_bad_loss_withholds_even_before_the_warmup(self, bad):
         found = withheld(SkipSpike(watch="both"), [1.0] * 3, [1.0, bad, 1.0])
         assert found == [False, True, False]
+
+    def test_bad_losses_are_no_spikes(self):
+        """None of them is taken, however many come in a row, and none is a new level."""
+        policy = SkipSpike(window=8, watch="loss", max_consecutive=2)
+        losses = [2.0, 2.1, 1.9, 2.0, 2.05, 1.95, 2.0, 2.1, *[math.nan] * 5, 2.0, 30.0]
+        found = withheld(policy, [1.0] * 15, losses)
+        assert found == [False] * 8 + [True] * 5 + [False, True]
+
+    def test_a_loss_of_several_numbers_is_refused(self):
+        p, clipper = clipper_of(SkipSpike(watch="loss"))
+        p.grad = torch.ones(1)
+        with pytest.raises(ConfigError, match=r"shape \(2,\); allowed: one number"):
+            clipper.clip(loss=torch.ones(2))
+        assert not clipper.clip(loss=torch.ones(1, requires_grad=True)).skipped
+
+    def test_what_a_scaler_left_out_is_forgotten(self):
+        p, clipper = clipper_of(SkipSpike(watch="loss"))
+        p.grad = torch.ones(1)
+        clipper.observe_loss(math.inf, first=True)
+        clipper.observe_loss(3.0, first=True)
+        assert not clipper.clip().skipped
 
     def test_micro_batches_are_averaged(self):
         p, clipper = clipper_of(SkipSpike(watch="loss"))

@@ -66,6 +66,7 @@ POLICIES = {
         window=6, warmup_steps=3, statistic="median", max_consecutive=1, fallback="clip"
     ),
     "skip_large": SkipLarge(limit=50.0),
+    "skip_large_inf": SkipLarge(limit=20.0, norm_type=float("inf"), max_consecutive=1),
     "skip_large_ema": SkipLarge(limit=3.0, relative_to="ema", warmup_steps=3, max_consecutive=1),
     "skip_large_percentile": SkipLarge(
         limit=2.0, relative_to="percentile", window=5, warmup_steps=3
