@@ -34,7 +34,7 @@ def rows_of(tensor: Tensor, piece: Piece, views: int, copies: int) -> Iterator[t
     step = max(1, limit * ordered.shape[0] // ordered.numel())
     per = piece.units // ordered.shape[0]
     for at in range(0, ordered.shape[0], step):
-        part = ordered[at : at + step]
+        part = ordered.narrow(0, at, min(step, ordered.shape[0] - at))
         yield piece.start + at * per, part.reshape(part.shape[0] * per, -1)
 
 

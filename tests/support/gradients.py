@@ -27,6 +27,7 @@ POLICIES = {
     "norm_inf": ClipByNorm(max_norm=0.3, norm_type=float("inf")),
     "norm_p3_group": ClipByNorm(max_norm=0.7, norm_type=3.0, scope="group"),
     "norm_unit": ClipByNorm(max_norm=0.4, scope="unit"),
+    "norm_p3_unit": ClipByNorm(max_norm=0.4, norm_type=3.0, scope="unit"),
     "norm_budget": ClipByNorm(max_norm=1.0, scope="parameter", budget="size"),
     "norm_schedule": ClipByNorm(
         max_norm=Schedule(schedule="cosine", start=3.0, end=0.5, steps=6), after=2
