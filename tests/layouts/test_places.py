@@ -29,7 +29,7 @@ def cut(rank, world, names):
         GradientClipper({"policies": [{"type": "norm", "max_norm": 1.0}]}, cell.named)
         if name in REFUSED:
             with pytest.raises(LayoutError, match=r"use_orig_params=True|fully_shard"):
-                place_of(*cell.named[0])
+                [place_of(*named) for named in cell.named]
             found[name] = "refused"
             continue
         whole = cell.whole()

@@ -49,16 +49,16 @@ POLICIES = {
     "agc": [AGC(clip_factor=0.05), ClipByNorm(max_norm=5.0)],
     "rms": [ClipByRMS(max_rms=0.02)],
     "value": [ClipByValue(clip_value=0.05)],
-    "spam": [Spam(theta=1.5, warmup_steps=2)],
-    "spike_max": [SpikeMax(decay=0.5)],
-    "uclip": [UClip(limit=0.05)],
-    "uclip_norm": [UClip(limit=0.3, kind="norm")],
     "zclip": [ZClip(warmup_steps=2, max_norm=None)],
     "groups": {
         "policies": [{"type": "zclip", "warmup_steps": 2}],
         "groups": [{"match": "3.*", "policies": [{"type": "norm", "max_norm": 0.1}]}],
         "log": {"per_parameter": True},
     },
+    "spam": [Spam(theta=1.5, warmup_steps=2)],
+    "spike_max": [SpikeMax(decay=0.5)],
+    "uclip": [UClip(limit=0.05)],
+    "uclip_norm": [UClip(limit=0.3, kind="norm")],
 }
 COLLECTIVES = {"value": 2, "spam": 2, "spike_max": 2, "uclip": 2}
 WHOLE = ("SGD", "FP16_Optimizer", "FP16_UnfusedOptimizer")
@@ -154,7 +154,7 @@ def test_every_wrapper_under_every_policy_is_one_process(name):
         assert any(record["clip/clipped"] for record in records), case
         expected_records, expected_kept = want[case]
         for got, expected in zip(records, expected_records, strict=True):
-            assert got == pytest.approx(expected, rel=1e-6, abs=1e-6, nan_ok=True), case
+            assert got == pytest.approx(expected, rel=2e-6, abs=1e-6, nan_ok=True), case
         assert kept.keys() == expected_kept.keys(), case
         for key, values in kept.items():
             assert values == pytest.approx(expected_kept[key], rel=1e-5, abs=1e-6), (case, key)
