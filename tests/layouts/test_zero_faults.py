@@ -9,9 +9,7 @@ import torch
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 
-from gradclip import ClipByNorm, ClipConfig, GradientClipper, NonFiniteError, ZClip
-from gradclip.policies import NormPolicy
-from gradclip.types import Decision
+from gradclip import ClipByNorm, ClipConfig, GradientClipper, NonFiniteError, SkipLarge, ZClip
 
 pytest.importorskip("deepspeed")
 
@@ -36,17 +34,6 @@ RESUMED = ("zero 2", "zero 3", "bf16 zero 1 fp32 accumulation")
 # Other geometries of the same step.
 GEOMETRY = ("zero 1 aligned", "zero 2 round robin", "zero 1 offload")
 NAMES = [name for name in ENGINES if name not in GEOMETRY]
-
-
-class SkipsAbove(NormPolicy):
-    """Withholds a step by its norm, as a spike policy does; gradients are finite."""
-
-    max_norm: float = 1.0
-
-    def decide(self, stats, state):
-        above = (stats.norms > self.max_norm).any()
-        coef = torch.ones_like(stats.norms)
-        return Decision(coef, torch.full_like(coef, math.inf), skip=above), state
 
 
 def schedule(optimizer):
@@ -262,10 +249,7 @@ def loss_scales(rank, world):
             scales.append(engine.optimizer.loss_scale)
         assert bool(clipper.last_record.finite)
 
-        config = ClipConfig.model_construct(
-            policies=(SkipsAbove(max_norm=1e-3),), groups=(), on_nonfinite="skip"
-        )
-        engine, clipper, net = spoilt(name, config, fp16=OVERFLOWS)
+        engine, clipper, net = spoilt(name, SkipLarge(limit=1e-3), fp16=OVERFLOWS)
         before = snapshot(engine)
         step(engine, rank, 0)
         assert bool(clipper.last_record.skipped & clipper.last_record.finite)

@@ -82,7 +82,13 @@ def test_lightning_shows_averaged_gradients_to_callbacks_first():
 def test_accumulation_clips_once_per_optimizer_step():
     clip, before, after = run(ClipByNorm(max_norm=0.1), range(10), accumulate_grad_batches=4)
     assert len(before.grads) == 3
-    assert counts(clip) == {"steps": 3, "clipped": 3, "skipped": 0, "nonfinite": 0}
+    assert counts(clip) == {
+        "steps": 3,
+        "clipped": 3,
+        "skipped": 0,
+        "nonfinite": 0,
+        "taken": 3,
+    }
     for norm, record, left in zip(before.norms, after.records, after.norms, strict=True):
         assert norm > 0.1
         assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
