@@ -7,7 +7,17 @@ import torch
 from support.memory import FakeCudaPeak, peak_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradclip import ClipByNorm, ClipByValue, ClipConfig, GradientClipper, NonFiniteError, ZClip
+from gradclip import (
+    ClipByNorm,
+    ClipByValue,
+    ClipConfig,
+    GradientClipper,
+    NonFiniteError,
+    Spam,
+    SpikeMax,
+    UClip,
+    ZClip,
+)
 
 MIB = 1 << 20
 POLICIES = {
@@ -20,6 +30,13 @@ POLICIES = {
     "parameter": ClipByNorm(max_norm=0.1, scope="parameter"),
     "zclip": ZClip(),
 }
+ELEMENTS = {
+    "spam": Spam(theta=0.5, warmup_steps=1),
+    "spike_max": SpikeMax(),
+    "uclip": UClip(limit=0.1),
+    "uclip_norm": UClip(limit=0.1, kind="norm"),
+}
+"""What they remember of each element comes with the first step, and is no part of the budget."""
 MODELS = {
     "one of 4 M": [(2000, 2000)],
     "one of 40 M": [(5000, 8000)],
@@ -115,6 +132,32 @@ def test_a_step_on_an_accelerator(name, dtype):
         with FakeCudaPeak() as counted:
             clipper.clip()
     assert 0 < counted.peak <= budget(len(shapes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_elements_on_a_cpu(name, dtype):
+    params = parameters(MODELS["several"], dtype)
+    clipper = clipper_of(ELEMENTS[name], params)
+    clipper.clip()
+    for p in params.values():
+        p.grad.fill_(0.75)
+    used = peak_bytes(clipper.clip)
+    assert clipper.last_record.clipped
+    assert used <= budget(len(params)), used
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_elements_on_an_accelerator(name, dtype):
+    with FakeTensorMode():
+        params = parameters([(50_000_000,), (64,), (3000, 800)], dtype, "cuda")
+        config = ClipConfig(policies=[ELEMENTS[name]], on_nonfinite="ignore")
+        clipper = clipper_of(config, params)
+        clipper.clip()
+        with FakeCudaPeak() as counted:
+            clipper.clip()
+    assert 4 * MIB < counted.peak <= 32 * MIB + 64 * len(params)
 
 
 def test_gradients_of_several_types_on_an_accelerator():
