@@ -220,6 +220,16 @@ def test_an_element_that_had_no_gradient_yet_is_not_dead():
         assert reference[1] == 0
 
 
+def test_a_new_element_is_left_alone_beside_one_that_is_clipped():
+    p = torch.nn.Parameter(torch.zeros(2))
+    clipper = GradientClipper(Spam(theta=100.0), [("p", p)])
+    for step in range(31):
+        p.grad = torch.tensor([1.0, 0.0] if step < 30 else [1e3, 7.0])
+        record = clipper.clip()
+    assert record.clipped
+    assert torch.allclose(p.grad, torch.tensor([10.0, 7.0]))
+
+
 def test_a_new_element_is_held_from_its_second_gradient_on():
     p = torch.nn.Parameter(torch.zeros(2))
     clipper = GradientClipper(Spam(theta=100.0), [("p", p)])
