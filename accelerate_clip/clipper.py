@@ -204,7 +204,7 @@ class AcceleratorClip:
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)
         if not self._accelerator.sync_gradients:
-            norm = accumulated_norm(self._accelerator, owners, self._norm_type)
+            norm = accumulated_norm(self._accelerator, owners, owners[0].norm_type)
             if bool(norm.isnan()) and self._accelerator.is_fsdp2:
                 self._say(
                     "accumulated",
@@ -221,7 +221,10 @@ class AcceleratorClip:
                 self._accelerator.unscale_gradients(clipper.prepared)
             records.append(clipper.clip())
         self._last_record = records[-1]
-        return self._combined([record.grad_norm for record in records])
+        norms = [record.grad_norm for record in records]
+        if len(norms) == 1:
+            return norms[0]
+        return torch.linalg.vector_norm(torch.stack(norms), records[0].norm_type)
 
     def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[_Clipper]:
         listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -237,18 +240,6 @@ class AcceleratorClip:
             )
             raise ConfigError(msg)
         return owners
-
-    def _combined(self, norms: list[Tensor]) -> Tensor:
-        if len(norms) == 1:
-            return norms[0]
-        return torch.linalg.vector_norm(torch.stack(norms), self._norm_type)
-
-    @property
-    def _norm_type(self) -> float:
-        """The p of the norm in records."""
-        chains = [self.config.policies, *(group.policies or [] for group in self.config.groups)]
-        policies = [policy for chain in chains for policy in chain]
-        return next((p.norm_type for p in policies if hasattr(p, "norm_type")), 2.0)
 
     def _adopt(self) -> None:
         """Keep one clipper for each optimizer that is prepared now."""

@@ -32,7 +32,7 @@ from gradclip.memory import ElementMemory
 from gradclip.parameters import collect_parameters, facts_of
 from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
-from gradclip.scopes import Plan, build_plan, needs_places
+from gradclip.scopes import Plan, build_plan, needs_places, refuse_scopes
 from gradclip.state import carry_over, pack, unpack
 from gradclip.stops import Losses, is_withheld, where_not_finite
 from gradclip.types import Collected, Handle, Layout, Place, Verdict
@@ -191,6 +191,11 @@ class GradientClipper:
         return grads, verdict, self.last_record
 
     @property
+    def norm_type(self) -> float:
+        """The p of the norm that records hold: that of the first policy on norms, else 2."""
+        return self._plan.recorded
+
+    @property
     def watches_loss(self) -> bool:
         """Whether a policy needs the loss of every step."""
         return self._losses is not None
@@ -290,21 +295,8 @@ class GradientClipper:
         plan = build_plan(self.config, facts, parameters, places, layout.devices[0])
         if any(rule.policy.uses_sizes for rule in plan.rules):
             plan = plan.with_sizes(layout.sizes(plan.slots))
-        scopes = {rule.policy.measured[0] for rule in plan.rules}
-        if "group" in scopes and self._optimizer is None:
-            msg = (
-                "scope is 'group', and without an optimizer there are no parameter groups; "
-                "pass optimizer=..., or use scope 'global' or 'parameter'."
-            )
-            raise ConfigError(msg)
         flat = [name for name, p in parameters.items() if is_flat(p)]
-        if flat and (scopes & {"parameter", "unit"} or self.config.log.per_parameter):
-            msg = (
-                f"A scope is 'parameter' or 'unit', or log.per_parameter is true, and {flat[0]!r} "
-                "is a FlatParameter of FSDP1, many parameters in one; allowed: scope 'global' or "
-                "'group'. Wrap with use_orig_params=True to tell parameters apart."
-            )
-            raise ConfigError(msg)
+        refuse_scopes(plan, self.config, grouped=self._optimizer is not None, flat=flat)
         return layout, plan
 
     def _what_may_change(self) -> tuple[object, ...]:

@@ -17,7 +17,7 @@ from gradclip.policies import ElementPolicy, NormPolicy, Policy, Rule, combine_r
 from gradclip.types import Grads, Place, Units
 from gradclip.units import Kept, UnitCut
 
-__all__ = ["Plan", "build_plan", "needs_places"]
+__all__ = ["Plan", "build_plan", "needs_places", "refuse_scopes"]
 
 _LEVELS = ("global", "group", "parameter", "unit")
 _PARAMETER, _UNIT = 2, 3
@@ -101,7 +101,7 @@ def build_plan(
             agree on what a unit is.
         LayoutError: If ranks hold parts that units can't be made of.
     """
-    chains = [config.policies, *(group.policies or [] for group in config.groups)]
+    chains = config.lists
     policies = [policy for chain in chains for policy in chain]
     members = members_of(config, facts)
     depth = 2 if config.log.per_parameter else 0
@@ -153,12 +153,39 @@ def build_plan(
 
 def needs_places(config: ClipConfig) -> bool:
     """Whether one has to know where local parts lie: for units, and to save what elements have."""
-    chains = [config.policies, *(group.policies or [] for group in config.groups)]
     return any(
         policy.measured[0] == "unit" or (isinstance(policy, ElementPolicy) and policy.saves)
-        for chain in chains
+        for chain in config.lists
         for policy in chain
     )
+
+
+def refuse_scopes(plan: Plan, config: ClipConfig, *, grouped: bool, flat: Sequence[str]) -> None:
+    """Refuse scopes that these parameters can't be told apart by.
+
+    Args:
+        plan: With the policies.
+        config: Where logging asks for parameters.
+        grouped: Whether there is an optimizer, whose parameter groups scope "group" means.
+        flat: Names of parameters that are many in one.
+
+    Raises:
+        ConfigError: If there is such a scope.
+    """
+    scopes = {rule.policy.measured[0] for rule in plan.rules}
+    if "group" in scopes and not grouped:
+        msg = (
+            "scope is 'group', and without an optimizer there are no parameter groups; "
+            "pass optimizer=..., or use scope 'global' or 'parameter'."
+        )
+        raise ConfigError(msg)
+    if flat and (scopes & {"parameter", "unit"} or config.log.per_parameter):
+        msg = (
+            f"A scope is 'parameter' or 'unit', or log.per_parameter is true, and {flat[0]!r} "
+            "is a FlatParameter of FSDP1, many parameters in one; allowed: scope 'global' or "
+            "'group'. Wrap with use_orig_params=True to tell parameters apart."
+        )
+        raise ConfigError(msg)
 
 
 def _depth(policy: Policy) -> int:

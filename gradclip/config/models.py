@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -105,3 +106,8 @@ class ClipConfig(BaseModel):
     """First match wins; parameters that match none get `policies`."""
     log: LogConfig = LogConfig()
     """Logging."""
+
+    @property
+    def lists(self) -> Sequence[Sequence[Policy]]:
+        """The main list, then that of each group; empty for a group without one of its own."""
+        return (self.policies, *(group.policies or () for group in self.groups))

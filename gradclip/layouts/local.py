@@ -16,7 +16,7 @@ from gradclip.errors import LayoutError
 from gradclip.layouts.places import place_of
 from gradclip.types import Collected, Grads, Place
 
-__all__ = ["LocalLayout", "Owned", "local_part", "refuse_sparse"]
+__all__ = ["LocalLayout", "Owned", "device_of", "local_part", "refuse_sparse"]
 
 Owned = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """For each slot its gradients, each after the parameter (or the tensor itself) it is of."""
@@ -110,7 +110,7 @@ class LocalLayout:
     def _reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         home = values.device
         for group in self._groups:
-            values = values.to(_device_of(group, values.device))
+            values = values.to(device_of(group, values.device))
             dist.all_reduce(values, op, group)
         return values.to(home)
 
@@ -130,7 +130,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _device_of(group: ProcessGroup, near: torch.device) -> torch.device:
+def device_of(group: ProcessGroup, near: torch.device) -> torch.device:
     """Where a group can reduce: here, else where it has a backend (shards offloaded to CPU)."""
     kinds = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
     if near.type in kinds:

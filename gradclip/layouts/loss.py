@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from gradclip.layouts.local import device_of
+
 __all__ = ["mean_loss"]
 
 
@@ -33,8 +35,11 @@ def mean_loss(losses: Sequence[Tensor], device: torch.device) -> Tensor | None:
     message = torch.zeros(2, dtype=torch.float64, device=device)
     if own is not None:
         message = torch.stack([own, torch.ones_like(own)])
-    dist.all_reduce(message)
-    total, count = message.unbind()
+    group = dist.group.WORLD
+    assert group is not None
+    message = message.to(device_of(group, device))
+    dist.all_reduce(message, group=group)
+    total, count = message.to(device).unbind()
     if own is None and not bool(count):
         return None
     return total / count

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.base import AdaptivePolicy, coefficient
+from gradclip.policies.base import AdaptivePolicy, coefficient, refuse_endless_warmup
 from gradclip.policies.sketch import BINS, quantile, taken_in
 from gradclip.policies.window import percentile_of_last, pushed
 from gradclip.types import Decision, State, Stats
@@ -59,12 +59,8 @@ class AutoClip(AdaptivePolicy):
 
     @model_validator(mode="after")
     def _warms_up_within_the_window(self) -> Self:
-        if self.history == "window" and self.warmup_steps > self.window:
-            msg = (
-                f"has warmup_steps {self.warmup_steps} above window {self.window}, which never "
-                "holds so many norms; allowed: at most window. Lower it or widen the window."
-            )
-            raise ValueError(msg)
+        if self.history == "window":
+            refuse_endless_warmup(self.warmup_steps, self.window)
         return self
 
     def init(self, slots: int, device: torch.device) -> State:

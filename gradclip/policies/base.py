@@ -14,7 +14,15 @@ from gradclip.policies.schedule import Limit, Schedule, value_at
 from gradclip.policies.strict import STRICT
 from gradclip.types import Decision, Scope, State, Stats
 
-__all__ = ["AdaptivePolicy", "NormPolicy", "Policy", "after", "coefficient", "filled"]
+__all__ = [
+    "AdaptivePolicy",
+    "NormPolicy",
+    "Policy",
+    "after",
+    "coefficient",
+    "filled",
+    "refuse_endless_warmup",
+]
 
 
 class Policy(BaseModel):
@@ -112,6 +120,20 @@ class AdaptivePolicy(NormPolicy):
         if self.max_norm is not None:
             limit = torch.minimum(limit, filled(limit, self.max_norm, step))
         return limit
+
+
+def refuse_endless_warmup(warmup_steps: int, window: int) -> None:
+    """Refuse a warm-up that a window of past values could never end.
+
+    Raises:
+        ValueError: If `warmup_steps` is above `window`, both in values.
+    """
+    if warmup_steps > window:
+        msg = (
+            f"has warmup_steps {warmup_steps} above window {window}, which never holds so many "
+            "values; allowed: at most window. Lower it or widen the window."
+        )
+        raise ValueError(msg)
 
 
 def after(step: int, policy: Policy) -> Policy:

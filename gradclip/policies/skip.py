@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.base import NormPolicy, Policy, coefficient
+from gradclip.policies.base import NormPolicy, Policy, coefficient, refuse_endless_warmup
 from gradclip.policies.window import mean_and_std, median_and_mad, pushed
 from gradclip.types import Decision, Scope, State, Stats
 
@@ -183,12 +183,7 @@ class SkipSpike(SkipPolicy):
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
-        if (self.warmup_steps or 2) > self.window:
-            msg = (
-                f"has warmup_steps {self.warmup_steps} above window {self.window}, which never "
-                "holds so many values; allowed: at most window. Lower it or widen the window."
-            )
-            raise ValueError(msg)
+        refuse_endless_warmup(self.warmup_steps or 2, self.window)
         if self.watch == "loss" and self.fallback == "clip":
             msg = (
                 "has fallback 'clip' and watches the loss alone, which gives no norm to clip to; "

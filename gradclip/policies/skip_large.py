@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.base import filled
+from gradclip.policies.base import filled, refuse_endless_warmup
 from gradclip.policies.schedule import Limit
 from gradclip.policies.skip import SkipPolicy
 from gradclip.policies.window import percentile_of_last, pushed
@@ -54,12 +54,8 @@ class SkipLarge(SkipPolicy):
 
     @model_validator(mode="after")
     def _warms_up_within_the_window(self) -> Self:
-        if self.relative_to == "percentile" and self.warmup_steps > self.window:
-            msg = (
-                f"has warmup_steps {self.warmup_steps} above window {self.window}, which never "
-                "holds so many norms; allowed: at most window. Lower it or widen the window."
-            )
-            raise ValueError(msg)
+        if self.relative_to == "percentile":
+            refuse_endless_warmup(self.warmup_steps, self.window)
         return self
 
     def init(self, slots: int, device: torch.device) -> State:
