@@ -15,7 +15,7 @@ norms = st.builds(
     ClipByNorm,
     max_norm=st.floats(0.01, 20.0),
     norm_type=st.sampled_from([1.0, 1.5, 2.0, 3.0, 7.0, math.inf]),
-    scope=st.sampled_from(["global", "group", "parameter"]),
+    scope=st.sampled_from(["global", "group", "parameter", "unit"]),
     eps=st.just(0.0),
 )
 
