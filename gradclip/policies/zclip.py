@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
 from gradclip.policies.schedule import Limit
-from gradclip.policies.window import level, pushed, run
+from gradclip.policies.window import level, median, pushed, run
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["ZClip"]
@@ -146,9 +146,8 @@ class ZClip(AdaptivePolicy):
         var = torch.where(started, square, var)
         if self.escape_after is not None:
             escaped = streak.abs() >= self.escape_after
-            center, _ = level(recent, self.escape_after, "median")
-            _, square = level(recent, self.escape_after, "mean")
-            mean = torch.where(escaped, center, mean)
-            var = torch.where(escaped, square, var)
+            last = recent.narrow(0, self._history - self.escape_after, self.escape_after)
+            mean = torch.where(escaped, median(last), mean)
+            var = torch.where(escaped, last.var(0, correction=0), var)
             streak = torch.where(escaped, 0.0, streak)
         return {"mean": mean, "var": var, "seen": seen, "streak": streak, "recent": recent}
