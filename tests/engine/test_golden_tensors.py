@@ -143,6 +143,14 @@ def test_without_eps_zero_weights_never_train():
         assert bool(p.grad.any()) == trains
 
 
+def test_a_tiny_gradient_is_divided_by_no_less_than_the_floor():
+    for floor, coef in ((1e-6, 0.1), (0.0, 0.2)):
+        p = torch.nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([3e-7, 4e-7])
+        GradientClipper(AGC(clip_factor=1e-4, grad_floor=floor), [("p", p)]).clip()
+        assert float(p.grad.norm()) == pytest.approx(5e-7 * coef, rel=1e-5)
+
+
 def test_an_infinite_unit_is_withheld_and_not_spread():
     p = torch.nn.Parameter(torch.ones(2, 3))
     p.grad = torch.ones(2, 3)

@@ -9,7 +9,7 @@ from support.comms import CountComms
 from support.cuts import CELLS, build, copied, network
 from support.ranks import run_on_ranks
 
-from gradclip import AGC, ClipByNorm, GradientClipper, LayoutError
+from gradclip import AGC, ClipByNorm, ClipByRMS, GradientClipper, LayoutError
 
 POLICIES = {
     "norm": [ClipByNorm(max_norm=0.02, scope="unit")],
@@ -105,3 +105,27 @@ def test_units_under_every_layout(name, world):
 
 def test_cells_with_a_whole_network_check_agc_too():
     assert set(ranks(cell, 2, "FSDP1")[0]) == set(ranks(cell, 2, "TP")[0]) == {"norm", "agc"}
+
+
+def rms(rank, world):
+    """The limit on the norm of all, which says how many elements were counted."""
+    names = [name for name in CELLS if name in WHOLE and world in CELLS[name][2]]
+    return {
+        name: float(
+            GradientClipper(ClipByRMS(max_rms=0.1, scope="global"), build(name, rank, world).named)
+            .clip()
+            .limit
+        )
+        for name in names
+    }
+
+
+WHOLE = ("DDP", "FSDP1", "FSDP1 flat", "FSDP1 HYBRID_SHARD flat", "FSDP2", "HSDP", "TP")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_element_is_counted_once_and_no_padding(world):
+    elements = sum(p.numel() for p in network().parameters())
+    for found in ranks(rms, world):
+        for name, limit in found.items():
+            assert limit == pytest.approx(0.1 * elements**0.5, rel=1e-12), name
