@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, load, save
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module
 
+from accelerate_clip.checkpoint import STATE_FILE, load_clip, save_clip
 from accelerate_clip.engine import EngineClipper, settle_threshold
 from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import (
@@ -37,8 +39,6 @@ from gradclip import (
 
 __all__ = ["AcceleratorClip", "enable"]
 
-STATE_FILE = "gradient_clip.bin"
-
 _logger = get_logger(__name__)
 
 _Clipper = StepClipper | EngineClipper
@@ -49,7 +49,8 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
 
     `accelerator.clip_grad_norm_` and `clip_grad_value_` then apply `policy` instead of their own
     limit, and a loop that calls neither is clipped before each optimizer step all the same,
-    once per step. `save_state` and `load_state` include the clipping state.
+    once per step. `save_state` and `load_state` include the clipping state, and so do the
+    checkpoints of transformers' `Trainer`, if the accelerator is its own.
 
     Args:
         accelerator: Before or after `prepare`.
@@ -92,8 +93,13 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
     accelerator.gradient_clip = clip
     accelerator.clip_grad_norm_ = clip.clip_grad_norm_
     accelerator.clip_grad_value_ = clip.clip_grad_value_
-    accelerator.register_save_state_pre_hook(clip._save)
-    accelerator.register_load_state_pre_hook(clip._load)
+    each_node = accelerator.project_configuration.save_on_each_node
+    accelerator.register_save_state_pre_hook(lambda *call: save_clip(clip, call[-1], each_node))
+    accelerator.register_load_state_pre_hook(lambda *call: load_clip(clip, call[-1]))
+    if "transformers.trainer" in sys.modules:
+        from accelerate_clip.trainer import follow_trainers
+
+        follow_trainers()
     return clip
 
 
@@ -140,7 +146,8 @@ class AcceleratorClip:
 
         Args:
             parameters: As from `model.parameters()`.
-            max_norm: Replaced by the configuration, which is said once if they differ.
+            max_norm: Replaced by the configuration, which is said once if they differ; infinity
+                leaves it to the configuration.
             norm_type: The same.
 
         Returns:
@@ -149,12 +156,14 @@ class AcceleratorClip:
         Raises:
             ConfigError: If no prepared optimizer owns any of the parameters.
         """
-        if not is_same_rule(self.config, max_norm, norm_type):
+        # Without a limit the call asks for the norm alone, as the Trainer's with max_grad_norm=0.
+        if max_norm != math.inf and not is_same_rule(self.config, max_norm, norm_type):
             given = "" if norm_type == 2 else f", norm_type={norm_type}"
             self._say(
                 "clip_grad_norm_",
                 f"accelerator.clip_grad_norm_ was called with max_norm={max_norm}{given}; the "
-                f"gradclip configuration decides instead: {describe(self.config)}.",
+                f"gradclip configuration decides instead: {describe(self.config)}. Pass math.inf "
+                "(transformers' Trainer: max_grad_norm=0) to leave it to the configuration.",
             )
         return self._clip("clip_grad_norm_", parameters)
 
@@ -321,20 +330,3 @@ class AcceleratorClip:
         if what not in self._said:
             self._said.add(what)
             _logger.warning(text)
-
-    def _save(self, models: object, weights: object, folder: str) -> None:
-        del models, weights
-        each_node = self._accelerator.project_configuration.save_on_each_node
-        save(self.state_dict(), Path(folder) / STATE_FILE, save_on_each_node=each_node)
-
-    def _load(self, models: object, folder: str) -> None:
-        del models
-        file = Path(folder) / STATE_FILE
-        if file.exists():
-            self.load_state_dict(load(file, map_location="cpu"))
-        else:
-            _logger.warning(
-                "%s has no %s: it was saved without gradclip. Clipping starts with fresh state.",
-                folder,
-                STATE_FILE,
-            )

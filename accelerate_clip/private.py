@@ -1,9 +1,13 @@
-"""Everything Accelerate doesn't offer publicly, read in accelerate 1.15.0. Nothing else here."""
+"""Everything Accelerate and transformers don't offer publicly. Nothing else here.
+
+Read in accelerate 1.15.0 and transformers 5.23.0.
+"""
 
 from __future__ import annotations
 
+import functools
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from torch.nn import Module, Parameter
 __all__ = [
     "Prepared",
     "Versions",
+    "around_trainers",
     "default_config_file",
     "engine_of",
     "hold_schedule",
@@ -92,3 +97,59 @@ def default_config_file() -> Path:
     from accelerate.commands.config import config_args
 
     return Path(config_args.default_config_file)
+
+
+def around_trainers(
+    trainer: type[Any],
+    *,
+    is_clipped: Callable[[Any], bool],
+    before_preparing: Callable[[Any], None],
+    before_logging: Callable[[Any, dict[str, Any]], None],
+    after_saving: Callable[[Any, str], None],
+    after_loading: Callable[[Any, str], None],
+) -> None:
+    """Take part in what every transformers `Trainer` does; each callable is given the trainer.
+
+    Args:
+        trainer: The class.
+        is_clipped: Whether `accelerator.clip_grad_norm_` copes with gradients on different meshes,
+            for which the Trainer would else measure, and clip, by itself.
+        before_preparing: Called in each `train`, once the accelerator is final (a search of
+            hyperparameters makes a new one for each trial).
+        before_logging: With what goes to the history and the reporters.
+        after_saving: With the checkpoint's folder, on every process, where the optimizer's state
+            is in it.
+        after_loading: The same, once everything is prepared and the optimizer's state is loaded.
+    """
+    set_up, log, has_mixed = trainer._hp_search_setup, trainer.log, trainer._has_mixed_mesh_grads
+    save, load = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
+
+    @functools.wraps(set_up)
+    def set_up_and_tell(self: Any, trial: Any) -> None:
+        set_up(self, trial)
+        before_preparing(self)
+
+    @functools.wraps(log)
+    def tell_and_log(self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        before_logging(self, logs)
+        log(self, logs, *args, **kwargs)
+
+    @functools.wraps(has_mixed)
+    def has_mixed_unless_clipped(self: Any, model: Any) -> bool:
+        return not is_clipped(self) and has_mixed(self, model)
+
+    @functools.wraps(save)
+    def save_and_tell(self: Any, output_dir: str) -> None:
+        save(self, output_dir)
+        after_saving(self, output_dir)
+
+    @functools.wraps(load)
+    def load_and_tell(self: Any, checkpoint: str | None) -> None:
+        load(self, checkpoint)
+        if checkpoint is not None:
+            after_loading(self, checkpoint)
+
+    trainer._hp_search_setup, trainer.log = set_up_and_tell, tell_and_log
+    trainer._has_mixed_mesh_grads = has_mixed_unless_clipped
+    trainer._save_optimizer_and_scheduler = save_and_tell
+    trainer._load_optimizer_and_scheduler = load_and_tell

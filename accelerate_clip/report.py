@@ -7,26 +7,35 @@ from accelerate import Accelerator
 
 from gradclip import ClipByNorm, ClipConfig, ClipRecord
 
-__all__ = ["describe", "is_same_rule", "report"]
+__all__ = ["describe", "is_same_rule", "read", "report"]
 
 
 def report(accelerator: Accelerator, record: ClipRecord, step: int, index: int | None) -> None:
-    """Give a record to the accelerator's trackers; the only place that reads it on the host.
+    """Give a record to the accelerator's trackers.
 
     Args:
         accelerator: Nothing is read or logged unless its trackers are initialised.
         record: Of the step.
         step: Steps of this optimizer so far, from 1.
-        index: Which optimizer, if there are several; keys then end in `/optimizer<index>`.
+        index: Which optimizer, if there are several.
     """
     if not accelerator.trackers:
         return
+    accelerator.log(read(record, index), step=step)
+
+
+def read(record: ClipRecord, index: int | None) -> dict[str, float]:
+    """A record's metrics on the host.
+
+    Args:
+        record: Of a step.
+        index: Which optimizer, if there are several; keys then end in `/optimizer<index>`.
+    """
     metrics = record.as_metrics()
     suffix = "" if index is None else f"/optimizer{index}"
     # One copy from the device for all of them.
     values = torch.stack(list(metrics.values())).tolist()
-    named = {f"{key}{suffix}": value for key, value in zip(metrics, values, strict=True)}
-    accelerator.log(named, step=step)
+    return {f"{key}{suffix}": value for key, value in zip(metrics, values, strict=True)}
 
 
 def describe(config: ClipConfig) -> str:
