@@ -1,7 +1,8 @@
-"""Notices when Accelerate changes what private.py touches (read in 1.15.0)."""
+"""Notices when Accelerate or transformers change what private.py touches (1.15.0; 5.23.0)."""
 
 import inspect
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -76,3 +77,21 @@ def test_the_launcher_is_where_it_was():
 
 def test_accelerate_prepares_optimizers_through_the_public_method():
     assert "self.prepare_optimizer(" in inspect.getsource(Accelerator._prepare_one)
+
+
+def test_the_trainer_calls_what_is_wrapped():
+    trainer = pytest.importorskip("transformers").Trainer
+    for caller, call in {
+        "train": "self._hp_search_setup(trial)",
+        "_hp_search_setup": "self.create_accelerator_and_postprocess()",
+        "_maybe_log_save_evaluate": "self.log(logs, start_time)",
+        "_save_checkpoint": "self._save_optimizer_and_scheduler(output_dir)",
+        "_prepare_for_training": "self._load_optimizer_and_scheduler(resume_from_checkpoint)",
+        "_clip_grad_norm": "self._has_mixed_mesh_grads(model)",
+        "_get_grad_norm": "self._has_mixed_mesh_grads(model)",
+        "_run_epoch": "if not self.accelerator.optimizer_step_was_skipped",
+        "log": "self.state.log_history.append(output)",
+    }.items():
+        assert call in inspect.getsource(getattr(trainer, caller)), caller
+    assert 'logs["grad_norm"]' in inspect.getsource(trainer._maybe_log_save_evaluate)
+    assert list(inspect.signature(trainer.log).parameters)[:2] == ["self", "logs"]
