@@ -157,7 +157,8 @@ class AcceleratorClip:
             ConfigError: If no prepared optimizer owns any of the parameters.
         """
         # Without a limit the call asks for the norm alone, as the Trainer's with max_grad_norm=0.
-        if max_norm != math.inf and not is_same_rule(self.config, max_norm, norm_type):
+        asks = max_norm == math.inf and norm_type == 2
+        if not asks and not is_same_rule(self.config, max_norm, norm_type):
             given = "" if norm_type == 2 else f", norm_type={norm_type}"
             self._say(
                 "clip_grad_norm_",

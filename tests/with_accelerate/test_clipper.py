@@ -58,7 +58,8 @@ def test_an_unchanged_loop_is_clipped_by_the_configuration(before, counted, capl
     said = [r.getMessage() for r in caplog.records if "clip_grad_norm_" in r.getMessage()]
     assert said == [
         "[RANK 0] accelerator.clip_grad_norm_ was called with max_norm=1.0; the gradclip "
-        "configuration decides instead: norm(max_norm=0.3)."
+        "configuration decides instead: norm(max_norm=0.3). Pass math.inf "
+        "(transformers' Trainer: max_grad_norm=0) to leave it to the configuration."
     ]
 
 
