@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
-from support.lit import NOTHING, After, Before, Small, trainer_of
+from support.lit import NOTHING, After, Before, Small, scaled, trainer_of
 
 from gradclip import ClipByNorm, ZClip
 from lightning_clip import GradientClip
@@ -16,11 +15,6 @@ def run(policy, batches, **options):
     after = After(clip)
     trainer_of(before, clip, after, **options).fit(Small(), batches)
     return clip, before, after
-
-
-def scaler(scale):
-    live = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
-    return MixedPrecision("16-mixed", device="cpu", scaler=live)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +34,7 @@ def test_gradients_are_held_to_the_limit(precision, dtype, rtol):
 
 
 def test_with_a_scaler_norms_are_those_of_the_unscaled_gradients():
-    _, before, after = run(ClipByNorm(max_norm=0.1), range(3), plugins=[scaler(1024.0)])
+    _, before, after = run(ClipByNorm(max_norm=0.1), range(3), plugins=[scaled(1024.0)])
     _, plain, _ = run(ClipByNorm(max_norm=0.1), range(3))
     for norm, record, left in zip(before.norms, after.records, after.norms, strict=True):
         assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
@@ -49,7 +43,7 @@ def test_with_a_scaler_norms_are_those_of_the_unscaled_gradients():
 
 
 def test_an_overflow_is_withheld_and_the_scaler_backs_off():
-    plugin = scaler(2.0**24)
+    plugin = scaled(2.0**24)
     clip, _, after = run(ZClip(warmup_steps=3), range(20), plugins=[plugin])
     skipped = [bool(record.skipped) for record in after.records]
     overflows = skipped.index(False)
@@ -68,7 +62,7 @@ def test_scaled_gradients_that_lightning_drops_are_not_taken_in():
     # neither unscales the first one's gradients nor steps.
     batches = [0, 1, 2, NOTHING, 3, NOTHING, 4, 5]
     clip, _, _ = run(
-        ZClip(warmup_steps=3), batches, plugins=[scaler(1024.0)], accumulate_grad_batches=2
+        ZClip(warmup_steps=3), batches, plugins=[scaled(1024.0)], accumulate_grad_batches=2
     )
     state = clip.clippers[0].state_dict()["policies"][0]["state"]
     assert int(state["seen"]) == 2

@@ -4,8 +4,7 @@ import functools
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
-from support.lit import Before, Small, inputs, trainer_of
+from support.lit import Before, Small, inputs, scaled, trainer_of
 
 from gradclip import ConfigError
 from lightning_clip import GradientClip
@@ -146,17 +145,12 @@ def test_lbfgs():
     )
 
 
-def mixed():
-    live = torch.amp.GradScaler("cpu", init_scale=256.0)
-    return MixedPrecision("16-mixed", device="cpu", scaler=live)
-
-
 def fused(parameters):
     return torch.optim.AdamW(parameters, fused=True)
 
 
 def test_a_fused_optimizer_with_a_scaler():
-    refused(r"fused.*fused=False.*bf16-mixed", module=Small(fused), plugins=[mixed()])
+    refused(r"fused.*fused=False.*bf16-mixed", module=Small(fused), plugins=[scaled(256.0)])
     runs(Small(fused))
 
 
@@ -170,13 +164,13 @@ class SeesScaled(Before):
 @pytest.mark.parametrize("optimizer", [fused, torch.optim.AdamW])
 def test_scaled_gradients_are_told_from_the_attributes_that_lightning_uses(optimizer):
     seen, plain = SeesScaled(), SeesScaled()
-    plugin = mixed()
+    plugin = scaled(256.0)
     trainer_of(seen, plugins=[plugin]).fit(Small(optimizer), [0])
     trainer_of(plain).fit(Small(optimizer), [0])
-    scaled = optimizer is fused
-    assert seen.told == (plugin.scaler, scaled)
-    assert plain.told == (None, scaled)
-    assert seen.norms[0] / plain.norms[0] == pytest.approx(256.0 if scaled else 1.0, rel=0.02)
+    is_scaled = optimizer is fused
+    assert seen.told == (plugin.scaler, is_scaled)
+    assert plain.told == (None, is_scaled)
+    assert seen.norms[0] / plain.norms[0] == pytest.approx(256.0 if is_scaled else 1.0, rel=0.02)
 
 
 def test_an_optimizer_that_steps_inside_backward():
