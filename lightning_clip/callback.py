@@ -8,7 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, as_config
+from gradclip import (
+    ClipConfig,
+    ClipRecord,
+    ConfigError,
+    GradientClipper,
+    as_config,
+    configs_for,
+)
 from lightning_clip.framework import (
     Callback,
     LightningModule,
@@ -194,7 +201,11 @@ class GradientClip(Callback):
             self._detach = None
         self._engine = deepspeed_engine(trainer)
         if self._engine is None:
-            self._clippers = [GradientClipper(self.config, named, opt) for opt in self._optimizers]
+            configs = [self.config]
+            if len(self._optimizers) > 1:
+                configs = configs_for(self.config, named, self._optimizers)
+            pairs = zip(configs, self._optimizers, strict=True)
+            self._clippers = [GradientClipper(config, named, opt) for config, opt in pairs]
         else:
             clipper = GradientClipper(self.config, named, self._engine)
             self._detach = clipper.attach(self._engine).remove
