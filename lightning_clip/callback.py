@@ -22,6 +22,7 @@ from lightning_clip.framework import (
     Trainer,
     deepspeed_engine,
     live_scaler,
+    unscale,
     unscaled,
 )
 from lightning_clip.refuse import refuse_optimizers, refuse_setup
@@ -36,7 +37,8 @@ class GradientClip(Callback):
     Works in automatic and manual optimisation, with gradient accumulation, on one process and
     under DDPStrategy, FSDPStrategy, ModelParallelStrategy (`fully_shard`, tensor parallel) and
     DeepSpeedStrategy (whose engine then clips inside its own step), in 32-bit, bf16 and 16-mixed
-    precision. Norms and limits are those of one process.
+    precision, with fused optimizers too. Norms and limits are those of one process and of
+    gradients without a loss scale.
     Every optimizer has its own limits and adaptive state, which are saved and restored with the
     Trainer's checkpoints and kept over several `trainer.fit` calls of the same module.
 
@@ -165,6 +167,7 @@ class GradientClip(Callback):
         if self._engine is not None:
             self._report_engine_step(trainer, pl_module)
         elif self._step_follows(trainer, pl_module):
+            unscale(trainer, optimizer)
             index = self._index(trainer, pl_module, optimizer)
             self._report(trainer, pl_module, index, self._clippers[index].clip())
 

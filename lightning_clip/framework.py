@@ -28,8 +28,8 @@ __all__ = [
     "live_scaler",
     "logger_step",
     "steps_by_engine",
+    "unscale",
     "unscaled",
-    "unscales_in_step",
 ]
 
 
@@ -74,13 +74,16 @@ def unscaled(trainer: Trainer, module: LightningModule, loss: Tensor) -> Tensor:
     return loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
 
 
-def unscales_in_step(optimizer: Optimizer) -> bool:
-    """Whether Lightning leaves unscaling to this optimizer, whose gradients hooks see scaled.
+def unscale(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Unscale the gradients of an optimizer that would do so in its step.
 
-    The same attribute that `lightning.fabric.plugins.precision.amp._optimizer_handles_unscaling`
-    reads; torch 2.13 sets it on optimizers built with `fused=True`.
+    Lightning has done it for others by now. It tells them apart by this same attribute, in
+    `lightning.fabric.plugins.precision.amp._optimizer_handles_unscaling`; torch 2.13 sets it on
+    optimizers built with `fused=True`. A scaler unscales once a step, whoever asks for it.
     """
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    scaler = live_scaler(trainer)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
 
 
 def logger_step(trainer: Trainer) -> int:
