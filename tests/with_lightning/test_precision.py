@@ -164,11 +164,13 @@ class InFloat32(ByHand):
 
 
 def in_float32(name, scale, *, automatic=True, batches=range(20)):
-    plugin, clip = scaled(scale), GradientClip(ZClip(warmup_steps=3))
+    plugins = [] if scale is None else [scaled(scale)]
+    clip = GradientClip(ZClip(warmup_steps=3))
     after = After(clip)
     module = InFloat32(OPTIMIZERS[name], automatic=automatic)
-    trainer_of(clip, after, plugins=[plugin]).fit(module, batches)
-    return after, clip.clippers[0].state_dict(), plugin.scaler.get_scale()
+    trainer_of(clip, after, plugins=plugins).fit(module, batches)
+    left = plugins[0].scaler.get_scale() if plugins else None
+    return after, clip.clippers[0].state_dict(), left
 
 
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
@@ -190,14 +192,15 @@ def test_a_fused_optimizer_steps_like_an_ordinary_one(kind):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["no scaler", "scaler"])
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_overflow_leaves_no_trace(name, automatic):
+def test_a_withheld_step_leaves_no_trace(name, automatic, scale):
     """With the first step among them, which a fused SGD's momentum buffer must survive."""
     batches = [NAN, *range(9), NAN, *range(9, 19)]
-    plain, plain_state, _ = in_float32(name, 1024.0, automatic=automatic, batches=range(19))
-    found, state, scale = in_float32(name, 1024.0, automatic=automatic, batches=batches)
-    assert scale == 256.0
+    plain, plain_state, _ = in_float32(name, scale, automatic=automatic, batches=range(19))
+    found, state, left = in_float32(name, scale, automatic=automatic, batches=batches)
+    assert left == (scale and scale / 4)  # it backed off twice
     assert [i for i, r in enumerate(found.records) if bool(r.skipped)] == [0, 10]
     assert state["counts"]["skipped"] == 2
     for got, want in zip(found.parameters[-1], plain.parameters[-1], strict=True):
