@@ -18,6 +18,7 @@ from gradclip.engine import GradientClipper
 from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError, SkipLimitError
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
 from gradclip.noise_scale import NoiseScale
+from gradclip.parameters import configs_for
 from gradclip.policies import (
     AGC,
     AdaGC,
@@ -70,6 +71,7 @@ __all__ = [
     "as_config",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "configs_for",
     "get_total_norm",
     "load_section",
     "load_yaml",

@@ -12,7 +12,7 @@ import torch
 from gradclip.config import ClipConfig, GroupConfig
 from gradclip.errors import ConfigError
 
-__all__ = ["Fact", "Membership", "matched", "members_of"]
+__all__ = ["Fact", "Membership", "for_each", "matched", "members_of"]
 
 
 class Fact(NamedTuple):
@@ -65,6 +65,27 @@ def members_of(config: ClipConfig, facts: Mapping[str, Fact]) -> dict[str, Membe
         )
         found.update(dict.fromkeys(names, member))
     return found
+
+
+def for_each(config: ClipConfig, facts: Sequence[Mapping[str, Fact]]) -> list[ClipConfig]:
+    """One configuration for each set of parameters: with the groups that match any of it.
+
+    Raises:
+        ConfigError: If a group matches in none.
+    """
+    kept: list[list[GroupConfig]] = [[] for _ in facts]
+    for index, group in enumerate(config.groups):
+        missed: list[ConfigError] = []
+        for own, groups in zip(facts, kept, strict=True):
+            try:
+                _in_group(f"groups[{index}]", group, own)
+            except ConfigError as error:
+                missed.append(error)
+            else:
+                groups.append(group)
+        if len(missed) == len(facts):
+            raise missed[0]
+    return [config.model_copy(update={"groups": groups}) for groups in kept]
 
 
 def matched(where: str, pattern: str, names: Iterable[str]) -> list[str]:

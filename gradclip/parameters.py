@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
-from gradclip.groups import Fact
+from gradclip.groups import Fact, for_each
 from gradclip.in_backward import refuse_steps_in_backward
 
-__all__ = ["collect_parameters", "facts_of"]
+__all__ = ["collect_parameters", "configs_for", "facts_of"]
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
@@ -101,3 +102,26 @@ def facts_of(
         name: Fact(groups.get(p, "group0"), p.dtype, kinds, shapes.get(name, ()))
         for name, p in parameters.items()
     }
+
+
+def configs_for(
+    config: ClipConfig,
+    named_parameters: Iterable[tuple[str, Parameter]],
+    optimizers: Sequence[Optimizer],
+) -> list[ClipConfig]:
+    """What each of several optimizers' clippers is to be built with.
+
+    A group may match parameters of one of them alone (`match: "generator.*"`), which is no error
+    for the others.
+
+    Args:
+        config: For all of them.
+        named_parameters: As from `model.named_parameters()`.
+        optimizers: Each with parameters of its own.
+
+    Raises:
+        ConfigError: If a group matches no parameter of any of them.
+    """
+    named = list(named_parameters)
+    facts = [facts_of(collect_parameters(named, opt), opt, {}) for opt in optimizers]
+    return for_each(config, facts)

@@ -1,9 +1,10 @@
-"""Gradient clipping for Lightning: one callback for the Trainer.
+"""Gradient clipping for Lightning: one callback for the Trainer, one call for Fabric.
 
 >>> from lightning_clip import GradientClip
 >>> callback = GradientClip({"policies": [{"type": "zclip"}]})  # for Trainer(callbacks=[callback])
 """
 
 from lightning_clip.callback import GradientClip
+from lightning_clip.fabric import enable
 
-__all__ = ["GradientClip"]
+__all__ = ["GradientClip", "enable"]

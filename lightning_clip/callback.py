@@ -8,13 +8,21 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, as_config
+from gradclip import (
+    ClipConfig,
+    ClipRecord,
+    ConfigError,
+    GradientClipper,
+    as_config,
+    configs_for,
+)
 from lightning_clip.framework import (
     Callback,
     LightningModule,
     Trainer,
     deepspeed_engine,
     live_scaler,
+    unscale,
     unscaled,
 )
 from lightning_clip.refuse import refuse_optimizers, refuse_setup
@@ -29,7 +37,8 @@ class GradientClip(Callback):
     Works in automatic and manual optimisation, with gradient accumulation, on one process and
     under DDPStrategy, FSDPStrategy, ModelParallelStrategy (`fully_shard`, tensor parallel) and
     DeepSpeedStrategy (whose engine then clips inside its own step), in 32-bit, bf16 and 16-mixed
-    precision. Norms and limits are those of one process.
+    precision, with fused optimizers too. Norms and limits are those of one process and of
+    gradients without a loss scale.
     Every optimizer has its own limits and adaptive state, which are saved and restored with the
     Trainer's checkpoints and kept over several `trainer.fit` calls of the same module.
 
@@ -158,6 +167,7 @@ class GradientClip(Callback):
         if self._engine is not None:
             self._report_engine_step(trainer, pl_module)
         elif self._step_follows(trainer, pl_module):
+            unscale(trainer, optimizer)
             index = self._index(trainer, pl_module, optimizer)
             self._report(trainer, pl_module, index, self._clippers[index].clip())
 
@@ -194,7 +204,11 @@ class GradientClip(Callback):
             self._detach = None
         self._engine = deepspeed_engine(trainer)
         if self._engine is None:
-            self._clippers = [GradientClipper(self.config, named, opt) for opt in self._optimizers]
+            configs = [self.config]
+            if len(self._optimizers) > 1:
+                configs = configs_for(self.config, named, self._optimizers)
+            pairs = zip(configs, self._optimizers, strict=True)
+            self._clippers = [GradientClipper(config, named, opt) for config, opt in pairs]
         else:
             clipper = GradientClipper(self.config, named, self._engine)
             self._detach = clipper.attach(self._engine).remove

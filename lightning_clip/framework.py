@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,20 +11,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
+    from lightning.fabric import Fabric
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
+    from lightning_fabric import Fabric
     from pytorch_lightning import Callback, LightningModule, Trainer
 
 __all__ = [
     "Callback",
+    "Fabric",
     "LightningModule",
     "Trainer",
     "deepspeed_engine",
     "is_lightning",
+    "is_set_up",
     "live_scaler",
     "logger_step",
+    "steps_by_engine",
+    "unscale",
     "unscaled",
-    "unscales_in_step",
 ]
 
 
@@ -35,6 +41,18 @@ def deepspeed_engine(trainer: Trainer) -> Any | None:
 def is_lightning(cls: type) -> bool:
     """Whether a class is the framework's own, of either package, and not a user's."""
     return cls.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+
+
+def is_set_up(fabric: Fabric, found: object) -> bool:
+    """Whether Fabric wrapped a module or an optimizer, as told by the package it is from."""
+    homes = ("lightning.fabric.fabric", "lightning_fabric.fabric")
+    home = next(cls.__module__ for cls in type(fabric).__mro__ if cls.__module__ in homes)
+    return bool(sys.modules[home.rpartition(".")[0]].is_wrapped(found))
+
+
+def steps_by_engine(fabric: Fabric) -> bool:
+    """Whether Fabric leaves steps to a DeepSpeed engine: only its strategy has a model."""
+    return hasattr(fabric.strategy, "model")
 
 
 def live_scaler(trainer: Trainer) -> Any | None:
@@ -56,13 +74,16 @@ def unscaled(trainer: Trainer, module: LightningModule, loss: Tensor) -> Tensor:
     return loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
 
 
-def unscales_in_step(optimizer: Optimizer) -> bool:
-    """Whether Lightning leaves unscaling to this optimizer, whose gradients hooks see scaled.
+def unscale(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Unscale the gradients of an optimizer that would do so in its step.
 
-    The same attribute that `lightning.fabric.plugins.precision.amp._optimizer_handles_unscaling`
-    reads; torch 2.13 sets it on optimizers built with `fused=True`.
+    Lightning has done it for others by now. It tells them apart by this same attribute, in
+    `lightning.fabric.plugins.precision.amp._optimizer_handles_unscaling`; torch 2.13 sets it on
+    optimizers built with `fused=True`. A scaler unscales once a step, whoever asks for it.
     """
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    scaler = live_scaler(trainer)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
 
 
 def logger_step(trainer: Trainer) -> int:

@@ -15,8 +15,6 @@ from lightning_clip.framework import (
     LightningModule,
     Trainer,
     is_lightning,
-    live_scaler,
-    unscales_in_step,
 )
 
 __all__ = ["refuse_optimizers", "refuse_setup"]
@@ -75,14 +73,6 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
                 f"{name} holds no parameter of {type(module).__name__}, so training would change "
                 "nothing: sharding may have put others in their place after it was built. Build "
                 "it from self.parameters() in configure_optimizers."
-            )
-            raise ConfigError(msg)
-        if live_scaler(trainer) is not None and unscales_in_step(optimizer):
-            msg = (
-                f"{name} is fused and unscales gradients inside its own step, and the Trainer's "
-                "precision plugin scales them (16-mixed), so GradientClip would see them still "
-                "multiplied by the loss scale. Build the optimizer with fused=False, or use "
-                "precision='bf16-mixed'."
             )
             raise ConfigError(msg)
 

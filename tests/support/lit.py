@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 NOTHING = -1
@@ -133,6 +134,12 @@ def grads_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def norm_of(grads: Iterable[Tensor]) -> float:
     """The 2-norm in float64, by torch alone."""
     return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+
+
+def scaled(scale: float, growth_interval: int = 10**6) -> MixedPrecision:
+    """16-mixed whose scaler works on a CPU, where the stock one would become bf16-mixed."""
+    live = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
+    return MixedPrecision("16-mixed", device="cpu", scaler=live)
 
 
 def trainer_of(*callbacks: Callback, **options: Any) -> Trainer:

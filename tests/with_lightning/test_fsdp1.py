@@ -49,14 +49,20 @@ def in_bf16(rank, world):
     )
 
 
-def with_live_scaler(rank, world):
+def with_live_scaler(rank, world, *, fused=False):
     """A scale that overflows at first: withheld on every rank, and halved."""
     clip, watch, logged = GradientClip(NORM), Watch(), Logged()
     plugin = scaler_plugin(2.0**14)
     trainer = trainer_of(watch, clip, logged, strategy=fsdp1(), devices=world, plugins=[plugin])
-    trainer.fit(Plain(), range(8))
+    module = Plain()
+    module.make_optimizer = functools.partial(module.make_optimizer, fused=fused)
+    trainer.fit(module, range(8))
     skipped = [bool(step["clip/skipped"]) for step in logged.metrics]
     return watch.norms, norms_of(logged.metrics), skipped, plugin.scaler.get_scale()
+
+
+def fused_with_live_scaler(rank, world):
+    return with_live_scaler(rank, world, fused=True)
 
 
 class Poison(Watch):
@@ -126,7 +132,7 @@ def accumulating(rank, world):
 
 
 def every_case(rank, world):
-    cases = (in_bf16, with_live_scaler, raising, refused, accumulating)
+    cases = (in_bf16, with_live_scaler, raising, refused, accumulating, fused_with_live_scaler)
     return [case(rank, world) for case in cases]
 
 
@@ -151,6 +157,15 @@ def test_a_live_scaler():
         assert logged == pytest.approx(first, rel=0, nan_ok=True)
         for norm, want, skip in zip(logged, before, skipped, strict=True):
             assert skip or norm == pytest.approx(want, rel=1e-6)
+
+
+def test_a_live_scaler_and_a_fused_optimizer():
+    for answer in ranks(every_case, 2):
+        _, logged, *rest = answer[1]
+        _, fused, *same = answer[5]
+        assert same == rest
+        for norm, want, skip in zip(fused, logged, rest[0], strict=True):
+            assert skip or norm == pytest.approx(want, rel=1e-3)
 
 
 def test_all_ranks_raise_and_gradients_keep_their_bits():

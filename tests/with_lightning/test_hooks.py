@@ -159,54 +159,6 @@ def test_frozen_unused_and_shared_parameters():
     assert counts(clip)["clipped"] == 3
 
 
-class Gan(Small):
-    """Two optimizers, stepped by hand; the generator every second batch only."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.generator = nn.Linear(4, 4)
-
-    def training_step(self, batch, batch_idx):
-        maker, critic = self.optimizers()
-        rows = inputs(batch)
-        with self.toggled_optimizer(critic):
-            self.manual_backward(self.loss(self.generator(rows).detach()) * 30)
-            critic.step()
-            critic.zero_grad()
-        if batch_idx % 2:
-            with self.toggled_optimizer(maker):
-                self.manual_backward(-self.loss(self.generator(rows)))
-                maker.step()
-                maker.zero_grad()
-
-    def configure_optimizers(self):
-        return [
-            torch.optim.Adam(self.generator.parameters()),
-            torch.optim.SGD(self.net.parameters(), lr=1e-3),
-        ]
-
-
-def test_manual_optimisation_keeps_one_limit_per_optimizer():
-    clip, before, after = run(ZCLIP, range(20), Gan())
-    maker, critic = clip.clippers
-    assert counts(clip, 0)["steps"] == 10
-    assert counts(clip, 1)["steps"] == 20
-    assert clip.last_record is after.records[-1]
-    # With each optimizer's own norms, a clipper of its own comes to the same limits.
-    own = {0: [], 1: []}
-    for grads, record in zip(before.grads, after.records, strict=True):
-        own[0 if len(grads) == 2 else 1].append((grads, float(record.limit)))
-    for index, clipper in enumerate((maker, critic)):
-        params = [nn.Parameter(torch.zeros_like(g)) for g in own[index][0][0]]
-        alone = type(clipper)(ZCLIP, [(str(i), p) for i, p in enumerate(params)])
-        for grads, limit in own[index]:
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad.clone()
-            assert float(alone.clip().limit) == limit
-        assert min(limit for _, limit in own[index]) < float("inf")
-
-
 class Tuned(Small):
     def __init__(self):
         super().__init__()

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
-from support.lit import After, Pair, Small, trainer_of
+from support.lit import After, Pair, Small, scaled, trainer_of
 
 from gradclip import ConfigError, SkipSpike
 from lightning_clip import GradientClip
@@ -51,8 +50,7 @@ def test_micro_batches_are_averaged(batches):
 
 
 def test_the_factor_of_a_scaler_is_taken_out():
-    live = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    plugin = MixedPrecision("16-mixed", device="cpu", scaler=live)
+    plugin = scaled(1024.0, growth_interval=2)
     clip, _ = run(Told({i: 1.0 + i for i in range(6)}), range(6), plugins=[plugin])
     assert plugin.scaler.get_scale() > 1024.0
     assert losses(clip, 6) == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
@@ -67,8 +65,7 @@ class Skipping(Told):
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 def test_losses_of_a_step_that_never_came_are_forgotten():
-    live = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    plugin = MixedPrecision("16-mixed", device="cpu", scaler=live)
+    plugin = scaled(1024.0)
     module = Skipping({0: 100.0, 2: 1.0, 3: 2.0})
     clip, _ = run(module, range(4), plugins=[plugin], accumulate_grad_batches=2)
     assert losses(clip, 2) == pytest.approx([0.0, 1.5])

@@ -1,9 +1,20 @@
 """Half precision and the gradient scaler."""
 
+import functools
+
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
-from support.lit import NOTHING, After, Before, Small, trainer_of
+from support.lit import (
+    NAN,
+    NOTHING,
+    After,
+    Before,
+    Small,
+    inputs,
+    scaled,
+    small_net,
+    trainer_of,
+)
 
 from gradclip import ClipByNorm, ZClip
 from lightning_clip import GradientClip
@@ -16,11 +27,6 @@ def run(policy, batches, **options):
     after = After(clip)
     trainer_of(before, clip, after, **options).fit(Small(), batches)
     return clip, before, after
-
-
-def scaler(scale):
-    live = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
-    return MixedPrecision("16-mixed", device="cpu", scaler=live)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +46,7 @@ def test_gradients_are_held_to_the_limit(precision, dtype, rtol):
 
 
 def test_with_a_scaler_norms_are_those_of_the_unscaled_gradients():
-    _, before, after = run(ClipByNorm(max_norm=0.1), range(3), plugins=[scaler(1024.0)])
+    _, before, after = run(ClipByNorm(max_norm=0.1), range(3), plugins=[scaled(1024.0)])
     _, plain, _ = run(ClipByNorm(max_norm=0.1), range(3))
     for norm, record, left in zip(before.norms, after.records, after.norms, strict=True):
         assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
@@ -49,7 +55,7 @@ def test_with_a_scaler_norms_are_those_of_the_unscaled_gradients():
 
 
 def test_an_overflow_is_withheld_and_the_scaler_backs_off():
-    plugin = scaler(2.0**24)
+    plugin = scaled(2.0**24)
     clip, _, after = run(ZClip(warmup_steps=3), range(20), plugins=[plugin])
     skipped = [bool(record.skipped) for record in after.records]
     overflows = skipped.index(False)
@@ -68,8 +74,137 @@ def test_scaled_gradients_that_lightning_drops_are_not_taken_in():
     # neither unscales the first one's gradients nor steps.
     batches = [0, 1, 2, NOTHING, 3, NOTHING, 4, 5]
     clip, _, _ = run(
-        ZClip(warmup_steps=3), batches, plugins=[scaler(1024.0)], accumulate_grad_batches=2
+        ZClip(warmup_steps=3), batches, plugins=[scaled(1024.0)], accumulate_grad_batches=2
     )
     state = clip.clippers[0].state_dict()["policies"][0]["state"]
     assert int(state["seen"]) == 2
     assert float(state["recent"].max()) < 50
+
+
+OPTIMIZERS = {
+    "sgd": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    "adamw": functools.partial(torch.optim.AdamW, lr=0.01),
+    "fused adamw": functools.partial(torch.optim.AdamW, lr=0.01, fused=True),
+    "fused sgd": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=True),
+}
+
+
+class ByHand(Small):
+    """The same steps in manual optimisation."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        optimizer.step()
+
+
+def plain_loop(optimizer, steps):
+    """The reference: float32, one process, torch's own clipping."""
+    net = small_net()
+    stepping = optimizer(net.parameters())
+    norms = []
+    for seed in range(steps):
+        stepping.zero_grad()
+        net(inputs(seed)).square().mean().backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)))
+        stepping.step()
+    return norms, torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("module", [Small, ByHand], ids=["automatic", "manual"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "fused adamw"])
+@pytest.mark.parametrize(
+    ("options", "rtol"),
+    [
+        ({"precision": "32-true"}, 1e-5),
+        ({"precision": "bf16-mixed"}, 3e-2),  # products are rounded to 8 bits
+        ({"scale": 256.0}, 4e-3),  # and to 11 bits
+    ],
+    ids=["32", "bf16-mixed", "16-mixed"],
+)
+def test_steps_equal_a_plain_loop_in_float32(options, rtol, name, module):
+    if "scale" in options:
+        options = {"plugins": [scaled(options["scale"])]}
+    clip = GradientClip(ClipByNorm(max_norm=0.5))
+    after, fitted = After(clip), module(OPTIMIZERS[name])
+    trainer_of(clip, after, **options).fit(fitted, range(8))
+    norms, want = plain_loop(OPTIMIZERS[name], 8)
+    assert min(norms) > 0.5
+    assert [float(record.grad_norm) for record in after.records] == pytest.approx(norms, rel=rtol)
+    assert after.norms == pytest.approx([0.5] * 8, rel=1e-5)
+    got = torch.cat([p.detach().flatten() for p in fitted.parameters()])
+    start = torch.cat([p.detach().flatten() for p in small_net().parameters()])
+    assert float((got - want).norm() / (want - start).norm()) < rtol
+
+
+class InFloat32(ByHand):
+    """Autocast is off, so that a scale of a power of two changes no bit of the result."""
+
+    def __init__(self, optimizer, *, automatic):
+        super().__init__(optimizer)
+        self.automatic_optimization = automatic
+
+    def training_step(self, batch, index):
+        step = Small.training_step if self.automatic_optimization else ByHand.training_step
+        return step(self, batch, index)
+
+    def loss(self, rows):
+        with torch.autocast("cpu", enabled=False):
+            return super().loss(rows)
+
+    def manual_backward(self, *args):
+        """Backward takes after where it is called: here, inside `training_step`'s autocast."""
+        with torch.autocast("cpu", enabled=False):
+            super().manual_backward(*args)
+
+
+def in_float32(name, scale, *, automatic=True, batches=range(20)):
+    plugins = [] if scale is None else [scaled(scale)]
+    clip = GradientClip(ZClip(warmup_steps=3))
+    after = After(clip)
+    module = InFloat32(OPTIMIZERS[name], automatic=automatic)
+    trainer_of(clip, after, plugins=plugins).fit(module, batches)
+    left = plugins[0].scaler.get_scale() if plugins else None
+    return after, clip.clippers[0].state_dict(), left
+
+
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_scale_changes_nothing(name, automatic):
+    one, _, _ = in_float32(name, 1.0, automatic=automatic)
+    large, _, _ = in_float32(name, 65536.0, automatic=automatic)
+    assert any(bool(record.clipped) for record in one.records)
+    assert large.limits == one.limits
+    for got, want in zip(large.grads, one.grads, strict=True):
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_fused_optimizer_steps_like_an_ordinary_one(kind):
+    ordinary, _, _ = in_float32(kind, 1024.0)
+    fused, _, _ = in_float32(f"fused {kind}", 1024.0)
+    for got, want in zip(fused.parameters[-1], ordinary.parameters[-1], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["no scaler", "scaler"])
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_withheld_step_leaves_no_trace(name, automatic, scale):
+    """With the first step among them, which a fused SGD's momentum buffer must survive."""
+    batches = [NAN, *range(9), NAN, *range(9, 19)]
+    plain, plain_state, _ = in_float32(name, scale, automatic=automatic, batches=range(19))
+    found, state, left = in_float32(name, scale, automatic=automatic, batches=batches)
+    assert left == (scale and scale / 4)  # it backed off twice
+    assert [i for i, r in enumerate(found.records) if bool(r.skipped)] == [0, 10]
+    assert state["counts"]["skipped"] == 2
+    for got, want in zip(found.parameters[-1], plain.parameters[-1], strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(state["policies"], plain_state["policies"], strict=True):
+        assert got["state"].keys() == want["state"].keys()
+        assert all(torch.equal(got["state"][key], want["state"][key]) for key in want["state"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from support.lit import After, Before, Small, trainer_of
+from support.lit import After, Before, Small, adamw, trainer_of
 from support.ranks import run_on_ranks
 from torch.distributed.fsdp import fully_shard
 
@@ -32,7 +32,11 @@ def outcome(clip, before, after):
     }
 
 
-def train(kind, world, **options):
+def fused(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01, fused=True)
+
+
+def train(kind, world, optimizer=adamw, **options):
     clip, before = GradientClip(POLICY), Before()
     after = After(clip)
     after.on_train_batch_end = lambda *_: None
@@ -42,7 +46,7 @@ def train(kind, world, **options):
         "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
     }[kind]()
     trainer = trainer_of(before, clip, after, strategy=strategy, devices=world, **options)
-    module = (Sharded if kind == "fsdp2" else Small)(by_step=True)
+    module = (Sharded if kind == "fsdp2" else Small)(optimizer, by_step=True)
     return trainer, module, clip, (clip, before, after)
 
 
@@ -80,21 +84,33 @@ def test_two_sharded_ranks_in_bf16():
 
 
 def scaled(rank, world):
-    live = torch.amp.GradScaler("cpu", init_scale=2.0**24)
-    plugin = MixedPrecision("16-mixed", device="cpu", scaler=live)
-    trainer, module, _, (_, before, after) = train("fsdp2", world, plugins=[plugin])
-    trainer.fit(module, range(20))
-    norms = [float(record.grad_norm) for record in after.records]
-    return norms, [bool(record.skipped) for record in after.records], live.get_scale(), before.norms
+    """Ordinary and fused, from a scale that overflows at first."""
+    found = []
+    for optimizer in (adamw, fused):
+        live = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        plugin = MixedPrecision("16-mixed", device="cpu", scaler=live)
+        trainer, module, _, seen = train("fsdp2", world, optimizer, plugins=[plugin])
+        trainer.fit(module, range(20))
+        _, before, after = seen
+        norms = [float(record.grad_norm) for record in after.records]
+        skipped = [bool(record.skipped) for record in after.records]
+        found.append((norms, skipped, live.get_scale(), before.norms))
+    return found
 
 
 def test_sharded_ranks_withhold_an_overflow_together():
-    (norms, skipped, scale, before), other = run_on_ranks(scaled, 2)
-    assert any(skipped)
-    assert (skipped, scale) == other[1:3]
-    assert scale == 2.0 ** (24 - sum(skipped))
+    ordinary, in_step = zip(*run_on_ranks(scaled, 2), strict=True)
+    for (norms, skipped, scale, _), other in (ordinary, in_step):
+        assert any(skipped)
+        assert (skipped, scale) == other[1:3]
+        assert norms == pytest.approx(other[0], rel=0, nan_ok=True)
+        assert scale == 2.0 ** (24 - sum(skipped))
+    norms, skipped, _, before = ordinary[0]
     for norm, want, skip in zip(norms, before, skipped, strict=True):
         assert skip or norm == pytest.approx(want, rel=1e-6)
+    assert in_step[0][1] == skipped
+    for norm, want, skip in zip(in_step[0][0], norms, skipped, strict=True):
+        assert skip or norm == pytest.approx(want, rel=1e-3)
 
 
 def resume_sharded(rank, world, folder):

@@ -4,12 +4,10 @@ import functools
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
-from support.lit import Before, Small, inputs, trainer_of
+from support.lit import Small, inputs, trainer_of
 
 from gradclip import ConfigError
 from lightning_clip import GradientClip
-from lightning_clip.framework import live_scaler, unscales_in_step
 
 NORM = {"policies": [{"type": "norm", "max_norm": 0.5}]}
 
@@ -144,39 +142,6 @@ def test_lbfgs():
         r"Optimizer 0 \(LBFGS\).*several times a step",
         module=Small(lambda parameters: torch.optim.LBFGS(parameters)),
     )
-
-
-def mixed():
-    live = torch.amp.GradScaler("cpu", init_scale=256.0)
-    return MixedPrecision("16-mixed", device="cpu", scaler=live)
-
-
-def fused(parameters):
-    return torch.optim.AdamW(parameters, fused=True)
-
-
-def test_a_fused_optimizer_with_a_scaler():
-    refused(r"fused.*fused=False.*bf16-mixed", module=Small(fused), plugins=[mixed()])
-    runs(Small(fused))
-
-
-class SeesScaled(Before):
-    """Tells from the scaler and the optimizer what the framework file tells."""
-
-    def on_fit_start(self, trainer, _):
-        self.told = live_scaler(trainer), unscales_in_step(trainer.optimizers[0])
-
-
-@pytest.mark.parametrize("optimizer", [fused, torch.optim.AdamW])
-def test_scaled_gradients_are_told_from_the_attributes_that_lightning_uses(optimizer):
-    seen, plain = SeesScaled(), SeesScaled()
-    plugin = mixed()
-    trainer_of(seen, plugins=[plugin]).fit(Small(optimizer), [0])
-    trainer_of(plain).fit(Small(optimizer), [0])
-    scaled = optimizer is fused
-    assert seen.told == (plugin.scaler, scaled)
-    assert plain.told == (None, scaled)
-    assert seen.norms[0] / plain.norms[0] == pytest.approx(256.0 if scaled else 1.0, rel=0.02)
 
 
 def test_an_optimizer_that_steps_inside_backward():

@@ -1,0 +1,107 @@
+"""Fabric: one call after `fabric.setup`."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakSet
+
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from gradclip import ConfigError, GradientClipper, PolicyLike
+from lightning_clip.framework import Fabric, is_set_up, steps_by_engine
+
+__all__ = ["enable"]
+
+_clipped: WeakSet[Optimizer] = WeakSet()
+
+
+def enable(
+    fabric: Fabric, model: Module, optimizer: Optimizer, policy: PolicyLike
+) -> GradientClipper:
+    """Clip before every `optimizer.step()` of a Fabric program.
+
+    Works with accumulation (once per step), under DDP, FSDP and ModelParallelStrategy, and with a
+    gradient scaler, which has unscaled the gradients by then or tells the scale. Call it once for
+    each optimizer. The clipper can be part of what `fabric.save` is given; hand what `fabric.load`
+    returns for it to `clipper.load_state_dict`, which Lightning itself leaves out where checkpoints
+    are sharded.
+
+    Args:
+        fabric: Which set up the model and the optimizer. Its `clip_gradients` then raises for this
+            optimizer.
+        model: What `fabric.setup` or `fabric.setup_module` returned.
+        optimizer: What `fabric.setup` or `fabric.setup_optimizers` returned.
+        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
+            path of a YAML file.
+
+    Returns:
+        The clipper, which is attached to the optimizer already.
+
+    Raises:
+        ConfigError: If the configuration isn't valid for these parameters, the model or the
+            optimizer isn't set up, is clipped already, or is stepped by a DeepSpeed engine.
+        LayoutError: If the parameters are laid out in a way that isn't supported.
+
+    Example:
+        >>> import torch
+        >>> from lightning.fabric import Fabric
+        >>> from gradclip import ClipByNorm
+        >>> fabric = Fabric(accelerator="cpu", devices=1)
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model, optimizer = fabric.setup(model, optimizer)
+        >>> clipper = enable(fabric, model, optimizer, ClipByNorm(max_norm=1.0))
+        >>> fabric.backward(model(torch.full((1, 2), 30.0)).sum())
+        >>> _ = optimizer.step()
+        >>> bool(clipper.last_record.clipped), round(float(clipper.last_record.clipped_norm), 4)
+        (True, 1.0)
+    """
+    for what, found in (("model", model), ("optimizer", optimizer)):
+        if not is_set_up(fabric, found):
+            msg = (
+                f"lightning_clip.enable: the {what} ({type(found).__name__}) isn't set up by "
+                "Fabric; allowed: what fabric.setup (or setup_module, setup_optimizers) returned. "
+                "Call enable after it."
+            )
+            raise ConfigError(msg)
+    if steps_by_engine(fabric):
+        msg = (
+            "lightning_clip.enable: a DeepSpeed engine makes this program's steps; allowed: other "
+            "strategies. Clip inside the engine's step: "
+            "gradclip.GradientClipper(policy, optimizer=fabric.strategy.model), and its attach."
+        )
+        raise ConfigError(msg)
+    raw: Optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # of Fabric's wrapper
+    if raw in _clipped:
+        msg = (
+            f"lightning_clip.enable: this {type(raw).__name__} is clipped already, and would be "
+            "twice; allowed: one call for each optimizer. Give it a list of policies."
+        )
+        raise ConfigError(msg)
+    named: list[Any] = list(model.module.named_parameters())  # type: ignore[union-attr]
+    clipper = GradientClipper(policy, named, raw)
+    clipper.attach(raw)
+    _clipped.add(raw)
+    _refuse_second_clip(fabric)
+    return clipper
+
+
+def _refuse_second_clip(fabric: Fabric) -> None:
+    """`fabric.clip_gradients` goes on working for optimizers that aren't clipped here."""
+    if "clip_gradients" in vars(fabric):
+        return
+    own = fabric.clip_gradients
+
+    def clip_gradients(module: Module, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        raw = getattr(optimizer, "optimizer", optimizer)
+        if raw in _clipped:
+            msg = (
+                f"fabric.clip_gradients was called for a {type(raw).__name__} that "
+                "lightning_clip.enable clips before each step, so gradients would be clipped "
+                "twice. Remove the call; the norm is in clipper.last_record.grad_norm."
+            )
+            raise ConfigError(msg)
+        return own(module, optimizer, *args, **kwargs)
+
+    fabric.clip_gradients = clip_gradients

@@ -1,0 +1,211 @@
+"""Fabric: one call after `fabric.setup`, under every way to set up."""
+
+import functools
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from support.as_one import POLICIES, STEPS, assert_as_one
+from support.lit import grads_of, inputs, norm_of, small_net
+from support.lit_layouts import shard
+from support.nets import parallel_net, whole_parameters
+from support.ranks import run_on_ranks
+
+import lightning_clip
+from gradclip import ClipByNorm, ConfigError, ZClip
+
+NORM = ClipByNorm(max_norm=0.1)
+ZCLIP = ZClip(warmup_steps=3, max_norm=None)
+
+
+def set_up(fabric, net, policy, optimizer=torch.optim.SGD, **options):
+    model, stepped = fabric.setup(net, optimizer(net.parameters(), lr=0.01, **options))
+    return model, stepped, lightning_clip.enable(fabric, model, stepped, policy)
+
+
+def train(fabric, model, optimizer, seeds):
+    for seed in seeds:
+        rows = inputs(seed)[fabric.global_rank :: fabric.world_size]
+        optimizer.zero_grad()
+        fabric.backward(model(rows).float().square().mean())
+        optimizer.step()
+
+
+def one_process(**options):
+    fabric = Fabric(accelerator="cpu", devices=1, **options)
+    fabric.launch()
+    return fabric
+
+
+def test_every_step_is_clipped():
+    fabric = one_process()
+    model, optimizer, clipper = set_up(fabric, small_net(), NORM)
+    for step in range(3):
+        train(fabric, model, optimizer, [step])
+        assert float(clipper.last_record.grad_norm) > 0.1
+        assert norm_of(grads_of(optimizer.optimizer)) == pytest.approx(0.1, rel=1e-5)
+    assert clipper.state_dict()["counts"]["steps"] == 3
+
+
+def test_module_and_optimizer_set_up_apart_have_the_modules_own_names():
+    fabric = one_process()
+    model = fabric.setup_module(small_net())
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.01))
+    policy = {"policies": [NORM], "groups": [{"match": "2.*", "policies": []}]}
+    clipper = lightning_clip.enable(fabric, model, optimizer, policy)
+    train(fabric, model, optimizer, [0])
+    norms = [float(p.grad.norm()) for p in model.parameters()]
+    assert norm_of(p.grad for p in list(model.parameters())[:2]) == pytest.approx(0.1, rel=1e-5)
+    assert max(norms[2:]) > 0.1
+    assert bool(clipper.last_record.clipped)
+
+
+def test_accumulation_clips_once_per_step():
+    fabric = one_process()
+    model, optimizer, clipper = set_up(fabric, small_net(), NORM)
+    for seed in range(4):
+        with fabric.no_backward_sync(model, enabled=seed < 3):
+            fabric.backward(model(inputs(seed)).square().mean() / 4)
+    whole = norm_of(grads_of(optimizer.optimizer))
+    optimizer.step()
+    assert float(clipper.last_record.grad_norm) == pytest.approx(whole, rel=1e-6)
+    assert clipper.state_dict()["counts"]["steps"] == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_with_a_live_scaler(fused):
+    def run(scale):
+        live = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+        plugin = MixedPrecision("16-mixed", device="cpu", scaler=live)
+        fabric = one_process(plugins=[plugin])
+        made = set_up(fabric, small_net(), NORM, torch.optim.AdamW, fused=fused)
+        model, optimizer, clipper = made
+        train(fabric, model, optimizer, range(3))
+        return clipper, [p.detach() for p in model.parameters()], live.get_scale()
+
+    one, parameters, _ = run(1.0)
+    clipper, got, scale = run(1024.0)
+    assert scale == 1024.0
+    assert float(clipper.last_record.grad_norm) == pytest.approx(
+        float(one.last_record.grad_norm), rel=0.01
+    )
+    assert float(clipper.last_record.grad_norm) > 0.1
+    torch.testing.assert_close(got, parameters, rtol=1e-3, atol=1e-4)
+    _, start, scale = run(2.0**40)
+    assert scale == 2.0**37
+    assert all(map(torch.equal, start, small_net().parameters()))
+
+
+def test_state_goes_through_save_and_load(tmp_path):
+    def limits(load=None, save=None, seeds=range(10)):
+        fabric = one_process()
+        model, optimizer, clipper = set_up(fabric, small_net(), ZCLIP)
+        state = {"model": model, "optimizer": optimizer, "clipper": clipper}
+        if load:
+            rest = fabric.load(load, {"model": model, "optimizer": optimizer}, weights_only=True)
+            clipper.load_state_dict(rest["clipper"])
+        found = []
+        for seed in seeds:
+            train(fabric, model, optimizer, [seed])
+            found.append(float(clipper.last_record.limit))
+        if save:
+            fabric.save(save, state)
+        return found
+
+    path = tmp_path / "last.ckpt"
+    whole = limits()
+    assert limits(save=path, seeds=range(5)) + limits(load=path, seeds=range(5, 10)) == whole
+    assert max(whole[5:]) < float("inf")
+
+
+def test_what_is_refused():
+    fabric = one_process()
+    net = small_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    with pytest.raises(ConfigError, match=r"the model \(Sequential\) isn't set up by Fabric"):
+        lightning_clip.enable(fabric, net, optimizer, NORM)
+    model = fabric.setup_module(net)
+    with pytest.raises(ConfigError, match=r"the optimizer \(SGD\) isn't set up by Fabric"):
+        lightning_clip.enable(fabric, model, optimizer, NORM)
+    optimizer = fabric.setup_optimizers(optimizer)
+    lightning_clip.enable(fabric, model, optimizer, NORM)
+    with pytest.raises(ConfigError, match="this SGD is clipped already"):
+        lightning_clip.enable(fabric, model, optimizer, NORM)
+    for given in (optimizer, optimizer.optimizer):
+        with pytest.raises(ConfigError, match=r"twice\. Remove the call"):
+            fabric.clip_gradients(model, given, max_norm=1.0)
+    other = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.01))
+    fabric.backward(model(inputs(0)).square().mean())
+    assert float(fabric.clip_gradients(model, other, max_norm=1e-3)) > 1e-3
+    assert norm_of(grads_of(other.optimizer)) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_only_a_deepspeed_strategy_has_a_model():
+    assert hasattr(DeepSpeedStrategy, "model")
+    assert not hasattr(one_process().strategy, "model")
+    assert not hasattr(DDPStrategy, "model")
+    assert not hasattr(ModelParallelStrategy, "model")
+
+
+def sharded(net, mesh):
+    shard(net, mesh["data_parallel"])
+    return net
+
+
+STRATEGIES = {
+    "ddp": DDPStrategy,
+    "fsdp2": lambda: ModelParallelStrategy(sharded, data_parallel_size=2, tensor_parallel_size=1),
+}
+
+
+def fit(policy, strategy, world, folder=None):
+    """As many steps as `as_one` has; with a folder, saved and loaded in the middle."""
+    metrics = []
+
+    def start():
+        fabric = Fabric(accelerator="cpu", devices=world, strategy=strategy())
+        fabric.launch()
+        model = fabric.setup_module(parallel_net())
+        optimizer = fabric.setup_optimizers(
+            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+        )
+        clipper = lightning_clip.enable(fabric, model, optimizer, POLICIES[policy])
+        return fabric, {"model": model, "optimizer": optimizer, "clipper": clipper}
+
+    fabric, state = start()
+    for step in range(STEPS):
+        if folder and step == STEPS // 2:
+            fabric.save(f"{folder}/middle", state)
+            fabric, state = start()
+            # Lightning loads a sharded checkpoint into modules and optimizers alone.
+            rest = fabric.load(f"{folder}/middle", {k: state[k] for k in ("model", "optimizer")})
+            state["clipper"].load_state_dict(rest["clipper"])
+        train(fabric, state["model"], state["optimizer"], [step])
+        metrics.append(state["clipper"].last_record.as_metrics())
+    return metrics, whole_parameters(state["model"])
+
+
+def on_rank(rank, world, name, folder):
+    return {
+        "norm": fit("norm", STRATEGIES[name], world),
+        "zclip": fit("zclip", STRATEGIES[name], world, folder),
+    }
+
+
+ranks = functools.cache(run_on_ranks)
+
+
+@functools.cache
+def alone(policy):
+    return fit(policy, lambda: "auto", 1)
+
+
+@pytest.mark.parametrize("policy", ["norm", "zclip"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_several_processes_do_what_one_does(name, policy, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / name
+    folder.mkdir(exist_ok=True)
+    answers = [found[policy] for found in ranks(on_rank, 2, name, str(folder))]
+    assert_as_one(answers, alone(policy))
