@@ -56,7 +56,8 @@ class StepClipper(GradientClipper):
         self._unscaled: Any = None
         self._own_step = prepared.step
         prepared.step = self._step
-        self._handles = [self.attach(raw), raw.register_step_post_hook(self._after_step)]
+        handles = [raw.register_step_pre_hook(_flatten_found_inf), self.attach(raw)]
+        self._handles = [*handles, raw.register_step_post_hook(self._after_step)]
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -132,6 +133,13 @@ class StepClipper(GradientClipper):
         held = none_left and self.last_record is not None and bool(self.last_record.skipped)
         hold_schedule(self.prepared, held)
         self._on_step(self)
+
+
+def _flatten_found_inf(optimizer: Optimizer, *_: object) -> None:
+    """FSDP's scaler of torch 2.13 gives fused steps a tensor of shape (1,), which they refuse."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if isinstance(found_inf, Tensor) and found_inf.ndim:
+        vars(optimizer)["found_inf"] = found_inf.reshape(())
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

@@ -158,14 +158,19 @@ def test_a_step_forgets_what_was_unscaled_for_other_optimizers():
     assert norm_of(grads_of(second)) == pytest.approx(norm / 1024, rel=1e-6)
 
 
-def partial_list(rank, world):
+def with_fsdp1(fused):
     fresh()
     accelerator = LAYOUTS["fsdp1"][0](mixed_precision="fp16")
     accelerator.native_amp = True
     accelerator.scaler = ShardedGradScaler(device="cpu", init_scale=64.0)
     model = parallel_net()
-    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-    accelerator.backward(loss_of(model, batch(rank)))
+    model, opt = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), fused=fused))
+    accelerator.backward(loss_of(model, batch()))
+    return accelerator, model, opt
+
+
+def partial_list(rank, world):
+    accelerator, model, _ = with_fsdp1(False)
     with pytest.raises(RuntimeError) as error:
         accelerator.clip_grad_norm_(list(model.parameters())[:2], 1.0)
     return str(error.value)
@@ -174,3 +179,16 @@ def partial_list(rank, world):
 def test_a_partial_list_under_fsdp1_is_unscaled_twice():
     for message in run_on_ranks(partial_list, 2):
         assert "unscale_() has already been called" in message
+
+
+def fused_step(rank, world):
+    accelerator, _, opt = with_fsdp1(True)
+    accelerator.unscale_gradients()
+    with pytest.raises(RuntimeError) as error:
+        opt.step()
+    return str(error.value)
+
+
+def test_unscaled_by_fsdps_scaler_fused_steps_refuse_the_shape_of_found_inf():
+    for message in run_on_ranks(fused_step, 2):
+        assert "output with shape [] doesn't match the broadcast shape [1]" in message
