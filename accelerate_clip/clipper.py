@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from accelerate_clip.checkpoint import STATE_FILE, load_clip, save_clip
 from accelerate_clip.engine import EngineClipper, settle_threshold
+from accelerate_clip.groups import configs_of, named_parameters
 from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import (
     refuse_lomo,
@@ -27,7 +28,7 @@ from accelerate_clip.refuse import (
     warn_if_alone,
 )
 from accelerate_clip.report import describe, is_same_rule, report
-from accelerate_clip.step import StepClipper, accumulated_norm, named_parameters
+from accelerate_clip.step import StepClipper, accumulated_norm, unwrapped
 from gradclip import (
     ClipConfig,
     ClipRecord,
@@ -228,7 +229,7 @@ class AcceleratorClip:
                 # The script calls loss.backward() itself: each call here may be a new step.
                 clipper.expect_new()
             if not clipper.is_done:
-                self._accelerator.unscale_gradients(clipper.prepared)
+                clipper.unscale(self._accelerator)
             records.append(clipper.clip())
         self._last_record = records[-1]
         norms = [record.grad_norm for record in records]
@@ -259,11 +260,13 @@ class AcceleratorClip:
             self._accelerator.unwrap_model(model, keep_torch_compile=False)
             for model in prepared_models(self._accelerator)
         ]
+        optimizers = prepared_optimizers(self._accelerator)
+        configs = configs_of(self.config, models, [unwrapped(o) for o in optimizers])
         now: list[_Clipper] = []
         try:
-            for prepared in prepared_optimizers(self._accelerator):
+            for prepared, config in zip(optimizers, configs, strict=True):
                 known = before.get(id(prepared))
-                now.append(known or self._build(prepared, models))
+                now.append(known or self._build(config, prepared, models))
             refuse_loss_of_several(now)
         except Exception:
             for clipper in now:
@@ -275,14 +278,16 @@ class AcceleratorClip:
                 clipper.detach()
         self._clippers = now
 
-    def _build(self, prepared: AcceleratedOptimizer, models: list[Module]) -> _Clipper:
+    def _build(
+        self, config: ClipConfig, prepared: AcceleratedOptimizer, models: list[Module]
+    ) -> _Clipper:
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return EngineClipper(self.config, self._accelerator, prepared, self._after_step)
+            return EngineClipper(config, self._accelerator, prepared, self._after_step)
         named = named_parameters(models, prepared)
         if not named:
             refuse_stale(self._accelerator, type(prepared.optimizer).__name__)
         try:
-            return StepClipper(self.config, named, prepared, self._after_step)
+            return StepClipper(config, named, prepared, self._after_step)
         except ConfigError as error:
             if named:
                 raise

@@ -75,6 +75,9 @@ class EngineClipper(GradientClipper):
             raise ConfigError(msg)
         return self.last_record
 
+    def unscale(self, accelerator: Accelerator) -> None:
+        """Nothing to do: the engine has a loss scale of its own."""
+
     def expect_new(self) -> None:
         """Nothing to do: records come from the engine's steps."""
 

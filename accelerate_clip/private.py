@@ -23,11 +23,13 @@ __all__ = [
     "default_config_file",
     "engine_of",
     "hold_schedule",
+    "keep_unscaled",
     "launch",
     "launch_parser",
     "prepared_models",
     "prepared_optimizers",
     "tells_of_skips",
+    "unscaled",
     "versions",
 ]
 
@@ -58,6 +60,23 @@ def hold_schedule(optimizer: AcceleratedOptimizer, held: bool) -> None:
         optimizer._is_overflow = held
     elif held:
         optimizer._accelerate_step_called = False
+
+
+def unscaled(optimizer: AcceleratedOptimizer) -> Any:
+    """What the scaler (torch 2.13) knows of an optimizer's gradients; for `keep_unscaled`."""
+    if optimizer.scaler is None:
+        return None
+    return optimizer.scaler._per_optimizer_states[id(optimizer.optimizer)]
+
+
+def keep_unscaled(optimizer: AcceleratedOptimizer, known: Any) -> None:
+    """Remind the scaler that this optimizer's gradients are unscaled.
+
+    Accelerate updates the scaler in the step of each optimizer, which makes it forget what was
+    unscaled for the others; their steps would divide by the scale once more.
+    """
+    if optimizer.scaler is not None:
+        optimizer.scaler._per_optimizer_states[id(optimizer.optimizer)] = known
 
 
 def engine_of(accelerator: Accelerator) -> Any:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from accelerate_clip.engine import EngineClipper
-from accelerate_clip.private import Versions, hold_schedule, versions
+from accelerate_clip.private import Versions, hold_schedule, keep_unscaled, unscaled, versions
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
 
-__all__ = ["StepClipper", "accumulated_norm", "named_parameters"]
+__all__ = ["StepClipper", "accumulated_norm", "unwrapped"]
 
 
 class StepClipper(GradientClipper):
@@ -45,16 +46,18 @@ class StepClipper(GradientClipper):
         prepared: AcceleratedOptimizer,
         on_step: Callable[[StepClipper], None],
     ) -> None:
-        raw: Optimizer = prepared
-        while isinstance(raw, AcceleratedOptimizer):
-            raw = raw.optimizer
+        raw = unwrapped(prepared)
         super().__init__(config, named_parameters=named, optimizer=raw)
         self.prepared = prepared
         self.last_record: ClipRecord | None = None
         self.steps = 0
         self._on_step = on_step
         self._done = False
-        self._handles = [self.attach(raw), raw.register_step_post_hook(self._after_step)]
+        self._unscaled: Any = None
+        self._own_step = prepared.step
+        prepared.step = self._step
+        handles = [raw.register_step_pre_hook(_flatten_found_inf), self.attach(raw)]
+        self._handles = [*handles, raw.register_step_post_hook(self._after_step)]
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -83,6 +86,11 @@ class StepClipper(GradientClipper):
             self._done = True
         return self.last_record
 
+    def unscale(self, accelerator: Accelerator) -> None:
+        """Take the loss scale off this optimizer's gradients, for which there is one call only."""
+        accelerator.unscale_gradients(self.prepared)
+        self._unscaled = unscaled(self.prepared)
+
     def expect_new(self) -> None:
         """The gradients to come, or now in place, are not those that were clipped."""
         self._done = False
@@ -107,6 +115,14 @@ class StepClipper(GradientClipper):
         """Stop clipping before steps."""
         for handle in self._handles:
             handle.remove()
+        self.prepared.step = self._own_step
+
+    def _step(self, *args: Any, **kwargs: Any) -> None:
+        """The prepared optimizer's; a method, as schedulers bind what they find."""
+        known, self._unscaled = self._unscaled, None
+        if self._done and known is not None:
+            keep_unscaled(self.prepared, known)
+        self._own_step(*args, **kwargs)
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
@@ -119,27 +135,18 @@ class StepClipper(GradientClipper):
         self._on_step(self)
 
 
-def named_parameters(
-    models: Sequence[Module], optimizer: AcceleratedOptimizer
-) -> list[tuple[str, Parameter]]:
-    """Names for an optimizer's parameters, unique even if it trains several models.
+def _flatten_found_inf(optimizer: Optimizer, *_: object) -> None:
+    """FSDP's scaler of torch 2.13 gives fused steps a tensor of shape (1,), which they refuse."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if isinstance(found_inf, Tensor) and found_inf.ndim:
+        vars(optimizer)["found_inf"] = found_inf.reshape(())
 
-    Args:
-        models: Every model, without the wrappers of distributed training.
-        optimizer: Whose parameters to name.
 
-    Returns:
-        The model's own names; with several models preceded by `model<i>.`.
-    """
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    found = {
-        index: [(name, p) for name, p in model.named_parameters() if id(p) in owned]
-        for index, model in enumerate(models)
-    }
-    trained = {index: named for index, named in found.items() if named}
-    if len(trained) == 1:
-        return next(iter(trained.values()))
-    return [(f"model{i}.{name}", p) for i, named in trained.items() for name, p in named]
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that was given to `accelerator.prepare`."""
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def accumulated_norm(

@@ -50,6 +50,21 @@ def test_a_held_step_is_a_skipped_step_with_a_scaler():
         assert opt.step_was_skipped == held
 
 
+def test_the_scaler_remembers_until_an_update_what_was_unscaled():
+    accelerator = with_scaler()
+    model = nn.Linear(2, 1)
+    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.backward(model(torch.ones(1, 2)).float().sum())
+    accelerator.unscale_gradients(opt)
+    known = private.unscaled(opt)
+    accelerator.scaler.update()
+    assert private.unscaled(opt) is not known
+    private.keep_unscaled(opt, known)
+    before = [p.grad.clone() for p in model.parameters()]
+    opt.step()
+    assert all(torch.equal(old, p.grad) for old, p in zip(before, model.parameters(), strict=True))
+
+
 def test_the_scheduler_asks_step_was_skipped():
     assert "opt.step_was_skipped" in inspect.getsource(AcceleratedScheduler.step)
     assert isinstance(AcceleratedOptimizer.step_was_skipped, property)

@@ -103,23 +103,6 @@ def test_a_step_withheld_for_other_reasons_holds_the_schedule_too(fused):
     assert accelerator.scaler.get_scale() == 1024.0
 
 
-def test_two_optimizers_are_unscaled_each_with_its_own_call():
-    accelerator = with_scaler()
-    accelerate_clip.enable(accelerator, ClipByNorm(max_norm=0.3))
-    models = [nn.Linear(4, 1), nn.Linear(4, 1)]
-    opts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
-    *models, first, second = accelerator.prepare(*models, *opts)
-    inputs = torch.full((8, 4), 4.0)
-    accelerator.backward(sum(m(inputs).float().square().mean() for m in models))
-    norms = [accelerator.clip_grad_norm_(m.parameters(), 0.3) for m in models]
-    for model, norm in zip(models, norms, strict=True):
-        _, by_hand = expected(model.weight, model.bias, inputs)
-        assert float(norm) == pytest.approx(by_hand, rel=2e-2)
-    first.step()
-    second.step()
-    assert not accelerator.optimizer_step_was_skipped
-
-
 def test_the_norm_of_an_unfinished_accumulation_is_unscaled():
     accelerator, _, model, opt, _ = start(False)
     accelerator.gradient_accumulation_steps = 2

@@ -1,0 +1,134 @@
+"""Precision x optimizer, accumulated with a short last window: the steps of a plain fp32 loop."""
+
+import copy
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from support.accelerate_cpu import with_scaler
+from support.prepared import batch, net, norm_of
+from torch.utils.data import DataLoader, TensorDataset
+
+import accelerate_clip
+from gradclip import ClipByNorm
+
+# Accelerate replaces the optimizer's step while a scaler is on, and silences this itself.
+pytestmark = pytest.mark.filterwarnings("ignore:Seems like .optimizer.step.* has been overridden")
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "fused sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "fused adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+}
+CELLS = [
+    (precision, name)
+    for precision in ("no", "bf16", "fp16")
+    for name in ("sgd", "adamw", "fused adamw")
+]
+LIMIT, WINDOW, SIZE = 4.0, 4, 3
+# Autocast computes forward and backward passes in two or three digits.
+CLOSE = {"no": (1e-6, 1e-6), "bf16": (2e-2, 1e-2), "fp16": (3e-3, 2e-3)}
+
+
+def rows():
+    """Ten batches; the middle window is a spike, the last one short."""
+    return torch.cat([batch(i, SIZE) * (4.0 if 4 <= i < 8 else 0.5) for i in range(10)])
+
+
+def plain(optimizer):
+    """Norms and parameters after each step, in fp32, each window as one big batch."""
+    model = net()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    norms, after = [], []
+    for window in rows().split(WINDOW * SIZE):
+        loss = model(window).square().mean() * (len(window) / (WINDOW * SIZE))
+        opt.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), LIMIT)))
+        opt.step()
+        after.append([p.detach().clone() for p in model.parameters()])
+    return norms, after
+
+
+def accelerator_of(precision, scale=1024.0):
+    if precision == "fp16":
+        return with_scaler(scale)
+    return Accelerator(cpu=True, mixed_precision=precision)
+
+
+def clipped(accelerator, optimizer, calls, factor=1.0):
+    """The same of a loop with Accelerate, and the gradients as each step leaves them."""
+    accelerator.gradient_accumulation_steps = WINDOW
+    clip = accelerate_clip.enable(accelerator, ClipByNorm(max_norm=LIMIT * factor))
+    model = net()
+    data = DataLoader(TensorDataset(rows()), batch_size=SIZE)
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    model, opt, data = accelerator.prepare(model, opt, data)
+    norms, after, grads = [], [], []
+    for (inputs,) in data:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(inputs).float().square().mean() * factor)
+            if calls and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), LIMIT * factor)
+            opt.step()
+            if accelerator.sync_gradients:
+                norms.append(float(clip.last_record.grad_norm))
+                after.append([p.detach().clone() for p in model.parameters()])
+                grads.append([p.grad.clone() for p in model.parameters()])
+            opt.zero_grad()
+    assert clip.clippers[0].steps == 3
+    return norms, after, grads
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), CELLS)
+@pytest.mark.parametrize("calls", [True, False], ids=["loop clips", "loop doesn't"])
+def test_every_step_is_that_of_a_plain_loop(precision, optimizer, calls):
+    want, then = plain(optimizer)
+    assert [norm > LIMIT for norm in want] == [True, True, False]
+    norms, now, grads = clipped(accelerator_of(precision), optimizer, calls)
+    rel, near = CLOSE[precision]
+    assert norms == pytest.approx(want, rel=rel)
+    assert [norm_of(g) for g in grads] == pytest.approx([min(n, LIMIT) for n in want], rel=rel)
+    for step, parameters in enumerate(now):
+        for got, one in zip(parameters, then[step], strict=True):
+            torch.testing.assert_close(got, one, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "fused adamw"])
+@pytest.mark.parametrize("calls", [True, False], ids=["loop clips", "loop doesn't"])
+def test_limits_and_gradients_do_not_depend_on_the_loss_scale(optimizer, calls):
+    # A smaller loss leaves room in fp16 for the larger scale.
+    scales = (1.0, 65536.0)
+    one, many = (clipped(accelerator_of("fp16", s), optimizer, calls, 1 / 256) for s in scales)
+    torch.testing.assert_close(one, many, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize("calls", [True, False], ids=["loop clips", "loop doesn't"])
+def test_a_withheld_step_leaves_parameters_and_state_bit_by_bit(optimizer, scaled, calls):
+    """Of a momentum and second moments that are there, and of an optimizer that never stepped."""
+    for first in (0, 2):
+        states = []
+        accelerator = accelerator_of("fp16" if scaled else "no")
+        accelerate_clip.enable(accelerator, ClipByNorm(max_norm=LIMIT))
+        model = net()
+        model, opt = accelerator.prepare(model, OPTIMIZERS[optimizer](model.parameters()))
+        for step in range(first + 1):
+            opt.zero_grad()
+            factor = math.nan if step == first else 1.0
+            accelerator.backward(model(batch(step)).float().square().mean() * factor)
+            states.append(copy.deepcopy(([*model.parameters()], opt.state_dict()["state"])))
+            if calls:
+                accelerator.clip_grad_norm_(model.parameters(), LIMIT)
+            opt.step()
+        (old, before), after = states[-1], opt.state_dict()["state"]
+        assert accelerator.optimizer_step_was_skipped
+        assert all(map(torch.equal, old, model.parameters()))
+        assert len(before) == (4 if first else 0)
+        for index, known in before.items():
+            for name, value in known.items():
+                assert torch.equal(value, after[index][name]), name
+        assert first or not any(state.values() for state in after.values())
