@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.kernels import kernel_for
-from gradclip.layouts import completed, detect
+from gradclip.layouts import LocalLayout, completed, detect
 from gradclip.measure import is_wide, measure
-from gradclip.types import Collected, Kernel, Layout
+from gradclip.parameters import grad_dtype
+from gradclip.types import Collected, Grads, Kernel
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"]
 
@@ -33,7 +34,8 @@ def clip_grad_norm_(
     Gradients are multiplied by min(1, max_norm / (norm + 1e-6)), torch's formula.
 
     Departures: a negative or NaN `max_norm` is refused (torch flips or erases gradients), an
-    infinite one only measures, and half precision gradients give a float32 norm.
+    infinite one only measures, half precision gradients give a float32 norm, a parameter given
+    twice counts once, and sparse gradients are clipped too.
 
     Args:
         parameters: A tensor or an iterable of tensors whose `.grad` is clipped in place.
@@ -54,10 +56,11 @@ def clip_grad_norm_(
     if not limit >= 0:
         msg = f"max_norm is {max_norm!r}; it must be 0 or more (inf only measures)."
         raise ConfigError(msg)
-    owners = _listed(parameters)
+    owners = list(dict.fromkeys(_listed(parameters)))
     layout = detect({str(i): p for i, p in enumerate(owners)})
     collected = layout.collect([owners])
-    total, kernel = _measure(collected, layout, norm_type, owners)
+    grads = [p.grad for p in owners if p.grad is not None]
+    total, kernel = _measure(_magnitudes(grads, norm_type) or collected, layout, norm_type, owners)
     if error_if_nonfinite:
         _refuse_nonfinite(total, norm_type)
     if math.isfinite(limit):
@@ -70,7 +73,7 @@ def clip_grad_norm_(
 def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
     """`torch.nn.utils.clip_grad_value_`: clamp every gradient element to [-v, v] in place.
 
-    Departures: a negative or NaN `clip_value` is refused.
+    Departures: a negative or NaN `clip_value` is refused, and sparse gradients are clamped too.
 
     Args:
         parameters: A tensor or an iterable of tensors whose `.grad` is clamped in place.
@@ -78,14 +81,20 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
         foreach: Accepted and ignored: the kernel follows from the device.
 
     Raises:
-        ConfigError: If `clip_value` is out of range.
+        ConfigError: If `clip_value` is out of range, or a parameter is complex.
     """
     del foreach
     limit = float(clip_value)
     if not limit >= 0:
         msg = f"clip_value is {clip_value!r}; it must be 0 or more."
         raise ConfigError(msg)
-    owners = _listed(parameters)
+    owners = list(dict.fromkeys(_listed(parameters)))
+    if complex_ := [i for i, p in enumerate(owners) if p.is_complex()]:
+        msg = (
+            f"parameters[{complex_[0]}] is complex, which has no order to clamp by; allowed: real "
+            "ones. Leave it out, or use clip_grad_norm_."
+        )
+        raise ConfigError(msg)
     layout = detect({str(i): p for i, p in enumerate(owners)})
     kernel_for(layout.devices).clamp_(layout.collect([owners]).all[0], limit)
 
@@ -115,7 +124,8 @@ def get_total_norm(
     del foreach
     listed = [completed(tensor) for tensor in _listed(tensors)]
     layout = detect({str(i): tensor for i, tensor in enumerate(listed)})
-    total, _ = _measure(layout.take([[(t, t) for t in listed]]), layout, norm_type, listed)
+    held = _magnitudes(listed, norm_type) or layout.take([[(t, t) for t in listed]])
+    total, _ = _measure(held, layout, norm_type, listed)
     if error_if_nonfinite:
         _refuse_nonfinite(total, norm_type)
     return _rounded(total, listed)
@@ -125,14 +135,23 @@ def _listed(tensors: Tensors) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
+def _magnitudes(grads: list[Tensor], norm_type: float) -> Collected | None:
+    """Complex gradients as their magnitudes, where squares of both parts don't add up to them."""
+    if norm_type == 2 or not any(map(Tensor.is_complex, grads)):
+        return None
+    held = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+    real: Grads = [[grad.abs() if grad.is_complex() else grad for grad in held if grad.numel()]]
+    return Collected(all=real, counted=real)
+
+
 def _measure(
-    collected: Collected, layout: Layout, norm_type: float, owners: list[Tensor]
+    collected: Collected, layout: LocalLayout, norm_type: float, owners: list[Tensor]
 ) -> tuple[Tensor, Kernel]:
     p = float(norm_type)
     if not p > 0:
         msg = f"norm_type is {norm_type!r}; it must be above 0, or inf."
         raise ConfigError(msg)
-    wide = {p: is_wide(p, {owner.dtype for owner in owners})}
+    wide = {p: is_wide(p, map(grad_dtype, owners))}
     kernel = kernel_for(layout.devices)
     return measure([(collected.counted, wide)], layout, kernel)[0][p].squeeze(0), kernel
 
@@ -147,4 +166,4 @@ def _refuse_nonfinite(total: Tensor, norm_type: float) -> None:
 
 
 def _rounded(total: Tensor, grads: list[Tensor]) -> Tensor:
-    return total.to(reduce(torch.promote_types, (g.dtype for g in grads), torch.float32))
+    return total.to(reduce(torch.promote_types, (g.dtype.to_real() for g in grads), torch.float32))

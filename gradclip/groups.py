@@ -20,7 +20,7 @@ class Fact(NamedTuple):
 
     Attributes:
         group: Its optimizer group, by name.
-        dtype: Of its elements.
+        dtype: Of its gradient's elements.
         kinds: Names of its optimizer's class and the classes that one is made from.
         shape: Of the whole parameter; empty unless units are told apart.
     """

@@ -21,7 +21,8 @@ def is_wide(norm_type: float, dtypes: Iterable[torch.dtype]) -> bool:
 
     Float32 gradients fit up to p = 6 (1.4e-45^6 and 3.4e38^6 are both doubles).
     """
-    return math.isfinite(norm_type) and (norm_type > 6 or torch.float64 in dtypes)
+    double = not {torch.float64, torch.complex128}.isdisjoint(dtypes)
+    return math.isfinite(norm_type) and (norm_type > 6 or double)
 
 
 def measure(

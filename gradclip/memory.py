@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradclip.errors import ConfigError
 from gradclip.kernels.pieces import aligned_pieces
-from gradclip.layouts.local import local_part
+from gradclip.layouts.local import local_part, refuse_sparse
 from gradclip.policies import ElementPolicy, Rule
 from gradclip.scopes import Plan
 from gradclip.types import Edit, Elementwise, Grads, Kernel, Layout, Measurable, Memory
@@ -52,6 +52,7 @@ class ElementMemory:
         self._betas = {p: g["betas"] for g in groups if "betas" in g for p in g["params"]}
         self._own: dict[tuple[int, str], Memory] = {} if before is None else before._own
         self._waits: dict[tuple[int, str], int] = {}
+        self._undivided = _needed_whole(plan)
 
     def probes(self, grads: Grads, scale: Tensor | None) -> dict[int, Measurable]:
         """What policies decide on in place of the gradients, by index of their rule.
@@ -59,7 +60,16 @@ class ElementMemory:
         Args:
             grads: Those this rank counts, one list per slot.
             scale: 0-d factor that they still carry.
+
+        Raises:
+            LayoutError: If a gradient is sparse whose units or elements are told apart.
         """
+        held = ((name, grad) for name, p in self._undivided if (grad := p.grad) is not None)
+        refuse_sparse(
+            held,
+            "a policy of scope 'unit', or with a memory of elements, needs every element; "
+            "allowed: other scopes, and 'value'",
+        )
         return {
             index: _Probe(self, rule, grads, scale)
             for index, rule in enumerate(self._plan.rules)
@@ -220,6 +230,22 @@ class _Part:
     grad: Tensor
     memory: Memory
     held: Memory
+
+
+def _needed_whole(plan: Plan) -> list[tuple[str, Tensor]]:
+    """The parameters, with names, whose gradients are taken apart by place."""
+    remembered = {
+        slot
+        for rule in plan.rules
+        if isinstance(rule.policy, ElementPolicy) and rule.policy.memory
+        for slot in rule.covers
+    }
+    return [
+        (name, p)
+        for index, (name, slot) in enumerate(zip(plan.slot_names, plan.slots, strict=True))
+        if plan.cut is not None or index in remembered
+        for p in slot
+    ]
 
 
 def _parts(grad: Tensor, held: _Held, scale: Tensor | None) -> Iterator[_Part]:

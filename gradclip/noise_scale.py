@@ -203,7 +203,7 @@ class NoiseScale:
 
     @torch.no_grad()
     def _see(self, index: int, grad: Tensor) -> None:
-        refuse_sparse([[grad]])
+        refuse_sparse([(f"parameters[{index}]", grad)], "hooks see it before its rows are added")
         kernel = kernel_for([grad.device], self._kernel_name)
         squares = kernel.power_sums([[grad.detach()]], 2.0).squeeze(0)
         before = self._sums.get(grad.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -12,7 +13,7 @@ from gradclip.errors import ConfigError
 from gradclip.groups import Fact, for_each
 from gradclip.in_backward import refuse_steps_in_backward
 
-__all__ = ["collect_parameters", "configs_for", "facts_of"]
+__all__ = ["collect_parameters", "configs_for", "facts_of", "grad_dtype"]
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
@@ -25,11 +26,12 @@ def collect_parameters(
 
     With an optimizer these are its parameters; names come from `named_parameters`, else from the
     optimizer's own `param_names`, else from their place in it. They are those of the unwrapped
-    model, so that patterns, metrics and saved state mean the same under every wrapper.
+    model, so that patterns, metrics and saved state mean the same under every wrapper. A tied
+    parameter has the first of its names.
 
     Raises:
-        ConfigError: If neither is given, there is no parameter, two have one name, or one is
-            stepped inside backward.
+        ConfigError: If neither is given, there is no parameter, two have one name, one is stepped
+            inside backward, or derivatives go through the optimizer's step.
     """
     if named_parameters is None and optimizer is None:
         msg = (
@@ -37,6 +39,7 @@ def collect_parameters(
             "GradientClipper(policy, named_parameters=model.named_parameters(), optimizer=opt)."
         )
         raise ConfigError(msg)
+    _refuse_differentiable(optimizer)
     names: dict[Parameter, str] = {}
     named = list(named_parameters or ())
     for (_, parameter), name in zip(named, _unwrapped([name for name, _ in named]), strict=True):
@@ -70,6 +73,27 @@ def collect_parameters(
     return found
 
 
+def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The dtype of a parameter's gradient; where any is allowed, the widest it may be."""
+    own = getattr(parameter, "grad_dtype", parameter.dtype) if parameter.is_leaf else None
+    if own is not None:
+        return own
+    if not parameter.is_leaf:
+        return parameter.dtype
+    return torch.complex128 if parameter.is_complex() else torch.float64
+
+
+def _refuse_differentiable(optimizer: Optimizer | None) -> None:
+    groups = getattr(optimizer, "param_groups", ())
+    if any(group.get("differentiable", False) for group in groups):
+        msg = (
+            f"{type(optimizer).__name__} has differentiable=True: derivatives go through its step, "
+            "and would leave out clipping, which changes gradients in place. Allowed: "
+            "differentiable=False. To differentiate through clipping, write it as part of the loss."
+        )
+        raise ConfigError(msg)
+
+
 def _unwrapped(names: Iterable[str]) -> list[str]:
     """The names in the user's own model; DDP puts one `module.` before all of them."""
     names = list(names)
@@ -99,7 +123,7 @@ def facts_of(
     stepping = getattr(optimizer, "stepping", optimizer)
     kinds = tuple(c.__name__ for c in type(stepping).__mro__[:-1]) if optimizer else ()
     return {
-        name: Fact(groups.get(p, "group0"), p.dtype, kinds, shapes.get(name, ()))
+        name: Fact(groups.get(p, "group0"), grad_dtype(p), kinds, shapes.get(name, ()))
         for name, p in parameters.items()
     }
 

@@ -116,6 +116,7 @@ def build_plan(
         where[path] = members[name]
         if name in parameters:
             slot.append(parameters[name])
+    _refuse_complex(chains, members, facts)
     cut = None
     if depth == _UNIT:
         _refuse_probes(policies)
@@ -212,6 +213,28 @@ def _refuse_probes(policies: Sequence[Policy]) -> None:
                 "scope, or leave one of them out."
             )
             raise ConfigError(msg)
+
+
+def _refuse_complex(
+    chains: Sequence[Sequence[Policy]],
+    members: Mapping[str, Membership],
+    facts: Mapping[str, Fact],
+) -> None:
+    """Complex elements are measured and scaled as pairs of real numbers."""
+    for name in (name for name, fact in facts.items() if fact.dtype.is_complex):
+        for index, policy in ((i, policy) for i, chain in enumerate(chains) for policy in chain):
+            scope, norm_type = policy.measured
+            own = isinstance(policy, ElementPolicy)
+            if scope == "unit" or (
+                members[name].chain == index if own else norm_type not in (None, 2.0)
+            ):
+                msg = (
+                    f"{name!r} is complex, and {policy.type!r} takes elements, units or a norm "
+                    "other than p = 2 of it; allowed: p = 2 of scope 'global', 'group' or "
+                    "'parameter'. Use that, leave it out of the optimizer of this clipper, or "
+                    "store it as a real tensor (torch.view_as_real)."
+                )
+                raise ConfigError(msg)
 
 
 def _watched(

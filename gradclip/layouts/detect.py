@@ -78,7 +78,8 @@ def replicated(
         group: The ranks that gradients are averaged over; all ranks if not given.
 
     Raises:
-        LayoutError: If a parameter is sharded, whose own gradient never passes on this rank.
+        LayoutError: If a parameter is complex, or sharded, whose own gradient never passes on
+            this rank.
     """
     for name, p in parameters.items():
         if isinstance(p, DTensor) or is_flattened(p) or is_managed(p):
@@ -88,6 +89,9 @@ def replicated(
                 "one process or under DDP. Measure there: the noise scale is that of the model "
                 "and its data, whatever the layout."
             )
+            raise LayoutError(msg)
+        if p.is_complex():
+            msg = f"{name!r} is complex, and the noise scale is that of real ones; leave it out."
             raise LayoutError(msg)
     ranks = dist.get_world_size(group) if dist.is_initialized() else 1
     groups = [group or dist.group.WORLD] if ranks > 1 else []

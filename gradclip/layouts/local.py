@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from operator import attrgetter
 
 import torch
 import torch.distributed as dist
@@ -16,27 +15,23 @@ from gradclip.errors import LayoutError
 from gradclip.layouts.places import place_of
 from gradclip.types import Collected, Grads, Place
 
-__all__ = ["LocalLayout", "Owned", "device_of", "local_part", "refuse_sparse"]
+__all__ = ["LocalLayout", "Owned", "device_of", "local_part", "overlaps", "refuse_sparse"]
 
 Owned = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """For each slot its gradients, each after the parameter (or the tensor itself) it is of."""
 
-_is_sparse = attrgetter("is_sparse")
-
 
 class LocalLayout:
-    """Whole gradients, so no collective, unless groups are given whose ranks hold other parts."""
+    """Whole gradients, so no collective, unless groups are given whose ranks hold other parts.
+
+    Of a sparse gradient its values are taken, once those of one row are added up; of a complex one
+    its real and imaginary parts.
+    """
 
     def __init__(
         self, parameters: Mapping[str, Tensor], groups: Sequence[ProcessGroup] = ()
     ) -> None:
-        complex_ = [name for name, p in parameters.items() if p.is_complex()]
-        if complex_:
-            msg = (
-                f"Parameters {complex_[:3]} are complex; supported: real floating point. Store "
-                "them as real tensors (torch.view_as_real), or leave them out of the optimizer."
-            )
-            raise LayoutError(msg)
+        self._some_complex = any(p.is_complex() for p in parameters.values())
         self._groups = list(groups)
         parts = [local_part(p) for p in parameters.values()]
         self._devices = tuple(dict.fromkeys(part.device for part in parts))
@@ -53,7 +48,13 @@ class LocalLayout:
         Raises:
             LayoutError: If a gradient can't be measured; see `take`.
         """
-        return self._taken([[g for p in slot if (g := p.grad) is not None] for slot in slots])
+        held = _grads(slots)
+        if plain := _are_contiguous(held):
+            return self._taken(held, plain)
+        for p in chain.from_iterable(slots):
+            if (grad := p.grad) is not None:
+                p.grad = _settled(grad)
+        return self._taken(_grads(slots), plain)
 
     def weights(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
         """Take the local part of each parameter itself, as `collect` does of its gradient."""
@@ -62,7 +63,7 @@ class LocalLayout:
     def sizes(self, slots: Sequence[Sequence[Tensor]]) -> Tensor:
         """Elements of each slot over all ranks, float64 of shape (slots,); no padding counts."""
         held = [sum(part.numel() for part in slot) for slot in self.weights(slots).counted]
-        padding = [sum(getattr(p, "_shard_numel_padded", 0) for p in slot) for slot in slots]
+        padding = [sum(map(_surplus, slot)) for slot in slots]
         mine = [n - extra for n, extra in zip(held, padding, strict=True)]
         return self.sum(torch.tensor(mine, dtype=torch.float64, device=self.devices[0]))
 
@@ -75,22 +76,20 @@ class LocalLayout:
         return place_of(name, parameter)
 
     def take(self, slots: Owned) -> Collected:
-        """Take the local part of gradients, given with whose they are, without a copy.
+        """Take the local part of gradients, given with whose they are, without a copy."""
+        held = [[grad for _, grad in slot] for slot in slots]
+        return self._taken(held, _are_contiguous(held))
 
-        Raises:
-            LayoutError: If a gradient is sparse.
-        """
-        return self._taken([[grad for _, grad in slot] for slot in slots])
-
-    def _taken(self, held: list[list[Tensor]]) -> Collected:
-        refuse_sparse(held)
-        if self._some_empty:
+    def _taken(self, held: list[list[Tensor]], plain: bool) -> Collected:
+        if self._some_complex or not plain:
+            held = [list(map(_real_values, slot)) for slot in held]
+        if self._some_empty or not plain:
             held = [[grad for grad in slot if grad.numel()] for slot in held]
         return Collected(all=held, counted=held)
 
     def held(self, parameter: Tensor) -> list[Tensor]:
         """The local part of one gradient, if there is one; no rank waits for another."""
-        return [] if parameter.grad is None else [local_part(parameter.grad)]
+        return [] if parameter.grad is None else [_real_values(local_part(parameter.grad))]
 
     def sum(self, values: Tensor) -> Tensor:
         """One all-reduce for each group of ranks that hold other parts; none if there is none."""
@@ -115,14 +114,60 @@ class LocalLayout:
         return values.to(home)
 
 
-def refuse_sparse(grads: Grads) -> None:
-    """Raise a LayoutError if there is a sparse gradient."""
-    if any(map(_is_sparse, chain.from_iterable(grads))):
-        msg = (
-            "A gradient is sparse, and clipping needs dense ones. Build the embedding with "
-            "sparse=False, or leave its parameters out of what is clipped."
-        )
-        raise LayoutError(msg)
+def refuse_sparse(grads: Iterable[tuple[str, Tensor]], why: str) -> None:
+    """Refuse sparse gradients, given with the names of their parameters.
+
+    Raises:
+        LayoutError: If there is one.
+    """
+    for name, grad in grads:
+        if grad.is_sparse:
+            msg = (
+                f"The gradient of {name!r} is sparse, and {why}. Build the embedding with "
+                "sparse=False, or leave its parameters out of what is clipped."
+            )
+            raise LayoutError(msg)
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory (`expand`), so that each can't be written by itself."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _grads(slots: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    return [[g for p in slot if (g := p.grad) is not None] for slot in slots]
+
+
+def _are_contiguous(held: Grads) -> bool:
+    """One cheap look that lets all but plain dense gradients be seen to."""
+    return all(map(Tensor.is_contiguous, chain.from_iterable(held)))
+
+
+def _settled(grad: Tensor) -> Tensor:
+    """The same gradient with one place in memory for each element."""
+    if grad.is_sparse:
+        return grad.coalesce()
+    return grad if not overlaps(grad) else grad.clone(memory_format=torch.contiguous_format)
+
+
+def _real_values(grad: Tensor) -> Tensor:
+    """A view of all that isn't zero, as real numbers; conjugates have the same magnitudes."""
+    if grad.is_sparse:
+        grad = grad.coalesce().values()
+    if grad.is_complex():
+        grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
+    return grad
+
+
+def _surplus(parameter: Tensor) -> int:
+    """Numbers held of a parameter that aren't elements: padding of FSDP1, imaginary parts."""
+    imaginary = parameter.numel() if parameter.is_complex() else 0
+    return imaginary + getattr(parameter, "_shard_numel_padded", 0)
 
 
 def local_part(tensor: Tensor) -> Tensor:

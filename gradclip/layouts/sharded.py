@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.geometry import Axis, Cut, counts, distinct
-from gradclip.layouts.local import LocalLayout, Owned, refuse_sparse
+from gradclip.layouts.local import LocalLayout, Owned, overlaps, refuse_sparse
 from gradclip.layouts.partial import PartialSums
 from gradclip.types import Collected
 
@@ -34,6 +34,14 @@ class ShardedLayout(LocalLayout):
     def __init__(
         self, parameters: Mapping[str, Tensor], cuts: Mapping[str, Cut], axes: Sequence[Axis]
     ) -> None:
+        complex_ = [name for name, p in parameters.items() if p.is_complex()]
+        if complex_:
+            msg = (
+                f"Parameters {complex_[:3]} are complex and the model is cut over ranks; "
+                "supported: real floating point there, complex in one process or under DDP. Store "
+                "them as real tensors (torch.view_as_real), or leave them out of the optimizer."
+            )
+            raise LayoutError(msg)
         super().__init__(parameters, _groups(axes))
         rank = dist.get_rank()
         mine = {id(cut): counts(cut, axes, rank) for cut in distinct(cuts.values())}
@@ -55,18 +63,31 @@ class ShardedLayout(LocalLayout):
         """Take the local part of gradients, given with whose they are, without a copy.
 
         Raises:
-            LayoutError: If a gradient is sparse, or lies over ranks as its parameter doesn't.
+            LayoutError: If a gradient is sparse, has elements that share memory, or lies over
+                ranks as its parameter doesn't.
         """
         held: list[list[Tensor]] = []
         counted: list[list[Tensor]] = []
         for slot in slots:
             parts = [(owner, self._part(owner, grad)) for owner, grad in slot]
+            for owner, part in parts:
+                if not part.is_contiguous():
+                    self._refuse_odd(owner, part)
             held.append([part for _, part in parts if part.numel()])
             if not self._all_counted:
                 mine = (x for owner, x in parts if owner in self._counted)
                 counted.append([part for part in mine if part.numel()])
-        refuse_sparse(held)
         return Collected(all=held, counted=held if self._all_counted else counted)
+
+    def _refuse_odd(self, owner: Tensor, part: Tensor) -> None:
+        name = self._names.get(owner, "?")
+        refuse_sparse([(name, part)], "the model is cut over ranks, which needs dense ones")
+        if overlaps(part):
+            msg = (
+                f"The gradient of {name!r} has elements that share memory (expand); supported: "
+                "one place for each. Assign a clone() of it."
+            )
+            raise LayoutError(msg)
 
     def _part(self, owner: Tensor, grad: Tensor) -> Tensor:
         if not isinstance(grad, DTensor):

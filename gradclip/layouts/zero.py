@@ -121,7 +121,7 @@ class ZeroLayout(LocalLayout):
         """Take this rank's parts, padding left out; nothing else may be written to them.
 
         Raises:
-            LayoutError: If this isn't the moment of a step, or a gradient is sparse.
+            LayoutError: If this isn't the moment of a step.
         """
         if not self._in_step:
             msg = (

@@ -15,14 +15,12 @@ from support.gradients import (
     parameters,
     small_model,
 )
-from torch import nn
 
 from gradclip import (
     ClipByNorm,
     ClipConfig,
     ConfigError,
     GradientClipper,
-    LayoutError,
     SkipNonfinite,
     ZClip,
     load_yaml,
@@ -160,18 +158,6 @@ class TestRefused:
     def test_scope_group_without_an_optimizer(self):
         with pytest.raises(ConfigError, match="scope is 'group', and without an optimizer"):
             GradientClipper(ClipByNorm(max_norm=1.0, scope="group"), parameters().items())
-
-    def test_sparse_gradients(self):
-        embedding = nn.Embedding(5, 2, sparse=True)
-        clipper = GradientClipper(NORM, embedding.named_parameters())
-        embedding(torch.tensor([1])).sum().backward()
-        with pytest.raises(LayoutError, match=r"A gradient is sparse.*sparse=False"):
-            clipper.clip()
-
-    def test_complex_parameters(self):
-        parameter = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-        with pytest.raises(LayoutError, match=r"Parameters \['z'\] are complex"):
-            GradientClipper(NORM, [("z", parameter)])
 
     def test_unknown_kernel(self):
         with pytest.raises(ConfigError, match="kernel is 'gpu'; allowed: 'cpu', 'accelerator'"):

@@ -1,0 +1,360 @@
+"""Every kind of gradient, parameter and optimizer: clipped right, or refused by name."""
+
+import pytest
+import torch
+from support.gradients import NORM, backward, small_model
+from support.ranks import run_on_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradclip
+from gradclip import (
+    AGC,
+    ClipByNorm,
+    ClipByRMS,
+    ClipByValue,
+    ConfigError,
+    GradientClipper,
+    LayoutError,
+    SkipLarge,
+    Spam,
+    UClip,
+)
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.9}),
+    "radam": (torch.optim.RAdam, {}),
+    "adadelta": (torch.optim.Adadelta, {}),
+    "nadam": (torch.optim.NAdam, {}),
+}
+FUSED = ("sgd", "adam", "adamw", "adagrad")
+WAYS = [
+    (name, options)
+    for name in OPTIMIZERS
+    for options in ({"foreach": False}, {"foreach": True}, {"fused": True})
+    if "fused" not in options or name in FUSED
+]
+
+
+def trained(how, optimizer="sgd", steps=3, compiled=None, **options):
+    """Parameters after some steps; `clip` is torch's own where `how` is "torch"."""
+    cls, more = OPTIMIZERS[optimizer]
+    model = small_model()
+    stepper = cls(model.parameters(), lr=0.05, **more, **options)
+    net = torch.compile(model, backend="aot_eager") if compiled == "model" else model
+    clipper = GradientClipper(NORM, net.named_parameters(), stepper)
+    if how == "attached":
+        clipper.attach(stepper)
+    step = stepper.step
+    if compiled in ("step", "function"):
+        inner = stepper.step if compiled == "step" else lambda: stepper.step()
+        step = torch.compile(inner, backend="aot_eager")
+    for index in range(steps):
+        backward(net, index, size=50)
+        if how == "called":
+            assert clipper.clip().clipped
+        elif how == "torch":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), NORM.max_norm)
+        step()
+    if how != "torch":
+        assert clipper.state_dict()["counts"]["steps"] == steps
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    WAYS,
+    ids=[f"{n}-{next(iter(o))}-{next(iter(o.values()))}" for n, o in WAYS],
+)
+def test_optimizers_step_with_the_same_gradients(name, options):
+    expected = trained("torch", name)
+    for how in ("called", "attached"):
+        torch.testing.assert_close(trained(how, name, **options), expected, rtol=1e-4, atol=1e-6)
+
+
+# torch's own while it traces a step, and what it says of leaving a hook out of the graph.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("compiled", ["model", "step", "function"])
+@pytest.mark.parametrize("how", ["called", "attached"])
+def test_compiled(compiled, how):
+    torch._dynamo.reset()
+    found = trained(how, "adamw", compiled=compiled)
+    torch.testing.assert_close(found, trained("torch", "adamw"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_differentiable_optimizer_is_refused():
+    optimizer = torch.optim.SGD(small_model().parameters(), lr=0.1, differentiable=True)
+    with pytest.raises(ConfigError, match="SGD has differentiable=True"):
+        GradientClipper(NORM, optimizer=optimizer)
+
+
+def test_gradients_with_a_graph_stay_usable():
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    weight.grad = torch.autograd.grad(weight.square().sum(), weight, create_graph=True)[0]
+    graph = weight.grad.grad_fn
+    GradientClipper(NORM, [("w", weight)]).clip()
+    assert weight.grad.grad_fn is graph
+    torch.testing.assert_close(weight.grad.detach(), torch.tensor([0.3, 0.4]))
+    weight.grad = None
+
+
+def sparse_model(sparse=True, kind=nn.Embedding):
+    torch.manual_seed(0)
+    return nn.Sequential(kind(7, 3, sparse=sparse), nn.Linear(3, 1))
+
+
+ROWS = torch.tensor([[1, 1, 5], [2, 5, 1]])
+POLICIES = {
+    "norm": ClipByNorm(max_norm=0.5),
+    "inf": ClipByNorm(max_norm=0.5, norm_type=float("inf")),
+    "p3": ClipByNorm(max_norm=0.5, norm_type=3.0, scope="parameter"),
+    "agc": AGC(clip_factor=0.1, scope="parameter"),
+    "rms": ClipByRMS(max_rms=0.01),
+    "value": ClipByValue(clip_value=0.2),
+}
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator", "reference"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_clipped_as_dense_ones(policy, kind, kernel):
+    found = []
+    for sparse in (True, False):
+        model = sparse_model(sparse, kind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        clipper = GradientClipper(policy, model.named_parameters(), optimizer, kernel=kernel)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (model(ROWS).sum() * 10).backward()
+            assert model[0].weight.grad.is_sparse == sparse
+            record = clipper.clip()
+            assert record.clipped
+            optimizer.step()
+        found.append([model[0].weight.grad.to_dense(), model[0].weight, record.grad_norm])
+    torch.testing.assert_close(*found)
+
+
+def test_sparse_adam_attached():
+    table = nn.Embedding(7, 3, sparse=True)
+    optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
+    clipper = GradientClipper(NORM, table.named_parameters(), optimizer)
+    clipper.attach(optimizer)
+    table(ROWS).sum().backward()
+    optimizer.step()
+    grad = table.weight.grad.to_dense()
+    torch.testing.assert_close(grad.norm(), torch.tensor(0.5))
+    assert clipper.last_record.grad_norm == pytest.approx(
+        torch.tensor([3.0, 1.0, 2.0]).norm() * 3**0.5
+    )
+
+
+def test_sparse_gradients_that_are_not_finite_are_named():
+    table = nn.Embedding(7, 3, sparse=True)
+    config = {"policies": [{"type": "norm", "max_norm": 1.0}], "on_nonfinite": "raise"}
+    clipper = GradientClipper(config, table.named_parameters())
+    (table(ROWS).sum() * torch.inf).backward()
+    with pytest.raises(gradclip.NonFiniteError, match="weight"):
+        clipper.clip()
+
+
+@pytest.mark.parametrize(
+    "policy", [AGC(), ClipByNorm(max_norm=1.0, scope="unit"), UClip(limit=0.1), Spam()]
+)
+def test_sparse_gradients_are_refused_where_elements_or_units_matter(policy):
+    model = sparse_model()
+    clipper = GradientClipper(policy, model.named_parameters())
+    model(ROWS).sum().backward()
+    before = [p.grad.to_dense().clone() for p in model.parameters()]
+    with pytest.raises(LayoutError, match=r"gradient of '0\.weight' is sparse.*sparse=False"):
+        clipper.clip()
+    assert all(
+        torch.equal(p.grad.to_dense(), b) for p, b in zip(model.parameters(), before, strict=True)
+    )
+
+
+def test_sparse_gradients_in_the_drop_ins():
+    for name in ("norm", "value"):
+        found = []
+        for sparse in (True, False):
+            model = sparse_model(sparse)
+            model(ROWS).sum().backward()
+            grads = [p.grad for p in model.parameters()]
+            norm = gradclip.get_total_norm(grads)
+            assert model[0].weight.grad is grads[0]
+            if name == "norm":
+                assert gradclip.clip_grad_norm_(model.parameters(), 0.5) == norm
+            else:
+                gradclip.clip_grad_value_(model.parameters(), 0.2)
+            found.append([norm, *(p.grad.to_dense() for p in model.parameters())])
+        torch.testing.assert_close(*found)
+
+
+def sparse_on_ranks(rank, world, sparse):
+    model = DistributedDataParallel(sparse_model(sparse))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(ROWS + rank).sum() * 10).backward()
+        record = clipper.clip()
+        optimizer.step()
+    return record.grad_norm, model.module[0].weight.detach()
+
+
+def test_sparse_gradients_under_ddp():
+    sparse, dense = (run_on_ranks(sparse_on_ranks, 2, sparse) for sparse in (True, False))
+    assert torch.equal(sparse[0][0], sparse[1][0])
+    assert torch.equal(sparse[0][1], sparse[1][1])
+    torch.testing.assert_close(sparse[0], dense[0])
+
+
+def complex_parameters(dtype=torch.complex64):
+    z = nn.Parameter(torch.zeros(2, 2, dtype=dtype))
+    x = nn.Parameter(torch.zeros(3))
+    z.grad = torch.tensor([[3 + 4j, 1j], [-2, 0.5 - 0.5j]], dtype=dtype)
+    x.grad = torch.tensor([1.0, -2.0, 0.5])
+    return {"z": z, "x": x}
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator", "reference"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("conjugated", [False, True])
+def test_complex_gradients_have_the_norm_of_their_magnitudes(kernel, dtype, conjugated):
+    ours, torchs = complex_parameters(dtype), complex_parameters(dtype)
+    if conjugated:
+        ours["z"].grad = ours["z"].grad.conj()  # torch's own function can't scale such a view
+        torchs["z"].grad = ours["z"].grad.resolve_conj()
+    clipper = GradientClipper(ClipByNorm(max_norm=2.0), ours.items(), kernel=kernel)
+    record = clipper.clip()
+    norm = torch.nn.utils.clip_grad_norm_(torchs.values(), 2.0)
+    assert float(record.grad_norm) == pytest.approx(float(norm), rel=1e-6)
+    for name, p in ours.items():
+        torch.testing.assert_close(p.grad, torchs[name].grad)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
+def test_complex_gradients_in_the_drop_ins(norm_type):
+    ours, torchs = complex_parameters(), complex_parameters()
+    assert gradclip.get_total_norm([p.grad for p in ours.values()], norm_type) == pytest.approx(
+        float(torch.nn.utils.get_total_norm([p.grad for p in torchs.values()], norm_type))
+    )
+    norm = gradclip.clip_grad_norm_(ours.values(), 2.0, norm_type)
+    torch.testing.assert_close(
+        norm, torch.nn.utils.clip_grad_norm_(torchs.values(), 2.0, norm_type)
+    )
+    for name, p in ours.items():
+        torch.testing.assert_close(p.grad, torchs[name].grad)
+    with pytest.raises(ConfigError, match=r"parameters\[0\] is complex"):
+        gradclip.clip_grad_value_(ours.values(), 1.0)
+
+
+def test_complex_parameters_have_as_many_elements_as_they_have():
+    params = complex_parameters()
+    del params["x"]
+    record = GradientClipper(ClipByRMS(max_rms=0.5, scope="global"), params.items()).clip()
+    torch.testing.assert_close(float(record.clipped_norm), 0.5 * 4**0.5, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        AGC(),
+        ClipByValue(clip_value=1.0),
+        Spam(),
+        UClip(limit=1.0),
+        SkipLarge(limit=9.0, norm_type=float("inf")),
+        ClipByNorm(max_norm=1.0, norm_type=3.0),
+    ],
+)
+def test_complex_parameters_are_refused_where_they_have_no_meaning(policy):
+    with pytest.raises(ConfigError, match=f"'z' is complex, and '{policy.type}' takes"):
+        GradientClipper(policy, complex_parameters().items())
+
+
+def test_complex_agc_by_parameter():
+    params = complex_parameters()
+    params["z"].data.fill_(1 + 1j)
+    GradientClipper(AGC(clip_factor=0.1, scope="parameter"), [("z", params["z"])]).clip()
+    torch.testing.assert_close(params["z"].grad.norm(), torch.tensor(0.1 * 8**0.5))
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_tied_parameters_count_once_under_their_first_name(duplicates):
+    model = nn.ModuleDict({"embed": nn.Embedding(3, 3), "head": nn.Linear(3, 3, bias=False)})
+    model["head"].weight = model["embed"].weight
+    config = {
+        "policies": [{"type": "norm", "max_norm": 1.0}],
+        "groups": [{"match": "embed.*", "policies": [{"type": "norm", "max_norm": 2.0}]}],
+        "log": {"per_parameter": True},
+    }
+    named = model.named_parameters(remove_duplicate=not duplicates)
+    clipper = GradientClipper(config, named)
+    model["embed"].weight.grad = torch.full((3, 3), 3.0)
+    record = clipper.clip()
+    assert dict(record.per_parameter) == {"embed.weight": 9.0}
+    torch.testing.assert_close(model["embed"].weight.grad.norm(), torch.tensor(2.0))
+
+
+def test_a_parameter_given_twice_to_a_drop_in_counts_once():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    assert gradclip.clip_grad_norm_([p, p], 1.0) == 5.0
+    torch.testing.assert_close(p.grad.norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator", "reference"])
+@pytest.mark.parametrize("scope", ["global", "parameter", "unit"])
+def test_dtypes_shapes_and_strides_of_every_kind_in_one_model(kernel, scope):
+    odd = {
+        "half": torch.randn(5, 3).half(),
+        "brain": torch.randn(4).bfloat16(),
+        "double": torch.randn(3, 3).double(),
+        "none": torch.zeros(0, 4),
+        "scalar": torch.tensor(3.0),
+        "expanded": torch.ones(1).expand(5),
+        "rows": torch.randn(1, 4).expand(3, 4),
+        "window": torch.randn(9).as_strided((3, 3), (1, 1)),
+        "transposed": torch.randn(4, 3).t(),
+        "strided": torch.randn(6, 8)[:, ::2],
+        "channels": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+    }
+    params = {name: nn.Parameter(torch.zeros(g.shape, dtype=g.dtype)) for name, g in odd.items()}
+    params["wider"] = nn.Parameter(torch.zeros(2))
+    params["wider"].grad_dtype = None
+    odd["wider"] = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    for name, grad in odd.items():
+        params[name].grad = grad
+    before = {name: grad.double().clone() for name, grad in odd.items()}
+    policy = ClipByNorm(max_norm=0.5, scope=scope)
+    record = GradientClipper(policy, params.items(), kernel=kernel).clip()
+    whole = torch.cat([grad.reshape(-1) for grad in before.values()])
+    assert float(record.grad_norm) == pytest.approx(float(whole.norm()), rel=1e-6)
+    for name, grad in before.items():
+        if scope == "unit" and grad.ndim > 1:
+            norms = grad.flatten(1).norm(dim=1).view(-1, *[1] * (grad.ndim - 1))
+        else:
+            norms = whole.norm() if scope == "global" else grad.norm()
+        expected = torch.where(norms > 0.5, grad * 0.5 / (norms + 1e-6), grad)
+        tolerance = {"half": 1e-3, "brain": 1e-2}.get(name, 1e-6)
+        found = params[name].grad.double()
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-6)
+
+
+def test_gradients_wider_than_their_parameters_stay_in_range():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad_dtype = None
+    p.grad = torch.tensor([3e200, 4e200], dtype=torch.float64)
+    assert float(GradientClipper(NORM, [("p", p)]).clip().grad_norm) == pytest.approx(5e200)
+
+
+def test_dense_gradients_are_left_in_place():
+    model = small_model()
+    backward(model, size=50)
+    grads = [p.grad for p in model.parameters()]
+    GradientClipper(NORM, model.named_parameters()).clip()
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
