@@ -59,14 +59,19 @@ class EngineClipper(GradientClipper):
         return True
 
     def clip(
-        self, *, grad_scale: Tensor | None = None, loss: Tensor | float | None = None
+        self,
+        *,
+        grad_scale: Tensor | None = None,
+        loss: Tensor | float | None = None,
+        share: float = 1.0,
+        repeat: bool = False,
     ) -> ClipRecord:
         """The record of the step that the last `accelerator.backward` made.
 
         Raises:
             ConfigError: If the engine has made none yet.
         """
-        del grad_scale, loss
+        del grad_scale, loss, share, repeat
         if self.last_record is None:
             msg = (
                 "accelerator.clip_grad_norm_ was called before DeepSpeed's first step, which "

@@ -70,19 +70,28 @@ class StepClipper(GradientClipper):
         return self._done
 
     def clip(
-        self, *, grad_scale: Tensor | None = None, loss: Tensor | float | None = None
+        self,
+        *,
+        grad_scale: Tensor | None = None,
+        loss: Tensor | float | None = None,
+        share: float = 1.0,
+        repeat: bool = False,
     ) -> ClipRecord:
         """Clip, unless this step's gradients have been clipped already.
 
         Args:
             grad_scale: 0-d factor that the gradients still carry (a loss scale).
             loss: 0-d, this step's, for policies that watch it.
+            share: Batches that were accumulated, as a share of a full window's.
+            repeat: One more evaluation of a closure in a step that was clipped.
 
         Returns:
             This step's record.
         """
-        if self.last_record is None or not self._done:
-            self.last_record = super().clip(grad_scale=grad_scale, loss=loss)
+        if self.last_record is None or not self._done or repeat:
+            self.last_record = super().clip(
+                grad_scale=grad_scale, loss=loss, share=share, repeat=repeat
+            )
             self._done = True
         return self.last_record
 

@@ -1,14 +1,20 @@
-"""Effect: scale in place, change elements, or withhold the step."""
+"""Effect: scale in place or inside the optimizer's step, change elements, or withhold the step."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
 from torch import Tensor
 
+from gradclip.errors import ConfigError
+from gradclip.fused import FusedStep, takes_factors
 from gradclip.memory import ElementMemory
 from gradclip.scopes import Plan
 from gradclip.types import Grads, Kernel, Verdict
 
-__all__ = ["apply"]
+__all__ = ["Effect", "apply"]
 
 
 def apply(
@@ -39,3 +45,110 @@ def apply(
     kernel.scale_(plan.cut_up(grads), verdict.coef)
     for edit in verdict.edits:
         memory.edit_(edit, grads, kernel, grad_scale)
+
+
+class Effect:
+    """Which ways a clipper has to carry out a verdict, and the one it takes.
+
+    Args:
+        mode: `apply` of the configuration.
+        plan: The parameters and how they are cut.
+        optimizer: Whose step follows, if one was given.
+        reads_are_free: A value on the host costs nothing, as on a CPU.
+        before: The effect that this one replaces, of the same optimizer.
+
+    Attributes:
+        withholds_on_device: A step is withheld by a flag that the optimizer's kernel reads, so
+            that the host needs not know.
+        in_step: The clipping happens inside the optimizer's step, so nobody sees gradients
+            between both.
+
+    Raises:
+        ConfigError: If the mode is "fold" and one factor in the optimizer's step can't do it.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["auto", "in_place", "fold"],
+        plan: Plan,
+        optimizer: Any | None,
+        *,
+        reads_are_free: bool,
+        before: Effect | None = None,
+    ) -> None:
+        why_not = _why_not_folded(plan, optimizer)
+        if mode == "fold" and why_not is not None:
+            msg = (
+                f"apply is 'fold', and {why_not}; allowed: a fused Adam, AdamW, SGD or Adagrad of "
+                "torch, all of whose parameters are held to one coefficient. Set apply to 'auto' "
+                "or 'in_place'."
+            )
+            raise ConfigError(msg)
+        self._mode = mode
+        self._can_fold = why_not is None
+        self._optimizer = optimizer
+        self._reads_are_free = reads_are_free
+        takes_flag = _why_no_flag(plan, optimizer) is None
+        self.withholds_on_device = mode == "fold" or (
+            mode == "auto" and takes_flag and not reads_are_free
+        )
+        self.in_step = False
+        self._step: FusedStep | None = None if before is None else before._step
+
+    @property
+    def folds(self) -> bool:
+        """Whether this verdict's coefficient goes into the optimizer's step."""
+        return self._mode == "fold" or (self._mode == "auto" and self._can_fold and self.in_step)
+
+    def carry_out(
+        self,
+        verdict: Verdict,
+        grads: Grads,
+        plan: Plan,
+        kernel: Kernel,
+        memory: ElementMemory,
+        grad_scale: Tensor | None,
+        *,
+        scaler_follows: bool,
+    ) -> None:
+        """Do what was decided, or ask the optimizer's step to; see `apply` and `FusedStep.ask`."""
+        divisor: Tensor | None = None
+        if self.folds and not verdict.withheld:
+            divisor = verdict.coef.min().reciprocal()
+            if self._reads_are_free and not bool(divisor != 1):
+                divisor = None
+            verdict = replace(verdict, coef=torch.ones_like(verdict.coef))
+        flag = verdict.skip if self.withholds_on_device else None
+        if divisor is not None or flag is not None:
+            self._fused().ask(divisor, flag, scaler_follows=scaler_follows)
+        if self.folds and not verdict.withheld:
+            return
+        if flag is not None:  # gradients of a step that won't be taken stay as they are
+            verdict = replace(verdict, coef=torch.where(flag, 1.0, verdict.coef))
+        apply(verdict, grads, plan, kernel, memory, grad_scale)
+
+    def _fused(self) -> FusedStep:
+        if self._step is None:
+            assert self._optimizer is not None
+            self._step = FusedStep(self._optimizer)
+        return self._step
+
+
+def _why_no_flag(plan: Plan, optimizer: Any | None) -> str | None:
+    """What keeps the optimizer's own step from being withheld for all that is clipped."""
+    if optimizer is None:
+        return "the clipper was built without an optimizer"
+    if not takes_factors(optimizer):
+        return f"{type(optimizer).__name__} wasn't built with fused=True, or can't be"
+    held = {id(parameter) for parameter in plan.parameters.values()}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.requires_grad and id(p) not in held for p in stepped):
+        return "the optimizer steps parameters that this clipper doesn't hold"
+    return None
+
+
+def _why_not_folded(plan: Plan, optimizer: Any | None) -> str | None:
+    """What keeps one factor from doing all that a verdict may ask."""
+    if plan.split_by is not None:
+        return f"policy {plan.split_by!r} asks for more than one coefficient for all parameters"
+    return _why_no_flag(plan, optimizer)

@@ -8,34 +8,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from gradclip.apply import apply
+from gradclip.apply import Effect, apply
 from gradclip.config import ClipConfig, PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
-from gradclip.kernels import KernelName, kernel_for
-from gradclip.layouts import (
-    Groups,
-    detect,
-    gathered,
-    is_flat,
-    is_flattened,
-    refuse_shared_names,
-)
+from gradclip.kernels import KernelName, kernel_for, reads_are_free
+from gradclip.lay_out import lay_out
+from gradclip.layouts import Groups, is_flattened
 from gradclip.layouts.zero import ZeroLayout, is_engine
 from gradclip.layouts.zero_step import Halves, clip_inside_step
-from gradclip.measure import Source, measure
+from gradclip.loss_scale import LossScale
+from gradclip.measure_step import measure_step
 from gradclip.memory import ElementMemory
-from gradclip.parameters import collect_parameters, facts_of
 from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
-from gradclip.scopes import Plan, build_plan, needs_places, refuse_scopes
+from gradclip.scopes import Plan
 from gradclip.state import carry_over, pack, unpack
-from gradclip.stops import Losses, is_withheld, where_not_finite
-from gradclip.types import Collected, Handle, Layout, Place, Verdict
+from gradclip.stops import Latch, Losses, is_withheld, where_not_finite
+from gradclip.types import Collected, Handle, Layout, Verdict
 
 __all__ = ["GradientClipper"]
 
@@ -59,6 +54,9 @@ class GradientClipper:
             one parameter, cut over them.
         layout: How parameters are laid out over ranks; found out from them if not given.
         kernel: "cpu", "accelerator" or "reference"; chosen by the device if not given.
+        scaler: The `GradScaler` that scales the loss, if any. `clip` then sees to it that gradients
+            are unscaled, once, and an overflow, which is how the scaler finds its scale, is a
+            step that isn't finite but no error. Needs the optimizer.
 
     Attributes:
         config: The validated configuration.
@@ -87,6 +85,7 @@ class GradientClipper:
         process_group: Groups | None = None,
         layout: Layout | None = None,
         kernel: KernelName | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         self.config: ClipConfig = as_config(policy)
         self._zero = ZeroLayout(optimizer) if is_engine(optimizer) else None
@@ -99,14 +98,10 @@ class GradientClipper:
             optimizer = self._zero.groups
         self._named = None if named_parameters is None else list(named_parameters)
         self._optimizer = optimizer
+        in_engine = self._zero is not None
+        self._loss_scale = LossScale.of(scaler, optimizer, in_engine=in_engine)
         self._process_group = process_group
         self._given_layout = layout
-        if layout is not None and process_group is not None:
-            msg = (
-                "layout and process_group are both given, and a layout knows its own groups; "
-                "give one of them."
-            )
-            raise ConfigError(msg)
         self._kernel_name = kernel
         self._layout, self._plan = self._lay_out()
         self._kernel = kernel_for(self._layout.devices, kernel)
@@ -117,21 +112,37 @@ class GradientClipper:
         watches = any(rule.policy.watches_loss for rule in self._plan.rules)
         self._losses = Losses() if watches else None
         self._memory = ElementMemory(self._plan, self._optimizer)
+        self._effect = self._effect_of()
+        self._latch = Latch(self.config.log.every_n_steps or 10)
+        self._before = (self._states, self._tally.taken)
         self.last_record: ClipRecord | None = None
 
     @torch.no_grad()
     def clip(
-        self, *, grad_scale: Tensor | None = None, loss: Tensor | float | None = None
+        self,
+        *,
+        grad_scale: Tensor | None = None,
+        loss: Tensor | float | None = None,
+        share: float = 1.0,
+        repeat: bool = False,
     ) -> ClipRecord:
-        """Clip this step's gradients in place. Call after backward, before the optimizer's step.
+        """Clip this step's gradients. Call after backward, before the optimizer's step.
 
-        Every rank must call it for every step, whatever gradients it has.
+        Every rank must call it for every step, whatever gradients it has. With `apply: fold` the
+        step that follows does the clipping, and gradients are as they were until then.
 
         Args:
             grad_scale: 0-d factor that the gradients still carry (a loss scale). Norms and
                 limits are those of the gradients without it.
             loss: 0-d, this step's on this rank, for policies that watch it; those average it
                 over ranks. Losses given to `observe_loss` before count too.
+            share: Batches that were accumulated, as a share of those the loss was divided by:
+                below 1 in a short last window, whose gradients are small. Policies that remember
+                see norms divided by it and their limits are multiplied by it; limits that are
+                fixed, and what is recorded, are of the gradients as they are.
+            repeat: These are gradients of one more evaluation of the closure of a step that was
+                clipped (LBFGS). They are clipped as that step was, but neither counted nor learnt
+                from; the step's record is returned.
 
         Returns:
             What was measured and done; tensors on the device, equal on every rank.
@@ -144,29 +155,40 @@ class GradientClipper:
             ConfigError: If no rank ever had a gradient, and a hook may have taken them; or if a
                 policy watches the loss and no rank has one.
         """
+        if not 0 < share <= 1:
+            msg = f"clip: share is {share}; allowed: above 0, and 1 for a full window."
+            raise ConfigError(msg)
         if loss is not None:
             self.observe_loss(loss)
-        grads, verdict, record = self._decide(grad_scale, self.config.on_nonfinite)
-        apply(verdict, grads.all, self._plan, self._kernel, self._memory, grad_scale)
+        rule, effect = self.config.on_nonfinite, self._effect
+        scaled = self._loss_scale is not None and self._loss_scale.is_live
+        if self._loss_scale is not None and scaled:
+            rule = "skip"  # an overflow is how the scaler finds its scale, and it skips the step
+            if grad_scale is None:
+                leave = effect.folds and effect.withholds_on_device
+                grad_scale = self._loss_scale.settle(leave=leave)
+        grads, verdict, record = self._decide(grad_scale, rule, share=share, repeat=repeat)
+        how = (self._plan, self._kernel, self._memory, grad_scale)
+        self._effect.carry_out(verdict, grads.all, *how, scaler_follows=scaled)
         return record
 
     def _decide(
-        self, grad_scale: Tensor | None, on_nonfinite: str
+        self,
+        grad_scale: Tensor | None,
+        on_nonfinite: str,
+        *,
+        share: float = 1.0,
+        repeat: bool = False,
     ) -> tuple[Collected, Verdict, ClipRecord]:
         """Everything but the writing, for which DeepSpeed has a moment of its own."""
         plan = self._current_plan()
+        if not repeat:
+            self._before = (self._states, self._tally.taken)
+        before, taken = self._before
         grads = self._layout.collect(plan.slots)
         probes = self._memory.probes(grads.counted, grad_scale)
-        sources: list[tuple[Source, Mapping[float, bool]]] = [
-            (plan.cut_up(grads.counted), plan.norm_types),
-            *((probe, plan.probe_types[index]) for index, probe in probes.items()),
-        ]
-        if plan.weight_types:
-            weights = self._layout.weights(plan.slots).counted
-            sources.append((plan.cut_up(weights), plan.weight_types))
         loss = self._losses.mean(self._layout.devices[0]) if self._losses is not None else None
-        norms, *more = measure(sources, self._layout, self._kernel)
-        probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
+        norms, probed, weights = measure_step(plan, grads, probes, self._layout, self._kernel)
         if not any(grads.all):
             self._stop_if_lost(norms[plan.recorded])
         if grad_scale is not None:
@@ -175,17 +197,25 @@ class GradientClipper:
         verdict, states = decide_all(
             plan.rules,
             norms,
-            self._states,
-            step=self._tally.taken,
+            before,
+            step=taken,
             probed=probed,
-            weights=more[0] if more else None,
+            weights=weights,
             loss=loss,
             watched=plan.watched,
             skip_nonfinite=skips,
+            held=self._latch.reached,
+            share=share,
         )
         raises = on_nonfinite == "raise"
-        withheld = is_withheld(verdict, plan.rules, self._where_not_finite, raises=raises)
-        verdict = replace(verdict, withheld=withheld)
+        if self._effect.withholds_on_device and not raises:
+            self._latch.look(verdict, plan.rules)
+        else:
+            withheld = is_withheld(verdict, plan.rules, self._where_not_finite, raises=raises)
+            verdict = replace(verdict, withheld=withheld)
+        if repeat and self.last_record is not None:
+            edits = [replace(e, learns=torch.zeros_like(e.learns)) for e in verdict.edits]
+            return grads, replace(verdict, edits=tuple(edits)), self.last_record
         self._states = states
         self.last_record = self._record(norms[plan.recorded], verdict)
         return grads, verdict, self.last_record
@@ -221,6 +251,10 @@ class GradientClipper:
     def attach(self, optimizer: Optimizer | Any) -> Handle:
         """Clip by itself before every `optimizer.step()`, also with a closure or a GradScaler.
 
+        A closure's gradients are clipped each time it is evaluated (LBFGS), and the step is counted
+        once. An ordinary optimizer isn't stepped on an overflow, which is seen and counted only
+        if the clipper was built with the `scaler`.
+
         Args:
             optimizer: The one this clipper was built with: an optimizer, or a DeepSpeed engine,
                 which then clips inside `engine.step()` with this clipper alone.
@@ -229,26 +263,12 @@ class GradientClipper:
             A handle; `handle.remove()` stops it.
 
         Raises:
-            ConfigError: If the optimizer isn't the one this clipper was built with, or
-                evaluates its closure several times a step (LBFGS), or a threshold in the
-                DeepSpeed engine's own configuration disagrees.
+            ConfigError: If the optimizer isn't the one this clipper was built with, or a threshold
+                in the DeepSpeed engine's own configuration disagrees.
         """
         if self._zero is not None:
             halves = Halves(self.config, self._decide, self._write)
             return clip_inside_step(halves, self._zero, optimizer)
-        if is_engine(optimizer):
-            msg = (
-                "attach got a DeepSpeed engine, and this clipper was built without it; build it "
-                "with the engine, as in GradientClipper(policy, optimizer=engine).attach(engine)."
-            )
-            raise ConfigError(msg)
-        known = {id(p) for p in self._plan.parameters.values()}
-        if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
-            msg = (
-                f"attach got a {type(optimizer).__name__} that shares no parameter with this "
-                "clipper; attach the optimizer whose parameters the clipper was built with."
-            )
-            raise ConfigError(msg)
         return clip_before_step(self, optimizer)
 
     def _write(self, verdict: Verdict, bucket: int, tensors: Sequence[Tensor]) -> None:
@@ -284,20 +304,13 @@ class GradientClipper:
         self._memory.replace({key: one for found in own for key, one in found.items()})
 
     def _lay_out(self) -> tuple[Layout, Plan]:
-        parameters = collect_parameters(self._named, self._optimizer)
-        layout = self._given_layout or detect(parameters, self._process_group)
-        places: dict[str, Place] = {}
-        if needs_places(self.config):
-            refuse_shared_names(parameters, self._process_group)
-            places = {name: layout.place(name, p) for name, p in parameters.items()}
-        shapes = {name: place.shape for name, place in places.items()}
-        facts = gathered(facts_of(parameters, self._optimizer, shapes), self._process_group)
-        plan = build_plan(self.config, facts, parameters, places, layout.devices[0])
-        if any(rule.policy.uses_sizes for rule in plan.rules):
-            plan = plan.with_sizes(layout.sizes(plan.slots))
-        flat = [name for name, p in parameters.items() if is_flat(p)]
-        refuse_scopes(plan, self.config, grouped=self._optimizer is not None, flat=flat)
-        return layout, plan
+        given = (self._process_group, self._given_layout)
+        return lay_out(self.config, self._named, self._optimizer, *given)
+
+    def _effect_of(self, before: Effect | None = None) -> Effect:
+        free = reads_are_free(self._layout.devices, self._kernel_name)
+        optimizer = None if self._given_layout is not None else self._optimizer
+        return Effect(self.config.apply, self._plan, optimizer, reads_are_free=free, before=before)
 
     def _what_may_change(self) -> tuple[object, ...]:
         """Cheap to compare each step: the optimizer's groups, and how the parameters lie."""
@@ -315,16 +328,15 @@ class GradientClipper:
             self._tally.counts = self._tally.counts.to(home)
             self._plan = plan
             self._memory = ElementMemory(plan, self._optimizer, self._memory)
+            self._effect = self._effect_of(self._effect)
             self._signature = self._what_may_change()
         return self._plan
 
     def _stop_if_lost(self, norms: Tensor) -> None:
         """Without hooks a step without gradients is a step like any other."""
-        if self._given_layout is not None:  # gradients may be elsewhere than on parameters
-            return
-        parameters = self._plan.parameters
-        if has_hooks(parameters) and not bool(norms.any()) and not bool(self._tally.counts[0]):
-            refuse_lost_gradients(parameters)
+        held, hooked = self._plan.parameters, self._given_layout is None
+        if hooked and has_hooks(held) and not bool(norms.any()) and not bool(self._tally.counts[0]):
+            refuse_lost_gradients(held)
 
     def _where_not_finite(self) -> str:
         return where_not_finite(self._plan.parameters, self._layout, self._kernel)

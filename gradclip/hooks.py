@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
+from torch.optim import Optimizer
 
 from gradclip.errors import ConfigError
+from gradclip.layouts.zero import is_engine
+from gradclip.types import Handle
 
 if TYPE_CHECKING:
     from gradclip.engine import GradientClipper
@@ -17,47 +19,88 @@ if TYPE_CHECKING:
 __all__ = ["clip_before_step"]
 
 
-def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> RemovableHandle:
-    """Register a step pre-hook that clips; with a closure, clip when its backward is done.
+def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Handle:
+    """Register a step pre-hook that clips; with a closure, clip whenever its backward is done.
 
     A `GradScaler` leaves the unscaling to a fused optimizer and tells it the scale, which is
     passed on, so that limits mean the same with and without one. What a closure returns is shown
     to policies that watch the loss, unless one was observed.
 
     Raises:
-        ConfigError: If the optimizer evaluates its closure several times a step.
+        ConfigError: If the optimizer has no parameter that the clipper holds, or is a DeepSpeed
+            engine that the clipper was built without.
     """
-    if isinstance(optimizer, LBFGS):
+    if is_engine(optimizer):
         msg = (
-            "attach got LBFGS, which evaluates its closure several times a step and would be "
-            "clipped each time; call clipper.clip() in the closure yourself, or use another "
-            "optimizer."
+            "attach got a DeepSpeed engine, and this clipper was built without it; build it "
+            "with the engine, as in GradientClipper(policy, optimizer=engine).attach(engine)."
         )
         raise ConfigError(msg)
+    held = {id(p) for p in clipper._plan.parameters.values()}
+    if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
+        msg = (
+            f"attach got a {type(optimizer).__name__} that shares no parameter with this "
+            "clipper; attach the optimizer whose parameters the clipper was built with."
+        )
+        raise ConfigError(msg)
+    return _Attached(clipper, optimizer)
 
-    def clip(loss: Any = None) -> None:
-        if loss is not None and clipper.watches_loss and not clipper.has_loss:
-            clipper.observe_loss(loss)
-        clipper.clip(grad_scale=getattr(optimizer, "grad_scale", None))
 
-    def before_step(
-        _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+class _Attached:
+    """The hooks, and whether a scaler's step has clipped already."""
+
+    def __init__(self, clipper: GradientClipper, optimizer: Optimizer) -> None:
+        self._clipper = clipper
+        self._optimizer = optimizer
+        self._clipped = False
+        self._undo: list[Callable[[], None]] = [
+            optimizer.register_step_pre_hook(self._before_step).remove
+        ]
+        if clipper._loss_scale is not None:
+            self._undo.append(clipper._loss_scale.before_step(self._before_scaler_step))
+
+    def remove(self) -> None:
+        """Clip no more."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _before_scaler_step(self) -> None:
+        self._clip()
+        self._clipped = True
+
+    def _before_step(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._clipped:
+            self._clipped = False
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            clip()
+            self._clip(getattr(self._optimizer, "grad_scale", None))
             return None
         rest = {name: value for name, value in kwargs.items() if name != "closure"}
-        return (args[0], _then(closure, clip), *args[2:]), rest
+        return (args[0], self._then_clip(closure), *args[2:]), rest
 
-    return optimizer.register_step_pre_hook(before_step)
+    def _then_clip(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        repeat = False
 
+        def closure_then_clip() -> Any:
+            nonlocal repeat
+            with torch.enable_grad():
+                loss = closure()
+            clipper = self._clipper
+            if loss is not None and clipper.watches_loss and not clipper.has_loss:
+                clipper.observe_loss(loss)
+            self._clip(repeat=repeat)
+            repeat = True
+            return loss
 
-def _then(closure: Callable[[], Any], clip: Callable[[Any], None]) -> Callable[[], Any]:
-    def closure_then_clip() -> Any:
-        with torch.enable_grad():
-            loss = closure()
-        clip(loss)
-        return loss
+        return closure_then_clip
 
-    return closure_then_clip
+    def _clip(self, grad_scale: Tensor | None = None, *, repeat: bool = False) -> None:
+        effect = self._clipper._effect
+        effect.in_step = True
+        try:
+            self._clipper.clip(grad_scale=grad_scale, repeat=repeat)
+        finally:
+            effect.in_step = False

@@ -63,6 +63,15 @@ class Plan:
         """The p of the norm that records show."""
         return next(iter(self.norm_types))
 
+    @property
+    def split_by(self) -> str | None:
+        """The type of a policy that one coefficient for all gradients can't stand for, if any."""
+        for rule in self.rules:
+            whole = len(rule.names) == 1 and len(rule.covers) == len(self.slots)
+            if self.cut is not None or not whole or isinstance(rule.policy, ElementPolicy):
+                return rule.policy.type
+        return None
+
     def cut_up(self, grads: Grads) -> Grads | Units:
         """Local tensors as they are measured and scaled: by slot, or by unit."""
         return grads if self.cut is None else self.cut.units(grads)

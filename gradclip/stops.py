@@ -13,7 +13,7 @@ from gradclip.policies import Rule, SkipNonfinite
 from gradclip.policies.skip import SkipPolicy
 from gradclip.types import Kernel, Layout, Verdict
 
-__all__ = ["Losses", "is_withheld", "where_not_finite"]
+__all__ = ["Latch", "Losses", "is_withheld", "where_not_finite"]
 
 
 class Losses:
@@ -60,6 +60,46 @@ class Losses:
         return found
 
 
+class Latch:
+    """A policy's bound that was reached on the device, of which the host learns later.
+
+    From then on every step is withheld, until the host looks, every so many steps, and raises.
+
+    Args:
+        every: Steps between two looks.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._steps = 0
+        self.reached: Tensor | None = None
+        self._odd: Tensor | None = None
+
+    def look(self, verdict: Verdict, rules: Iterable[Rule]) -> None:
+        """Take in a verdict; now and then look whether a bound was reached.
+
+        Raises:
+            NonFiniteError: If the bound is one on steps that aren't finite.
+            SkipLimitError: If it is one on other steps.
+        """
+        if verdict.stop is None:
+            return
+        odd = verdict.stop & verdict.finite.logical_not()
+        self.reached = verdict.stop if self.reached is None else self.reached | verdict.stop
+        self._odd = odd if self._odd is None else self._odd | odd
+        self._steps += 1
+        if self._steps % self._every or not bool(self.reached):
+            return
+        reached, self.reached = self._odd, None
+        self._odd = None
+        when = f"clip: within the last {self._every} steps"
+        if bool(reached):
+            when += " gradients were NaN or infinite."
+            raise _too_many_nonfinite(when, rules)
+        when += " a norm or loss was beyond its bound"
+        raise _too_many_skips(when, rules)
+
+
 def is_withheld(
     verdict: Verdict, rules: Iterable[Rule], where: Callable[[], str], *, raises: bool
 ) -> bool:
@@ -82,7 +122,6 @@ def is_withheld(
         odd = bad if odd is None else odd | bad
     if odd is None or not bool(odd):
         return False
-    policies = [rule.policy for rule in rules]
     finite = bool(verdict.finite)
     if raises and not finite:
         msg = f"{where()} on_nonfinite is 'raise'; 'skip' withholds such steps instead."
@@ -90,20 +129,27 @@ def is_withheld(
     if verdict.stop is None or not bool(verdict.stop):
         return True
     if not finite:
-        who = _bounds(p for p in policies if isinstance(p, SkipNonfinite))
-        msg = (
-            f"{where()} As many steps in a row as may be were withheld for that ({who}). Raise or "
-            "remove max_consecutive, or look at data, learning rate and loss scale."
-        )
-        raise NonFiniteError(msg)
-    who = _bounds(p for p in policies if isinstance(p, SkipPolicy) and p.fallback == "raise")
-    msg = (
-        f"clip: a step is beyond the bound {float(verdict.limit):.6g}, or its loss is, and as many "
-        f"in a row as may be were withheld for that ({who}); gradients and state are unchanged. "
-        "fallback is 'raise'; 'accept' or 'clip' takes such a step and starts anew from its "
-        "level. Look at data and learning rate."
+        raise _too_many_nonfinite(where(), rules)
+    beyond = f"clip: a step is beyond the bound {float(verdict.limit):.6g}, or its loss is"
+    raise _too_many_skips(beyond, rules)
+
+
+def _too_many_nonfinite(where: str, rules: Iterable[Rule]) -> NonFiniteError:
+    who = _bounds(rule.policy for rule in rules if isinstance(rule.policy, SkipNonfinite))
+    return NonFiniteError(
+        f"{where} As many steps in a row as may be were withheld for that ({who}). Raise or "
+        "remove max_consecutive, or look at data, learning rate and loss scale."
     )
-    raise SkipLimitError(msg)
+
+
+def _too_many_skips(beyond: str, rules: Iterable[Rule]) -> SkipLimitError:
+    policies = [rule.policy for rule in rules if isinstance(rule.policy, SkipPolicy)]
+    who = _bounds(policy for policy in policies if policy.fallback == "raise")
+    return SkipLimitError(
+        f"{beyond}, and as many in a row as may be were withheld for that ({who}); gradients and "
+        "state are unchanged. fallback is 'raise'; 'accept' or 'clip' takes such a step and starts "
+        "anew from its level. Look at data and learning rate."
+    )
 
 
 def _bounds(policies: Iterable[SkipNonfinite | SkipPolicy]) -> str:

@@ -102,6 +102,9 @@ class ClipConfig(BaseModel):
     """Applied in order, each to the gradients as those before it leave them."""
     on_nonfinite: Literal["skip", "raise", "ignore"] = "skip"
     """A NaN or infinite gradient: withhold the step, stop with an error, or let it pass."""
+    apply: Literal["auto", "in_place", "fold"] = "auto"
+    """How: write the gradients (in_place), hand the coefficient to a fused optimizer's step, which
+    multiplies while it reads and withholds on the device (fold), or what is right and fastest."""
     groups: list[GroupConfig] = []
     """First match wins; parameters that match none get `policies`."""
     log: LogConfig = LogConfig()

@@ -28,6 +28,8 @@ def decide_all(
     loss: Tensor | None = None,
     watched: Tensor | None = None,
     skip_nonfinite: bool,
+    held: Tensor | None = None,
+    share: float = 1.0,
 ) -> tuple[Verdict, list[State]]:
     """Ask the policies in order, each seeing the norms as those before it leave them.
 
@@ -45,12 +47,15 @@ def decide_all(
         loss: 0-d float64, equal on every rank, if the caller gave one.
         watched: Int64 indices of the measured slots that may withhold a step; None for all.
         skip_nonfinite: Whether a step that isn't finite is withheld.
+        held: 0-d bool, the step is withheld whatever policies say.
+        share: What part of a full accumulation window the gradients hold. Policies that remember
+            see norms divided by it, and their limits are multiplied by it.
     """
     every = torch.stack(list(norms.values()))
     finite = torch.isfinite(every if watched is None else every.index_select(1, watched)).all()
     coef = torch.ones_like(next(iter(norms.values())))
     limit = torch.full_like(finite, math.inf, dtype=torch.float64)
-    skip = finite.logical_not() if skip_nonfinite else None
+    skip = _either(finite.logical_not() if skip_nonfinite else None, held)
     stop: Tensor | None = None
     edits: list[Edit] = []
     some = (every != 0).any()  # a step without any gradient is none
@@ -59,8 +64,9 @@ def decide_all(
         norm_type = rule.policy.measured[1] or next(iter(norms))
         measured = probed[index] if index in probed else norms[norm_type]
         own = weights.get(norm_type) if weights and rule.policy.uses_weights else None
+        own_share = 1.0 if not state or isinstance(rule.policy, ElementPolicy) else share
         stats = Stats(
-            norms=rule.gather(measured * coef, norm_type),
+            norms=rule.gather(measured * coef, norm_type) / own_share,
             finite=finite,
             step=step,
             sizes=rule.sizes,
@@ -81,7 +87,7 @@ def decide_all(
             edits.append(_edit(rule.policy, rule, decision, some, learns))
         after.append(new)
         coef = coef * rule.spread(decision.coef)
-        limit = torch.minimum(limit, decision.limit.min())
+        limit = torch.minimum(limit, decision.limit.min() * own_share)
         skip = _either(skip, decision.skip)
         stop = _either(stop, decision.stop)
     keeps = finite if skip is None else finite & skip.logical_not()

@@ -1,0 +1,120 @@
+"""A fused optimizer's step as the place where gradients are scaled and a step is withheld.
+
+torch's fused kernels divide gradients by `optimizer.grad_scale` while they read them, and leave
+parameters and state alone where `optimizer.found_inf` is not 0: the two attributes with which a
+`GradScaler` talks to them. Read in torch 2.13 (`torch/optim/adam.py`, `torch/amp/grad_scaler.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adagrad, Adam, Optimizer
+
+__all__ = ["FusedStep", "takes_factors"]
+
+
+def takes_factors(optimizer: Any) -> bool:
+    """Whether every group of an optimizer is stepped by one of torch's fused kernels."""
+    return (
+        isinstance(optimizer, Adam | SGD | Adagrad)
+        and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        and all(group.get("fused") for group in optimizer.param_groups)
+    )
+
+
+class FusedStep:
+    """What the next step of one optimizer, or the one under way, is asked to do.
+
+    A `GradScaler` multiplies a `grad_scale` that it finds into its own scale, but overwrites
+    `found_inf`, so that is joined with the scaler's when the step begins. What the scaler set, it
+    removes; what is set here is removed after the step.
+
+    Args:
+        optimizer: One that `takes_factors`.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._scale: Tensor | None = None
+        self._inf: Tensor | None = None
+        self._scaler_clears = False
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    def ask(
+        self, scale: Tensor | None, withhold: Tensor | None, *, scaler_follows: bool = False
+    ) -> None:
+        """Replace what was asked before.
+
+        Args:
+            scale: 0-d, what gradients are to be divided by, beside a scaler's; None for nothing.
+            withhold: 0-d bool, whether the step is to change nothing; None for no.
+            scaler_follows: A scaler will make the step, and has to see gradients first.
+        """
+        self._clear()
+        theirs = getattr(self._optimizer, "grad_scale", None)
+        inf = getattr(self._optimizer, "found_inf", None)
+        self._scaler_clears = inf is not None
+        if scale is not None:
+            scale = scale.float()
+            self._scale = scale if theirs is None else theirs * scale
+            self._optimizer.grad_scale = self._scale  # type: ignore[attr-defined]
+        if withhold is not None:
+            self._inf = withhold.float()
+            if inf is not None or not scaler_follows:
+                self._join(inf)
+
+    def _join(self, theirs: Tensor | int | None) -> None:
+        """Let the step see both reasons to withhold it: a scaler's and what was asked."""
+        assert self._inf is not None
+        if isinstance(theirs, Tensor):  # a scaler that saw no gradient says 0
+            self._inf = torch.maximum(theirs, self._inf.to(theirs.device))
+        if self._lacks_momentum() and bool(self._inf):
+            self._drop()
+        self._optimizer.found_inf = self._inf  # type: ignore[attr-defined]
+
+    def _lacks_momentum(self) -> bool:
+        """Whether a withheld step would leave a buffer behind that nothing was written to.
+
+        torch's fused SGD makes momentum buffers before it looks at `found_inf`, and takes them for
+        written ones in the step after. Such a first step is withheld by dropping gradients.
+        """
+        if not isinstance(self._optimizer, SGD):
+            return False
+        state = self._optimizer.state
+        return any(
+            p.grad is not None and state.get(p, {}).get("momentum_buffer") is None
+            for group in self._optimizer.param_groups
+            if group["momentum"]
+            for p in group["params"]
+        )
+
+    def _drop(self) -> None:
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def _before(self, *_: object) -> None:
+        found = getattr(self._optimizer, "found_inf", None)
+        if found is None or found is self._inf:  # no scaler steps, and all is said
+            return
+        self._scaler_clears = True
+        if self._inf is None:
+            self._inf = torch.zeros((), dtype=torch.float32)
+        self._join(found)
+
+    def _after(self, *_: object) -> None:
+        if not self._scaler_clears:
+            self._clear()
+        self._scale = self._inf = None
+        self._scaler_clears = False
+
+    def _clear(self) -> None:
+        """Take back what was set here and nobody else removes."""
+        for name, value in (("grad_scale", self._scale), ("found_inf", self._inf)):
+            if value is not None and getattr(self._optimizer, name, None) is value:
+                delattr(self._optimizer, name)
+        self._scale = self._inf = None

@@ -1,0 +1,105 @@
+"""A `GradScaler` that scales the loss: gradients are unscaled once, and overflows are seen.
+
+Read in torch 2.13 (`torch/amp/grad_scaler.py`): the only place that touches what is private there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+from gradclip.errors import ConfigError
+
+__all__ = ["LossScale"]
+
+
+class LossScale:
+    """A scaler and the optimizer whose gradients it scales.
+
+    Args:
+        scaler: The one that scales the loss and makes the optimizer's steps.
+        optimizer: The one that is handed to `scaler.step`.
+    """
+
+    def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
+        self._scaler = scaler
+        self._optimizer = optimizer
+
+    @classmethod
+    def of(cls, scaler: GradScaler | None, optimizer: Any, *, in_engine: bool) -> LossScale | None:
+        """One for a scaler that was given; None without.
+
+        Raises:
+            ConfigError: If there is no optimizer, or a DeepSpeed engine, which scales by itself.
+        """
+        if scaler is None:
+            return None
+        if in_engine or optimizer is None:
+            found = "a DeepSpeed engine, which scales by itself" if in_engine else "no optimizer"
+            msg = (
+                f"scaler is given with {found}; allowed: a GradScaler and the optimizer that its "
+                "step() is called with. Give that optimizer, or leave scaler out."
+            )
+            raise ConfigError(msg)
+        return cls(scaler, optimizer)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it scales anything."""
+        return self._scaler.is_enabled()
+
+    def settle(self, *, leave: bool) -> Tensor | None:
+        """Unscale the gradients, unless that was done in this step.
+
+        Args:
+            leave: Leave them scaled if the optimizer's own step can unscale them.
+
+        Returns:
+            The factor that gradients still carry, 0-d float32; None if they carry none.
+        """
+        if not self.is_live or not self._is_ready:
+            return None
+        # A sharded scaler tells all ranks of an overflow only while it unscales.
+        if leave and type(self._scaler).unscale_ is GradScaler.unscale_:
+            return self._scaler.scale(torch.ones((), device=self._device))
+        self._scaler.unscale_(self._optimizer)
+        return None
+
+    def before_step(self, clip: Callable[[], None]) -> Callable[[], None]:
+        """Call something before each `scaler.step` of this optimizer, overflow or not.
+
+        Returns:
+            What undoes it.
+        """
+        step = self._scaler.step
+
+        @functools.wraps(step)
+        def clip_and_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if optimizer is self._optimizer and self.is_live:
+                clip()
+            return step(optimizer, *args, **kwargs)
+
+        self._scaler.step = clip_and_step  # type: ignore[method-assign]
+
+        def undo() -> None:
+            if self._scaler.step is clip_and_step:
+                self._scaler.step = step  # type: ignore[method-assign]
+
+        return undo
+
+    @property
+    def _is_ready(self) -> bool:
+        """Whether gradients are still scaled."""
+        stage = self._scaler._per_optimizer_states[id(self._optimizer)]["stage"]
+        return stage is OptState.READY
+
+    @property
+    def _device(self) -> torch.device:
+        parameters = self._optimizer.param_groups[0]["params"]
+        return parameters[0].device if parameters else torch.device("cpu")
