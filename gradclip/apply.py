@@ -100,6 +100,11 @@ class Effect:
         """Whether this verdict's coefficient goes into the optimizer's step."""
         return self._mode == "fold" or (self._mode == "auto" and self._can_fold and self.in_step)
 
+    @property
+    def unscales(self) -> bool:
+        """Whether gradients may keep a scaler's factor until the step: nobody drops them."""
+        return self.folds and self.withholds_on_device
+
     def carry_out(
         self,
         verdict: Verdict,

@@ -160,13 +160,12 @@ class GradientClipper:
             raise ConfigError(msg)
         if loss is not None:
             self.observe_loss(loss)
-        rule, effect = self.config.on_nonfinite, self._effect
+        rule = self.config.on_nonfinite
         scaled = self._loss_scale is not None and self._loss_scale.is_live
         if self._loss_scale is not None and scaled:
             rule = "skip"  # an overflow is how the scaler finds its scale, and it skips the step
             if grad_scale is None:
-                leave = effect.folds and effect.withholds_on_device
-                grad_scale = self._loss_scale.settle(leave=leave)
+                grad_scale = self._loss_scale.settle(leave=self._effect.unscales)
         grads, verdict, record = self._decide(grad_scale, rule, share=share, repeat=repeat)
         how = (self._plan, self._kernel, self._memory, grad_scale)
         self._effect.carry_out(verdict, grads.all, *how, scaler_follows=scaled)

@@ -41,8 +41,9 @@ class FusedStep:
         self._scale: Tensor | None = None
         self._inf: Tensor | None = None
         self._scaler_clears = False
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
+        # Where the step is compiled, these stay outside of the graph.
+        optimizer.register_step_pre_hook(torch.compiler.disable(self._before))
+        optimizer.register_step_post_hook(torch.compiler.disable(self._after))
 
     def ask(
         self, scale: Tensor | None, withhold: Tensor | None, *, scaler_follows: bool = False
@@ -71,7 +72,7 @@ class FusedStep:
         """Let the step see both reasons to withhold it: a scaler's and what was asked."""
         assert self._inf is not None
         if isinstance(theirs, Tensor):  # a scaler that saw no gradient says 0
-            self._inf = torch.maximum(theirs, self._inf.to(theirs.device))
+            self._inf = torch.maximum(theirs.reshape(()), self._inf.to(theirs.device))
         if self._lacks_momentum() and bool(self._inf):
             self._drop()
         self._optimizer.found_inf = self._inf  # type: ignore[attr-defined]

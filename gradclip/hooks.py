@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradclip.errors import ConfigError
 from gradclip.layouts.zero import is_engine
+from gradclip.parameters import refuse_differentiable
 from gradclip.types import Handle
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Handle:
     to policies that watch the loss, unless one was observed.
 
     Raises:
-        ConfigError: If the optimizer has no parameter that the clipper holds, or is a DeepSpeed
-            engine that the clipper was built without.
+        ConfigError: If the optimizer has no parameter that the clipper holds, is differentiable,
+            or is a DeepSpeed engine that the clipper was built without.
     """
     if is_engine(optimizer):
         msg = (
@@ -36,6 +37,7 @@ def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Handle:
             "with the engine, as in GradientClipper(policy, optimizer=engine).attach(engine)."
         )
         raise ConfigError(msg)
+    refuse_differentiable(optimizer)
     held = {id(p) for p in clipper._plan.parameters.values()}
     if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
         msg = (
@@ -53,9 +55,9 @@ class _Attached:
         self._clipper = clipper
         self._optimizer = optimizer
         self._clipped = False
-        self._undo: list[Callable[[], None]] = [
-            optimizer.register_step_pre_hook(self._before_step).remove
-        ]
+        # Where the step is compiled, this stays outside of the graph.
+        hook = torch.compiler.disable(self._before_step)
+        self._undo: list[Callable[[], None]] = [optimizer.register_step_pre_hook(hook).remove]
         if clipper._loss_scale is not None:
             self._undo.append(clipper._loss_scale.before_step(self._before_scaler_step))
 
@@ -74,6 +76,10 @@ class _Attached:
         if self._clipped:
             self._clipped = False
             return None
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor) and found_inf.ndim:
+            # FSDP's scaler of torch 2.13 gives shape (1,), which fused steps refuse.
+            vars(self._optimizer)["found_inf"] = found_inf.reshape(())
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._clip(getattr(self._optimizer, "grad_scale", None))

@@ -13,7 +13,7 @@ from gradclip.errors import ConfigError
 from gradclip.groups import Fact, for_each
 from gradclip.in_backward import refuse_steps_in_backward
 
-__all__ = ["collect_parameters", "configs_for", "facts_of", "grad_dtype"]
+__all__ = ["collect_parameters", "configs_for", "facts_of", "grad_dtype", "refuse_differentiable"]
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
@@ -39,7 +39,7 @@ def collect_parameters(
             "GradientClipper(policy, named_parameters=model.named_parameters(), optimizer=opt)."
         )
         raise ConfigError(msg)
-    _refuse_differentiable(optimizer)
+    refuse_differentiable(optimizer)
     names: dict[Parameter, str] = {}
     named = list(named_parameters or ())
     for (_, parameter), name in zip(named, _unwrapped([name for name, _ in named]), strict=True):
@@ -83,7 +83,12 @@ def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
     return torch.complex128 if parameter.is_complex() else torch.float64
 
 
-def _refuse_differentiable(optimizer: Optimizer | None) -> None:
+def refuse_differentiable(optimizer: Optimizer | None) -> None:
+    """Refuse an optimizer whose step is part of a graph.
+
+    Raises:
+        ConfigError: If it was built with `differentiable=True`.
+    """
     groups = getattr(optimizer, "param_groups", ())
     if any(group.get("differentiable", False) for group in groups):
         msg = (

@@ -105,6 +105,9 @@ class ClipConfig(BaseModel):
     apply: Literal["auto", "in_place", "fold"] = "auto"
     """How: write the gradients (in_place), hand the coefficient to a fused optimizer's step, which
     multiplies while it reads and withholds on the device (fold), or what is right and fastest."""
+    schedule_on_skip: Literal["advance", "hold"] | None = None
+    """Whether the learning rate's schedule advances at a withheld step: null does as the trainer
+    does by itself (Lightning's advances, Accelerate's waits); a plain loop decides by itself."""
     groups: list[GroupConfig] = []
     """First match wins; parameters that match none get `policies`."""
     log: LogConfig = LogConfig()

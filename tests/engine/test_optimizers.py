@@ -76,9 +76,8 @@ def test_optimizers_step_with_the_same_gradients(name, options):
         torch.testing.assert_close(trained(how, name, **options), expected, rtol=1e-4, atol=1e-6)
 
 
-# torch's own while it traces a step, and what it says of leaving a hook out of the graph.
+# torch's own while it traces a step.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.parametrize("compiled", ["model", "step", "function"])
 @pytest.mark.parametrize("how", ["called", "attached"])
 def test_compiled(compiled, how):
