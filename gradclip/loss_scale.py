@@ -77,21 +77,13 @@ class LossScale:
         Returns:
             What undoes it.
         """
-        step = self._scaler.step
-
-        @functools.wraps(step)
-        def clip_and_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if optimizer is self._optimizer and self.is_live:
-                clip()
-            return step(optimizer, *args, **kwargs)
-
-        self._scaler.step = clip_and_step  # type: ignore[method-assign]
-
-        def undo() -> None:
-            if self._scaler.step is clip_and_step:
-                self._scaler.step = step  # type: ignore[method-assign]
-
-        return undo
+        wrapped = vars(self._scaler).get("step")
+        clips: dict[int, Callable[[], None]] | None = getattr(wrapped, "gradclip_clips", None)
+        if clips is None:
+            clips = _wrap_step(self._scaler)
+        key = id(self._optimizer)
+        clips[key] = clip
+        return lambda: _forget(self._scaler, key)
 
     @property
     def _is_ready(self) -> bool:
@@ -103,3 +95,33 @@ class LossScale:
     def _device(self) -> torch.device:
         parameters = self._optimizer.param_groups[0]["params"]
         return parameters[0].device if parameters else torch.device("cpu")
+
+
+def _wrap_step(scaler: GradScaler) -> dict[int, Callable[[], None]]:
+    """Make a scaler's step first call what the dict has for the optimizer, by its identity."""
+    step = scaler.step
+    clips: dict[int, Callable[[], None]] = {}
+
+    @functools.wraps(step)
+    def clip_and_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if scaler.is_enabled() and id(optimizer) in clips:
+            clips[id(optimizer)]()
+        return step(optimizer, *args, **kwargs)
+
+    clip_and_step.gradclip_clips = clips  # type: ignore[attr-defined]
+    scaler.step = clip_and_step  # type: ignore[method-assign]
+    return clips
+
+
+def _forget(scaler: GradScaler, key: int) -> None:
+    """Clip this optimizer no more; the last one gives the scaler its own step back."""
+    wrapper = vars(scaler).get("step")
+    clips = getattr(wrapper, "gradclip_clips", None)
+    if clips is None:
+        return
+    clips.pop(key, None)
+    if not clips:
+        del scaler.step
+        inner = wrapper.__wrapped__
+        if inner != scaler.step:  # somebody else's, from before
+            scaler.step = inner  # type: ignore[method-assign]

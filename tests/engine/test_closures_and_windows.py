@@ -1,0 +1,128 @@
+"""Closures that are evaluated several times, and windows that are cut short."""
+
+import pytest
+import torch
+from support.gradients import flat, small_model
+from torch.optim import LBFGS
+
+from gradclip import ClipByNorm, ConfigError, GradientClipper, ZClip
+
+LIMIT = 0.05
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_an_lbfgs_step_is_counted_once_and_clipped_at_every_evaluation(search):
+    model = small_model()
+    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=5, line_search_fn=search)
+    policies = [ZClip(warmup_steps=2, max_norm=None), ClipByNorm(max_norm=LIMIT)]
+    clipper = GradientClipper(policies, model.named_parameters(), optimizer)
+    clipper.attach(optimizer)
+    evaluations, records = [], []
+
+    def closure():
+        if evaluations:  # what the one before it left
+            records.append(clipper.last_record)
+            assert float(flat_grad(model).norm()) <= LIMIT * (1 + 1e-5)
+        optimizer.zero_grad()
+        loss = model(torch.ones(8, 4)).square().mean()
+        loss.backward()
+        evaluations.append(float(loss.detach()))
+        return loss
+
+    for step in range(1, 4):
+        evaluations.clear()
+        records.clear()
+        optimizer.step(closure)
+        assert len(evaluations) > 1
+        assert all(record is records[0] for record in records)
+        state = clipper.state_dict()
+        assert state["counts"]["steps"] == state["counts"]["taken"] == step
+
+
+def flat_grad(model):
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+
+
+def test_a_withheld_first_evaluation_leaves_lbfgs_where_it_was():
+    model = small_model()
+    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=5)
+    clipper = GradientClipper(ClipByNorm(max_norm=LIMIT), model.named_parameters(), optimizer)
+    clipper.attach(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.full((8, 4), torch.nan)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert clipper.last_record.skipped
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def gradients(model, norm):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    scale = norm / float(flat_grad(model).norm())
+    for p in model.parameters():
+        p.grad.mul_(scale)
+
+
+def windows(shares, *, tell):
+    model = small_model()
+    clipper = GradientClipper(
+        ZClip(warmup_steps=5, max_norm=None), dict(model.named_parameters()).items()
+    )
+    records = []
+    for share in shares:
+        gradients(model, 2.0 * share)
+        records.append(clipper.clip(share=share if tell else 1.0))
+    return clipper, records
+
+
+def test_a_short_window_is_no_news_to_statistics():
+    full = [1.0] * 12
+    short = [1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.25, 1.0, 1.0, 1.0, 0.5]
+    wanted = windows(full, tell=True)[0].state_dict()["policies"][0]["state"]
+    found = windows(short, tell=True)[0].state_dict()["policies"][0]["state"]
+    unaware = windows(short, tell=False)[0].state_dict()["policies"][0]["state"]
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    assert any(not torch.allclose(unaware[name], value) for name, value in wanted.items())
+
+
+def test_a_spike_in_a_short_window_is_held_to_its_share_of_the_limit():
+    clipper, _ = windows([1.0] * 10, tell=True)
+    model = small_model()
+    named = list(model.named_parameters())
+    twin = GradientClipper(ZClip(warmup_steps=5, max_norm=None), named)
+    twin.load_state_dict(clipper.state_dict())
+    gradients(model, 100.0)
+    full = twin.clip()
+    twin.load_state_dict(clipper.state_dict())
+    gradients(model, 50.0)
+    half = twin.clip(share=0.5)
+    assert float(half.grad_norm) == pytest.approx(50.0)
+    assert float(half.limit) == pytest.approx(float(full.limit) / 2, rel=1e-5)
+    assert float(flat_grad(model).norm()) == pytest.approx(float(half.limit), rel=1e-4)
+
+
+def test_a_fixed_limit_is_of_the_gradients_as_they_are():
+    model = small_model()
+    clipper = GradientClipper(ClipByNorm(max_norm=1.0), model.named_parameters())
+    gradients(model, 1.5)
+    record = clipper.clip(share=0.5)
+    assert float(record.limit) == 1.0
+    assert float(record.clipped_norm) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
+def test_what_is_no_share_is_refused(share):
+    model = small_model()
+    clipper = GradientClipper(ClipByNorm(max_norm=1.0), model.named_parameters())
+    gradients(model, 1.5)
+    before = flat(dict(model.named_parameters()))
+    with pytest.raises(ConfigError, match="share is"):
+        clipper.clip(share=share)
+    assert torch.equal(flat(dict(model.named_parameters())), before)
