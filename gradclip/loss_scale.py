@@ -117,7 +117,7 @@ def _forget(scaler: GradScaler, key: int) -> None:
     """Clip this optimizer no more; the last one gives the scaler its own step back."""
     wrapper = vars(scaler).get("step")
     clips = getattr(wrapper, "gradclip_clips", None)
-    if clips is None:
+    if wrapper is None or clips is None:
         return
     clips.pop(key, None)
     if not clips:

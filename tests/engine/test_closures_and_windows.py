@@ -43,6 +43,21 @@ def flat_grad(model):
     return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
 
 
+def test_a_further_evaluation_is_held_to_the_limit_of_the_first():
+    clipper, _ = windows([1.0] * 10, tell=True)
+    model = small_model()
+    twin = GradientClipper(ZClip(warmup_steps=5, max_norm=None), list(model.named_parameters()))
+    twin.load_state_dict(clipper.state_dict())
+    gradients(model, 100.0)
+    first = twin.clip()
+    state = twin.state_dict()["policies"][0]["state"]
+    gradients(model, 100.0)
+    assert twin.clip(repeat=True) is first
+    assert float(flat_grad(model).norm()) == pytest.approx(float(first.limit), rel=1e-5)
+    after = twin.state_dict()["policies"][0]["state"]
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
 def test_a_withheld_first_evaluation_leaves_lbfgs_where_it_was():
     model = small_model()
     optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=5)

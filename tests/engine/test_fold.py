@@ -102,6 +102,26 @@ def test_folding_leaves_gradients_to_the_step():
     assert float(left) == pytest.approx(0.3, rel=1e-5)
 
 
+def test_folding_leaves_unscaling_to_the_step_too():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model, _, clipper = start("adamw", config("fold"), scaler=scaler)
+    backward(model, 0, scaler, size=50)
+    before = [p.grad.clone() for p in model.parameters()]
+    record = clipper.clip()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    norm = torch.cat([g.reshape(-1) for g in before]).norm() / 1024
+    assert float(record.grad_norm) == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_gradients_of_a_step_withheld_on_the_device_stay_as_they_are():
+    clip = config("auto", [SkipLarge(limit=1.0), NORM])
+    model, _, clipper = start("adamw", clip, kernel="accelerator")
+    backward(model, 0, size=1000)
+    before = [p.grad.clone() for p in model.parameters()]
+    assert clipper.clip().skipped
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
 def test_at_the_limit_a_folded_step_is_bitwise_the_plain_one():
     results = []
     for policy in (NORM, None):
