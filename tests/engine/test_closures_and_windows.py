@@ -5,7 +5,7 @@ import torch
 from support.gradients import flat, small_model
 from torch.optim import LBFGS
 
-from gradclip import ClipByNorm, ConfigError, GradientClipper, ZClip
+from gradclip import ClipByNorm, ConfigError, EmaClip, GradientClipper, ZClip
 
 LIMIT = 0.05
 
@@ -44,17 +44,19 @@ def flat_grad(model):
 
 
 def test_a_further_evaluation_is_held_to_the_limit_of_the_first():
-    clipper, _ = windows([1.0] * 10, tell=True)
     model = small_model()
-    twin = GradientClipper(ZClip(warmup_steps=5, max_norm=None), list(model.named_parameters()))
-    twin.load_state_dict(clipper.state_dict())
+    policy = EmaClip(factor=2.0, decay=0.5, warmup_steps=2)
+    clipper = GradientClipper(policy, model.named_parameters())
+    for _ in range(4):
+        gradients(model, 1.0)
+        clipper.clip()
     gradients(model, 100.0)
-    first = twin.clip()
-    state = twin.state_dict()["policies"][0]["state"]
+    first = clipper.clip()
+    state = clipper.state_dict()["policies"][0]["state"]
     gradients(model, 100.0)
-    assert twin.clip(repeat=True) is first
+    assert clipper.clip(repeat=True) is first
     assert float(flat_grad(model).norm()) == pytest.approx(float(first.limit), rel=1e-5)
-    after = twin.state_dict()["policies"][0]["state"]
+    after = clipper.state_dict()["policies"][0]["state"]
     assert all(torch.equal(after[name], value) for name, value in state.items())
 
 
