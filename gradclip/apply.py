@@ -54,7 +54,7 @@ class Effect:
         mode: `apply` of the configuration.
         plan: The parameters and how they are cut.
         optimizer: Whose step follows, if one was given.
-        reads_are_free: A value on the host costs nothing, as on a CPU.
+        waits: Reading a value on the host waits for a device, as the kernel says.
         before: The effect that this one replaces, of the same optimizer.
 
     Attributes:
@@ -73,7 +73,7 @@ class Effect:
         plan: Plan,
         optimizer: Any | None,
         *,
-        reads_are_free: bool,
+        waits: bool,
         before: Effect | None = None,
     ) -> None:
         why_not = _why_not_folded(plan, optimizer)
@@ -87,11 +87,9 @@ class Effect:
         self._mode = mode
         self._can_fold = why_not is None
         self._optimizer = optimizer
-        self._reads_are_free = reads_are_free
+        self._waits = waits
         takes_flag = _why_no_flag(plan, optimizer) is None
-        self.withholds_on_device = mode == "fold" or (
-            mode == "auto" and takes_flag and not reads_are_free
-        )
+        self.withholds_on_device = mode == "fold" or (mode == "auto" and takes_flag and waits)
         self.in_step = False
         self._step: FusedStep | None = None if before is None else before._step
 
@@ -120,7 +118,7 @@ class Effect:
         divisor: Tensor | None = None
         if self.folds and not verdict.withheld:
             divisor = verdict.coef.min().reciprocal()
-            if self._reads_are_free and not bool(divisor != 1):
+            if not self._waits and not bool(divisor != 1):
                 divisor = None
             verdict = replace(verdict, coef=torch.ones_like(verdict.coef))
         flag = verdict.skip if self.withholds_on_device else None

@@ -17,7 +17,7 @@ from gradclip.config import ClipConfig, PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
-from gradclip.kernels import KernelName, kernel_for, reads_are_free
+from gradclip.kernels import KernelName, kernel_for
 from gradclip.lay_out import lay_out
 from gradclip.layouts import Groups, is_flattened
 from gradclip.layouts.zero import ZeroLayout, is_engine
@@ -307,9 +307,9 @@ class GradientClipper:
         return lay_out(self.config, self._named, self._optimizer, *given)
 
     def _effect_of(self, before: Effect | None = None) -> Effect:
-        free = reads_are_free(self._layout.devices, self._kernel_name)
         optimizer = None if self._given_layout is not None else self._optimizer
-        return Effect(self.config.apply, self._plan, optimizer, reads_are_free=free, before=before)
+        waits = self._kernel.waits
+        return Effect(self.config.apply, self._plan, optimizer, waits=waits, before=before)
 
     def _what_may_change(self) -> tuple[object, ...]:
         """Cheap to compare each step: the optimizer's groups, and how the parameters lie."""

@@ -84,7 +84,7 @@ class ElementMemory:
             yield rule.policy.probe(part.grad, part.memory)
 
     def edit_(self, edit: Edit, grads: Grads, kernel: Kernel, scale: Tensor | None) -> None:
-        """Change elements, and take them in. On a CPU nothing is read that needn't be.
+        """Change elements, and take them in. On a CPU nothing is touched that needn't be.
 
         Args:
             edit: What to do.
@@ -95,7 +95,7 @@ class ElementMemory:
         slots: Sequence[int] = edit.slots
         changes: Sequence[bool | Tensor] = edit.changes.unbind()
         learns: bool | Tensor = edit.learns
-        if edit.changes.device.type == "cpu":
+        if not kernel.waits:
             changes = edit.changes.tolist()
             learns = bool(edit.policy.memory) and bool(edit.learns)
             slots = [slot for slot in slots if changes[slot] or learns]
@@ -105,7 +105,7 @@ class ElementMemory:
             limit = torch.where(edit.changes, edit.values[0], torch.inf).amin()
             limit = limit if scale is None else limit * scale
             # A CPU clamps twice as fast to a number as to a tensor.
-            bound = float(limit) if limit.device.type == "cpu" else limit
+            bound = limit if kernel.waits else float(limit)
             kernel.clamp_([grad for slot in slots for grad in grads[slot]], bound)
             return
         values = [value.unbind() for value in edit.values]

@@ -287,7 +287,12 @@ class Kernel(Protocol):
     """Arithmetic on one device's local gradients; non-finite elements show in every result.
 
     A slot of `Units` is a unit.
+
+    Attributes:
+        waits: Reading a value on the host waits for the device, so nothing is read that needn't be.
     """
+
+    waits: bool
 
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| of each slot, float64 of shape (slots,); 0 for an empty slot."""

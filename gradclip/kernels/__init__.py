@@ -14,7 +14,7 @@ from gradclip.kernels.reference import ReferenceKernel
 from gradclip.kernels.split import SplitKernel
 from gradclip.types import Kernel
 
-__all__ = ["KernelName", "kernel_for", "reads_are_free"]
+__all__ = ["KernelName", "kernel_for"]
 
 KernelName = Literal["cpu", "accelerator", "reference"]
 
@@ -47,8 +47,3 @@ def kernel_for(devices: Sequence[torch.device], name: KernelName | None = None) 
         for device in devices
     }
     return next(iter(kernels.values())) if len(kernels) == 1 else SplitKernel(kernels)
-
-
-def reads_are_free(devices: Sequence[torch.device], name: KernelName | None = None) -> bool:
-    """Whether a value can be read on the host without waiting for a device."""
-    return name != "accelerator" and all(device.type == "cpu" for device in devices)

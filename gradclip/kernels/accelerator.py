@@ -33,6 +33,8 @@ class AcceleratorKernel:
     neither overflows nor underflows for any float32 or half precision gradient.
     """
 
+    waits = True
+
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
         if isinstance(grads, Units):

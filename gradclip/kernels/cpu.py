@@ -25,6 +25,8 @@ ROWS = 1 << 12
 class CpuKernel:
     """Float32 rows combined in float64; float64 throughout where float32 could not hold squares."""
 
+    waits = False
+
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
         if isinstance(grads, Units):

@@ -18,6 +18,8 @@ class ReferenceKernel:
     Uses memory for float64 copies of a tensor and reads the host freely: for tests and checks.
     """
 
+    waits = False
+
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
         if isinstance(grads, Units):

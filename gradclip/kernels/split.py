@@ -18,6 +18,7 @@ class SplitKernel:
     def __init__(self, kernels: Mapping[torch.device, Kernel]) -> None:
         self._kernels = kernels
         self._home = next(iter(kernels))
+        self.waits = any(kernel.waits for kernel in kernels.values())
 
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
