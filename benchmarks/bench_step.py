@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import Parameter
 
-from gradclip import ClipByNorm, GradientClipper
+from gradclip import ClipByNorm, ClipConfig, GradientClipper
 
 
 def gpt2_small() -> list[torch.Size]:
@@ -99,6 +99,21 @@ def compare(params: list[Parameter], clips: bool, repeats: int) -> tuple[float, 
     )
 
 
+def compare_fold(shapes: list[torch.Size], clips: bool, repeats: int) -> tuple[float, float, float]:
+    """A clipping step and fused AdamW's, folded into it against in place, on the same gradients."""
+    runs, restores = [], []
+    for apply in ("fold", "in_place"):
+        params = parameters(shapes, torch.float32)
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+        optimizer = torch.optim.AdamW(params, lr=1e-6, fused=True)
+        policy = ClipByNorm(max_norm=norm * (0.9999 if clips else 1e3))
+        config = ClipConfig(policies=[policy], apply=apply)
+        GradientClipper(config, optimizer=optimizer).attach(optimizer)
+        runs.append(optimizer.step)
+        restores.append(restoring(params))
+    return alternate(*runs, lambda: [restore() for restore in restores], repeats)
+
+
 def print_heads(other: str = "torch") -> None:
     heads = ("gradients", "clips", "ratio", "ours ms", f"{other} ms", "aim")
     print("{:32s} {:>6s} {:>7s} {:>9s} {:>9s} {:>6s}".format(*heads))
@@ -136,6 +151,13 @@ def main() -> None:
             found = compare(params, clips, options.repeats)
             rows.append({"gradients": name, "clips": clips, "ratio": found[0], "aim": aim})
             print_row(name, clips, found, aim)
+    print_heads("in place")
+    for name, shapes in (("GPT-2 small", gpt2_small()), ("2000 x 64", many_small())):
+        for clips in (False, True):
+            found = compare_fold(shapes, clips, options.repeats)
+            name_of = f"{name}, with fused AdamW"
+            rows.append({"gradients": name_of, "clips": clips, "ratio": found[0], "aim": None})
+            print_row(name_of, clips, found, None)
     write_json(rows, options.json)
 
 
