@@ -22,7 +22,6 @@ from lightning_clip.framework import (
     Trainer,
     deepspeed_engine,
     live_scaler,
-    unscale,
     unscaled,
 )
 from lightning_clip.refuse import refuse_optimizers, refuse_setup
@@ -167,7 +166,6 @@ class GradientClip(Callback):
         if self._engine is not None:
             self._report_engine_step(trainer, pl_module)
         elif self._step_follows(trainer, pl_module):
-            unscale(trainer, optimizer)
             index = self._index(trainer, pl_module, optimizer)
             self._report(trainer, pl_module, index, self._clippers[index].clip())
 
@@ -208,7 +206,10 @@ class GradientClip(Callback):
             if len(self._optimizers) > 1:
                 configs = configs_for(self.config, named, self._optimizers)
             pairs = zip(configs, self._optimizers, strict=True)
-            self._clippers = [GradientClipper(config, named, opt) for config, opt in pairs]
+            scaler = live_scaler(trainer)
+            self._clippers = [
+                GradientClipper(config, named, opt, scaler=scaler) for config, opt in pairs
+            ]
         else:
             clipper = GradientClipper(self.config, named, self._engine)
             self._detach = clipper.attach(self._engine).remove

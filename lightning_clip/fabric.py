@@ -9,7 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradclip import ConfigError, GradientClipper, PolicyLike
-from lightning_clip.framework import Fabric, is_set_up, steps_by_engine
+from lightning_clip.framework import Fabric, is_set_up, live_scaler, steps_by_engine
 
 __all__ = ["enable"]
 
@@ -22,8 +22,8 @@ def enable(
     """Clip before every `optimizer.step()` of a Fabric program.
 
     Works with accumulation (once per step), under DDP, FSDP and ModelParallelStrategy, and with a
-    gradient scaler, which has unscaled the gradients by then or tells the scale. Call it once for
-    each optimizer. The clipper can be part of what `fabric.save` is given; hand what `fabric.load`
+    gradient scaler, whose overflows are counted as steps that aren't finite. Call it once for each
+    optimizer. The clipper can be part of what `fabric.save` is given; hand what `fabric.load`
     returns for it to `clipper.load_state_dict`, which Lightning itself leaves out where checkpoints
     are sharded.
 
@@ -80,7 +80,7 @@ def enable(
         )
         raise ConfigError(msg)
     named: list[Any] = list(model.module.named_parameters())  # type: ignore[union-attr]
-    clipper = GradientClipper(policy, named, raw)
+    clipper = GradientClipper(policy, named, raw, scaler=live_scaler(fabric))
     clipper.attach(raw)
     _clipped.add(raw)
     _refuse_second_clip(fabric)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
     from lightning.fabric import Fabric
@@ -28,7 +27,6 @@ __all__ = [
     "live_scaler",
     "logger_step",
     "steps_by_engine",
-    "unscale",
     "unscaled",
 ]
 
@@ -55,9 +53,11 @@ def steps_by_engine(fabric: Fabric) -> bool:
     return hasattr(fabric.strategy, "model")
 
 
-def live_scaler(trainer: Trainer) -> Any | None:
+def live_scaler(program: Trainer | Fabric) -> Any | None:
     """The gradient scaler that is in use, if any: an attribute of the mixed precision plugins."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fabric = isinstance(program, Fabric)
+    plugin = program.strategy.precision if fabric else program.precision_plugin
+    scaler = getattr(plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
 
 
@@ -72,18 +72,6 @@ def unscaled(trainer: Trainer, module: LightningModule, loss: Tensor) -> Tensor:
         loss = loss * trainer.accumulate_grad_batches
     scaler = live_scaler(trainer)
     return loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
-
-
-def unscale(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Unscale the gradients of an optimizer that would do so in its step.
-
-    Lightning has done it for others by now. It tells them apart by this same attribute, in
-    `lightning.fabric.plugins.precision.amp._optimizer_handles_unscaling`; torch 2.13 sets it on
-    optimizers built with `fused=True`. A scaler unscales once a step, whoever asks for it.
-    """
-    scaler = live_scaler(trainer)
-    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        scaler.unscale_(optimizer)
 
 
 def logger_step(trainer: Trainer) -> int:

@@ -93,9 +93,11 @@ def test_with_a_live_scaler(fused):
     )
     assert float(clipper.last_record.grad_norm) > 0.1
     torch.testing.assert_close(got, parameters, rtol=1e-3, atol=1e-4)
-    _, start, scale = run(2.0**40)
+    clipper, start, scale = run(2.0**40)
     assert scale == 2.0**37
     assert all(map(torch.equal, start, small_net().parameters()))
+    counts = clipper.state_dict()["counts"]
+    assert [int(counts[key]) for key in ("steps", "nonfinite", "taken")] == [3, 3, 0]
 
 
 def test_state_goes_through_save_and_load(tmp_path):

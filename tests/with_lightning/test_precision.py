@@ -16,7 +16,7 @@ from support.lit import (
     trainer_of,
 )
 
-from gradclip import ClipByNorm, ZClip
+from gradclip import ClipByNorm, NonFiniteError, ZClip
 from lightning_clip import GradientClip
 
 pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
@@ -67,6 +67,21 @@ def test_an_overflow_is_withheld_and_the_scaler_backs_off():
     state = clip.clippers[0].state_dict()
     assert state["counts"]["skipped"] == sum(skipped)
     assert state["policies"][0]["state"]["seen"] == 20 - sum(skipped)
+
+
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+@pytest.mark.parametrize("name", ["sgd", "fused adamw"])
+def test_an_overflow_is_counted_where_other_gradients_that_are_not_finite_raise(name, automatic):
+    policy = {"policies": [{"type": "zclip"}], "on_nonfinite": "raise"}
+    clip, plugin = GradientClip(policy), scaled(2.0**40)
+    module = (Small if automatic else ByHand)(OPTIMIZERS[name])
+    trainer_of(clip, plugins=[plugin]).fit(module, [0, 1])
+    counts = clip.clippers[0].state_dict()["counts"]
+    assert [int(counts[key]) for key in ("steps", "nonfinite", "taken")] == [2, 2, 0]
+    assert plugin.scaler.get_scale() == 2.0**38
+    assert all(map(torch.equal, module.parameters(), Small().parameters()))
+    with pytest.raises(NonFiniteError):
+        trainer_of(GradientClip(policy)).fit(Small(), [NAN])
 
 
 def test_scaled_gradients_that_lightning_drops_are_not_taken_in():
