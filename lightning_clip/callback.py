@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from gradclip import (
     ClipConfig,
@@ -83,8 +83,9 @@ class GradientClip(Callback):
         self._last_record: ClipRecord | None = None
         self._backward_ran = False
         self._zeroed = False
+        self._evaluated: set[int] = set()
         self._engine: Any | None = None
-        self._detach: Callable[[], None] | None = None
+        self._undo: list[Callable[[], None]] = []
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -167,7 +168,12 @@ class GradientClip(Callback):
             self._report_engine_step(trainer, pl_module)
         elif self._step_follows(trainer, pl_module):
             index = self._index(trainer, pl_module, optimizer)
-            self._report(trainer, pl_module, index, self._clippers[index].clip())
+            repeat = index in self._evaluated
+            record = self._clippers[index].clip(repeat=repeat)
+            if not repeat:
+                self._report(trainer, pl_module, index, record)
+            if isinstance(optimizer, LBFGS):
+                self._evaluated.add(index)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Log what a DeepSpeed engine's step did, if it made one in this batch."""
@@ -197,9 +203,8 @@ class GradientClip(Callback):
     def _build(self, trainer: Trainer, module: LightningModule) -> None:
         named = list(module.named_parameters())
         self._optimizers = list(trainer.optimizers)
-        if self._detach is not None:
-            self._detach()
-            self._detach = None
+        while self._undo:
+            self._undo.pop()()
         self._engine = deepspeed_engine(trainer)
         if self._engine is None:
             configs = [self.config]
@@ -210,9 +215,10 @@ class GradientClip(Callback):
             self._clippers = [
                 GradientClipper(config, named, opt, scaler=scaler) for config, opt in pairs
             ]
+            self._count_steps_not_closures()
         else:
             clipper = GradientClipper(self.config, named, self._engine)
-            self._detach = clipper.attach(self._engine).remove
+            self._undo.append(clipper.attach(self._engine).remove)
             self._clippers = [clipper]
         self._steps = [0] * len(self._clippers)
         if len(self._clippers) > 1 and any(clipper.watches_loss for clipper in self._clippers):
@@ -223,6 +229,17 @@ class GradientClip(Callback):
                 "gradclip.GradientClipper in manual optimization."
             )
             raise ConfigError(msg)
+
+    def _count_steps_not_closures(self) -> None:
+        """LBFGS evaluates its closure several times a step, each time with all of the hooks."""
+        self._evaluated.clear()
+        for index, optimizer in enumerate(self._optimizers):
+            if isinstance(optimizer, LBFGS):
+
+                def begin(*_: object, index: int = index) -> None:
+                    self._evaluated.discard(index)
+
+                self._undo.append(optimizer.register_step_pre_hook(begin).remove)
 
     def _take_in_saved(self) -> None:
         states = self._saved["clippers"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from gradclip import ConfigError
 from lightning_clip.framework import (
@@ -54,18 +54,11 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
     """Check the optimizers, which exist once the strategy is set up.
 
     Raises:
-        ConfigError: If one steps in a way that a hook before the step can't clip rightly, or
-            holds parameters that the module no longer has.
+        ConfigError: If one holds parameters that the module no longer has.
     """
     held = {id(parameter) for parameter in module.parameters()}
     for index, optimizer in enumerate(trainer.optimizers):
         name = f"Optimizer {index} ({type(optimizer).__name__})"
-        if isinstance(optimizer, LBFGS):
-            msg = (
-                f"{name} and GradientClip: it evaluates its closure several times a step and "
-                "would be clipped each time. Use another optimizer or remove GradientClip."
-            )
-            raise ConfigError(msg)
         own = [p for group in optimizer.param_groups for p in group["params"]]
         # A wrapper that isn't a torch optimizer has parameters of its own making.
         if isinstance(optimizer, Optimizer) and not any(id(p) in held for p in own):

@@ -1,12 +1,26 @@
 """What Lightning shows at the hook, and what the callback makes of it."""
 
+import csv
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
-from support.lit import NAN, NOTHING, After, Before, Small, grads_of, inputs, norm_of, trainer_of
+from lightning.pytorch.loggers import CSVLogger
+from support.lit import (
+    NAN,
+    NOTHING,
+    After,
+    Before,
+    Small,
+    grads_of,
+    inputs,
+    norm_of,
+    small_net,
+    trainer_of,
+)
 from torch import nn
 
-from gradclip import ClipByNorm, ClipConfig, NonFiniteError, ZClip
+from gradclip import ClipByNorm, ClipConfig, GradientClipper, NonFiniteError, ZClip
 from lightning_clip import GradientClip
 
 pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
@@ -192,3 +206,71 @@ def test_new_optimizers_during_training_go_on_with_the_state():
         assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
     assert max(after.limits[10:]) < float("inf")
     assert norm_of(grads_of(clip._optimizers[0])) == after.norms[-1]
+
+
+class ByHand(Small):
+    """Closures of one's own, as manual optimisation hands them to LBFGS."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, _):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.loss(inputs(batch))
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+
+def lbfgs(parameters):
+    return torch.optim.LBFGS(parameters, lr=0.05, max_iter=3, tolerance_change=0.0)
+
+
+def test_lbfgs_is_one_step_however_often_it_evaluates_its_closure():
+    clip, before, after = run(ZCLIP, range(12), Small(lbfgs))
+    assert len(before.grads) == 36
+    assert counts(clip)["steps"] == 12
+    assert clip.clippers[0].state_dict()["policies"][0]["state"]["seen"] == 12
+    first = after.records[::3]
+    for again in (after.records[1::3], after.records[2::3]):
+        assert all(a is b for a, b in zip(again, first, strict=True))
+    for norm, record in zip(before.norms[::3], first, strict=True):
+        assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
+
+
+def test_lbfgs_steps_as_in_a_plain_loop():
+    policy = ClipByNorm(max_norm=0.5)
+    _, before, after = run(policy, range(6), Small(lbfgs))
+    assert min(before.norms) > 0.5
+    assert after.norms == pytest.approx([0.5] * 18, rel=1e-5)
+    net = small_net()
+    optimizer = lbfgs(net.parameters())
+    GradientClipper(policy, net.named_parameters(), optimizer).attach(optimizer)
+    for seed in range(6):
+
+        def closure(seed=seed):
+            optimizer.zero_grad()
+            loss = net(inputs(seed)).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    for got, want in zip(after.parameters[-1], net.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("module", [Small, ByHand], ids=["automatic", "manual"])
+def test_lbfgs_logs_each_step_once(module, tmp_path):
+    logger = CSVLogger(tmp_path)
+    policy = {"policies": [{"type": "norm", "max_norm": 0.5}], "log": {"every_n_steps": 2}}
+    clip = GradientClip(policy)
+    trainer_of(clip, logger=logger, log_every_n_steps=1).fit(module(lbfgs), range(6))
+    assert counts(clip)["steps"] == 6
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3

@@ -137,13 +137,6 @@ def test_two_of_them():
         trainer_of(GradientClip(NORM), GradientClip(NORM))
 
 
-def test_lbfgs():
-    refused(
-        r"Optimizer 0 \(LBFGS\).*several times a step",
-        module=Small(lambda parameters: torch.optim.LBFGS(parameters)),
-    )
-
-
 def test_an_optimizer_that_steps_inside_backward():
     class InBackward(Small):
         def configure_optimizers(self):
