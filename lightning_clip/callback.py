@@ -83,6 +83,7 @@ class GradientClip(Callback):
         self._last_record: ClipRecord | None = None
         self._backward_ran = False
         self._zeroed = False
+        self._batches = self._backwards = 0
         self._evaluated: set[int] = set()
         self._engine: Any | None = None
         self._undo: list[Callable[[], None]] = []
@@ -131,6 +132,7 @@ class GradientClip(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take in saved state, which some strategies load only after `on_fit_start`."""
+        self._batches = self._backwards = 0
         if self._saved:
             self._build(trainer, pl_module)
             self._take_in_saved()
@@ -138,6 +140,7 @@ class GradientClip(Callback):
     def on_train_batch_start(self, *_: object) -> None:
         """Nothing of this batch has reached the gradients yet."""
         self._backward_ran = False
+        self._batches += 1
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -156,6 +159,7 @@ class GradientClip(Callback):
     def on_after_backward(self, *_: object) -> None:
         """This batch has gradients."""
         self._backward_ran = True
+        self._backwards += 1
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -164,12 +168,13 @@ class GradientClip(Callback):
 
         A DeepSpeed engine clips inside its step, which follows; the step before it is logged.
         """
+        share = self._share(trainer)
         if self._engine is not None:
             self._report_engine_step(trainer, pl_module)
         elif self._step_follows(trainer, pl_module):
             index = self._index(trainer, pl_module, optimizer)
             repeat = index in self._evaluated
-            record = self._clippers[index].clip(repeat=repeat)
+            record = self._clippers[index].clip(share=share, repeat=repeat)
             if not repeat:
                 self._report(trainer, pl_module, index, record)
             if isinstance(optimizer, LBFGS):
@@ -258,6 +263,16 @@ class GradientClip(Callback):
             raise ConfigError(msg) from None
         self._steps = list(self._saved["steps"])
         self._saved = {}
+
+    def _share(self, trainer: Trainer) -> float:
+        """What part of a full window these gradients hold: Lightning divides by the whole of it.
+
+        That is 1 in manual optimization, for which it accepts nothing else.
+        """
+        # Ranks have to agree, and one whose batch gave no loss doesn't tell the others.
+        held = self._backwards if trainer.world_size == 1 else self._batches
+        self._batches = self._backwards = 0
+        return min(1.0, max(held, 1) / trainer.accumulate_grad_batches)
 
     def _step_follows(self, trainer: Trainer, module: LightningModule) -> bool:
         """False where a scaler is on and `training_step` gave None for this batch.
