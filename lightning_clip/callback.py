@@ -26,6 +26,7 @@ from lightning_clip.framework import (
 )
 from lightning_clip.refuse import refuse_optimizers, refuse_setup
 from lightning_clip.report import report
+from lightning_clip.schedule import hold_schedule
 
 __all__ = ["GradientClip"]
 
@@ -46,7 +47,8 @@ class GradientClip(Callback):
     configuration says so. With several optimizers each key ends in `/optimizer<index>`.
 
     A withheld step leaves parameters and optimizer state as they are; the Trainer's
-    `global_step` and learning rate schedule advance all the same.
+    `global_step` advances all the same, and so do learning rate schedules, unless the
+    configuration says `schedule_on_skip: hold`.
 
     Args:
         policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
@@ -58,8 +60,9 @@ class GradientClip(Callback):
 
     Raises:
         ConfigError: If the configuration isn't valid. When fitting starts, also if something
-            else clips too, an optimizer or strategy can't be clipped from a callback, or scope
-            "parameter" meets the flat parameters of `FSDPStrategy(use_orig_params=False)`.
+            else clips too, an optimizer or strategy can't be clipped from a callback, scope
+            "parameter" meets the flat parameters of `FSDPStrategy(use_orig_params=False)`, or
+            schedules that the Trainer doesn't step are to be held.
         LayoutError: When fitting starts, if parameters are laid out in a way that isn't
             supported.
 
@@ -87,6 +90,7 @@ class GradientClip(Callback):
         self._evaluated: set[int] = set()
         self._engine: Any | None = None
         self._undo: list[Callable[[], None]] = []
+        self._schedule_undo: Callable[[], None] | None = None
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -129,6 +133,9 @@ class GradientClip(Callback):
             self._saved = self.state_dict()
         self._module = pl_module
         self._build(trainer, pl_module)
+        self._release_schedule()
+        if self.config.schedule_on_skip == "hold":
+            self._schedule_undo = hold_schedule(trainer, pl_module, self._withheld)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take in saved state, which some strategies load only after `on_fit_start`."""
@@ -184,6 +191,24 @@ class GradientClip(Callback):
         """Log what a DeepSpeed engine's step did, if it made one in this batch."""
         if self._engine is not None:
             self._report_engine_step(trainer, pl_module)
+
+    def teardown(self, *_: object, **__: object) -> None:
+        """Give the module its own `lr_scheduler_step` back."""
+        self._release_schedule()
+
+    def on_exception(self, *_: object) -> None:
+        """As at the end of fitting, which doesn't come then."""
+        self._release_schedule()
+
+    def _release_schedule(self) -> None:
+        if self._schedule_undo is not None:
+            self._schedule_undo()
+            self._schedule_undo = None
+
+    def _withheld(self) -> bool:
+        """Whether the only optimizer's last step was; read on the host."""
+        record = self._clippers[0].last_record
+        return record is not None and bool(record.skipped)
 
     def _report_engine_step(self, trainer: Trainer, module: LightningModule) -> None:
         record = self._clippers[0].last_record
