@@ -11,6 +11,7 @@ from support.lit import (
     Before,
     Small,
     inputs,
+    norm_of,
     scaled,
     small_net,
     trainer_of,
@@ -101,6 +102,7 @@ OPTIMIZERS = {
     "adamw": functools.partial(torch.optim.AdamW, lr=0.01),
     "fused adamw": functools.partial(torch.optim.AdamW, lr=0.01, fused=True),
     "fused sgd": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=True),
+    "fused adagrad": functools.partial(torch.optim.Adagrad, lr=0.01, fused=True),
 }
 
 
@@ -178,9 +180,9 @@ class InFloat32(ByHand):
             super().manual_backward(*args)
 
 
-def in_float32(name, scale, *, automatic=True, batches=range(20)):
+def in_float32(name, scale, *, automatic=True, batches=range(20), apply="auto"):
     plugins = [] if scale is None else [scaled(scale)]
-    clip = GradientClip(ZClip(warmup_steps=3))
+    clip = GradientClip({"policies": [{"type": "zclip", "warmup_steps": 3}], "apply": apply})
     after = After(clip)
     module = InFloat32(OPTIMIZERS[name], automatic=automatic)
     trainer_of(clip, after, plugins=plugins).fit(module, batches)
@@ -223,3 +225,25 @@ def test_a_withheld_step_leaves_no_trace(name, automatic, scale):
     for got, want in zip(state["policies"], plain_state["policies"], strict=True):
         assert got["state"].keys() == want["state"].keys()
         assert all(torch.equal(got["state"][key], want["state"][key]) for key in want["state"])
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0], ids=["no scaler", "scaler"])
+@pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
+@pytest.mark.parametrize("name", ["fused sgd", "fused adamw", "fused adagrad"])
+def test_folded_steps_end_where_those_in_place_end(name, automatic, scale):
+    """Lightning runs the closure, and so the clipping, inside the step, or before a scaler's."""
+    batches = [NAN, *range(24), NAN, *range(24, 48)]
+    cell = {"automatic": automatic, "batches": batches}
+    folded, state, left = in_float32(name, scale, apply="fold", **cell)
+    in_place, want, also = in_float32(name, scale, apply="in_place", **cell)
+    assert left == also
+    assert want["counts"] == state["counts"]
+    assert want["counts"]["clipped"] > 3
+    assert want["counts"]["skipped"] == 2
+    for got, expected in zip(folded.parameters[-1], in_place.parameters[-1], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    late = [i for i, record in enumerate(folded.records) if i > 25 and bool(record.clipped)]
+    assert late
+    for i in late:  # what the hooks after the callback see is left to the step
+        norm = float(folded.records[i].grad_norm) * (left or 1.0)
+        assert norm_of(folded.grads[i]) == pytest.approx(norm, rel=1e-5)
