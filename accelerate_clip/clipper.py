@@ -228,8 +228,8 @@ class AcceleratorClip:
             if not self._watched:
                 # The script calls loss.backward() itself: each call here may be a new step.
                 clipper.expect_new()
-            if not clipper.is_done:
-                clipper.unscale(self._accelerator)
+            if len(self._clippers) > 1:
+                clipper.unscale()
             records.append(clipper.clip())
         self._last_record = records[-1]
         norms = [record.grad_norm for record in records]
@@ -269,13 +269,9 @@ class AcceleratorClip:
                 now.append(known or self._build(config, prepared, models))
             refuse_loss_of_several(now)
         except Exception:
-            for clipper in now:
-                if clipper not in self._clippers:
-                    clipper.detach()
+            _detach(clipper for clipper in now if clipper not in self._clippers)
             raise
-        for clipper in self._clippers:
-            if clipper not in now:
-                clipper.detach()
+        _detach(clipper for clipper in self._clippers if clipper not in now)
         self._clippers = now
 
     def _build(
@@ -336,3 +332,9 @@ class AcceleratorClip:
         if what not in self._said:
             self._said.add(what)
             _logger.warning(text)
+
+
+def _detach(clippers: Iterable[_Clipper]) -> None:
+    """Take them off, the last first: each wrapped what the one before it left."""
+    for clipper in reversed(list(clippers)):
+        clipper.detach()

@@ -53,11 +53,6 @@ class EngineClipper(GradientClipper):
             raise ConfigError(msg) from None
         tells_of_skips(prepared)
 
-    @property
-    def is_done(self) -> bool:
-        """Nothing is left to clip: the engine did it."""
-        return True
-
     def clip(
         self,
         *,
@@ -80,7 +75,7 @@ class EngineClipper(GradientClipper):
             raise ConfigError(msg)
         return self.last_record
 
-    def unscale(self, accelerator: Accelerator) -> None:
+    def unscale(self) -> None:
         """Nothing to do: the engine has a loss scale of its own."""
 
     def expect_new(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.nn import Module, Parameter
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "prepared_models",
     "prepared_optimizers",
     "tells_of_skips",
+    "unscale",
     "unscaled",
     "versions",
 ]
@@ -60,6 +62,14 @@ def hold_schedule(optimizer: AcceleratedOptimizer, held: bool) -> None:
         optimizer._is_overflow = held
     elif held:
         optimizer._accelerate_step_called = False
+
+
+def unscale(optimizer: AcceleratedOptimizer) -> None:
+    """Take the loss scale off an optimizer's gradients, unless that was done in this step."""
+    scaler = optimizer.scaler
+    is_live = scaler is not None and scaler.is_enabled()
+    if is_live and unscaled(optimizer)["stage"] is OptState.READY:
+        scaler.unscale_(optimizer.optimizer)
 
 
 def unscaled(optimizer: AcceleratedOptimizer) -> Any:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
 from gradclip import ConfigError, GradientClipper, LayoutError
 
 __all__ = [
+    "refuse_closure",
     "refuse_lomo",
     "refuse_loss_of_several",
     "refuse_stale",
@@ -76,6 +79,22 @@ def refuse_loss_of_several(clippers: Sequence[GradientClipper]) -> None:
             "are prepared whose losses accelerator.backward(loss) doesn't tell apart; allowed: one "
             "optimizer. Set watch to 'norm', or give each optimizer a gradclip.GradientClipper "
             "and call clipper.clip(loss=...) yourself."
+        )
+        raise ConfigError(msg)
+
+
+def refuse_closure(optimizer: AcceleratedOptimizer, closure: Any = None) -> None:
+    """Raise if a closure is to be evaluated in a step that a loss scale decides on before.
+
+    Raises:
+        ConfigError: If so.
+    """
+    if closure is not None and optimizer.scaler is not None and optimizer.scaler.is_enabled():
+        msg = (
+            f"accelerate_clip: {type(optimizer.optimizer).__name__}.step was given a closure, and "
+            "mixed_precision is 'fp16', whose scaler looks for an overflow before the closure "
+            "makes gradients; allowed: a closure without a loss scale. Set mixed_precision to "
+            "'bf16' or 'no', or call accelerator.backward before step()."
         )
         raise ConfigError(msg)
 

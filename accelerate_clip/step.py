@@ -15,7 +15,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from accelerate_clip.engine import EngineClipper
-from accelerate_clip.private import Versions, hold_schedule, keep_unscaled, unscaled, versions
+from accelerate_clip.private import (
+    Versions,
+    hold_schedule,
+    keep_unscaled,
+    unscale,
+    unscaled,
+    versions,
+)
+from accelerate_clip.refuse import refuse_closure
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
 
 __all__ = ["StepClipper", "accumulated_norm", "unwrapped"]
@@ -34,8 +42,7 @@ class StepClipper(GradientClipper):
         on_step: Called after each step of the underlying optimizer.
 
     Raises:
-        ConfigError: If the configuration isn't valid for these parameters, or the optimizer is
-            LBFGS.
+        ConfigError: If the configuration isn't valid for these parameters.
         LayoutError: If the parameters are laid out in a way that isn't supported.
     """
 
@@ -47,27 +54,23 @@ class StepClipper(GradientClipper):
         on_step: Callable[[StepClipper], None],
     ) -> None:
         raw = unwrapped(prepared)
-        super().__init__(config, named_parameters=named, optimizer=raw)
+        scaler = prepared.scaler
+        super().__init__(config, named_parameters=named, optimizer=raw, scaler=scaler)
         self.prepared = prepared
-        self.last_record: ClipRecord | None = None
         self.steps = 0
         self._on_step = on_step
         self._done = False
+        self._clipped_in_step: bool | None = None
         self._unscaled: Any = None
-        self._own_step = prepared.step
-        prepared.step = self._step
         handles = [raw.register_step_pre_hook(_flatten_found_inf), self.attach(raw)]
         self._handles = [*handles, raw.register_step_post_hook(self._after_step)]
+        self._own_step = prepared.step
+        prepared.step = self._step
 
     @property
     def parameters(self) -> list[Parameter]:
         """The optimizer's parameters as they are now."""
         return [p for group in self.prepared.param_groups for p in group["params"]]
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the gradients now in place have been clipped."""
-        return self._done
 
     def clip(
         self,
@@ -89,16 +92,21 @@ class StepClipper(GradientClipper):
             This step's record.
         """
         if self.last_record is None or not self._done or repeat:
-            self.last_record = super().clip(
-                grad_scale=grad_scale, loss=loss, share=share, repeat=repeat
-            )
+            # A closure that calls `clip_grad_norm_` itself does so at every evaluation.
+            repeat = repeat or self._clipped_in_step is True
+            super().clip(grad_scale=grad_scale, loss=loss, share=share, repeat=repeat)
+            self._clipped_in_step = None if self._clipped_in_step is None else True
+            self._unscaled = unscaled(self.prepared)
             self._done = True
+        else:
+            keep_unscaled(self.prepared, self._unscaled)
+        assert self.last_record is not None
         return self.last_record
 
-    def unscale(self, accelerator: Accelerator) -> None:
-        """Take the loss scale off this optimizer's gradients, for which there is one call only."""
-        accelerator.unscale_gradients(self.prepared)
-        self._unscaled = unscaled(self.prepared)
+    def unscale(self) -> None:
+        """Take the loss scale off now: it may change in another optimizer's step before this."""
+        if not self._done:
+            unscale(self.prepared)
 
     def expect_new(self) -> None:
         """The gradients to come, or now in place, are not those that were clipped."""
@@ -128,19 +136,26 @@ class StepClipper(GradientClipper):
 
     def _step(self, *args: Any, **kwargs: Any) -> None:
         """The prepared optimizer's; a method, as schedulers bind what they find."""
-        known, self._unscaled = self._unscaled, None
-        if self._done and known is not None:
-            keep_unscaled(self.prepared, known)
-        self._own_step(*args, **kwargs)
+        refuse_closure(self.prepared, *args, **kwargs)
+        self._clipped_in_step = False
+        try:
+            self._own_step(*args, **kwargs)
+        finally:
+            self._clipped_in_step = None
+        if self._done and self.prepared.gradient_state.sync_gradients:
+            self._end_step()  # an overflow, for which the scaler left the step out
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
-        self.steps += 1
-        self._done = False
         # Only a withheld step leaves no gradient at all: no other reads the record on the host.
         none_left = all(p.grad is None for p in self.parameters)
         held = none_left and self.last_record is not None and bool(self.last_record.skipped)
         hold_schedule(self.prepared, held)
+        self._end_step()
+
+    def _end_step(self) -> None:
+        self.steps += 1
+        self._done = False
         self._on_step(self)
 
 

@@ -85,6 +85,21 @@ def test_an_overflow_skips_halves_the_scale_and_the_next_step_is_clipped(fused, 
     assert accelerator.scaler.get_scale() == 512.0
     assert rates == pytest.approx([5e-4, 5e-4, 2.5e-4])
     assert float(clip.last_record.clipped_norm) == pytest.approx(0.3, rel=1e-4)
+    counts = clip.clippers[0].state_dict()["counts"]
+    assert (counts["steps"], counts["nonfinite"], counts["taken"]) == (3, 1, 2)
+    assert clip.clippers[0].steps == 3
+
+
+def test_an_overflow_is_over_where_the_script_scales_by_itself():
+    """No call of Accelerate's tells then that the next gradients are new."""
+    accelerator, clip, model, opt, _ = start(False)
+    for factor in (math.inf, 1.0):
+        opt.zero_grad()
+        loss = model(torch.full((8, 4), 4.0)).float().square().mean() * factor
+        accelerator.scaler.scale(loss).backward()
+        opt.step()
+        assert bool(clip.last_record.skipped) == (factor != 1.0)
+    assert float(clip.last_record.clipped_norm) == pytest.approx(0.3, rel=1e-4)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
