@@ -60,6 +60,7 @@ class StepClipper(GradientClipper):
         self.steps = 0
         self._on_step = on_step
         self._done = False
+        self._backwards = 0
         self._clipped_in_step: bool | None = None
         self._unscaled: Any = None
         handles = [raw.register_step_pre_hook(_flatten_found_inf), self.attach(raw)]
@@ -85,7 +86,8 @@ class StepClipper(GradientClipper):
         Args:
             grad_scale: 0-d factor that the gradients still carry (a loss scale).
             loss: 0-d, this step's, for policies that watch it.
-            share: Batches that were accumulated, as a share of a full window's.
+            share: Batches that were accumulated, as a share of a full window's; also found out
+                from the calls of `accelerator.backward`.
             repeat: One more evaluation of a closure in a step that was clipped.
 
         Returns:
@@ -94,6 +96,7 @@ class StepClipper(GradientClipper):
         if self.last_record is None or not self._done or repeat:
             # A closure that calls `clip_grad_norm_` itself does so at every evaluation.
             repeat = repeat or self._clipped_in_step is True
+            share = min(share, self._share)
             super().clip(grad_scale=grad_scale, loss=loss, share=share, repeat=repeat)
             self._clipped_in_step = None if self._clipped_in_step is None else True
             self._unscaled = unscaled(self.prepared)
@@ -120,7 +123,8 @@ class StepClipper(GradientClipper):
         return versions(self.parameters) if self._done else None
 
     def after_backward(self, before: Versions | None) -> None:
-        """Expect new gradients if the backward wrote any of this optimizer's."""
+        """Count it, and expect new gradients if it wrote any of this optimizer's."""
+        self._backwards += 1
         if before is None:
             return
         now = versions(self.parameters)
@@ -133,6 +137,12 @@ class StepClipper(GradientClipper):
         for handle in self._handles:
             handle.remove()
         self.prepared.step = self._own_step
+
+    @property
+    def _share(self) -> float:
+        """Batches since the last step, as a share of those Accelerate divides losses by."""
+        window = self.prepared.gradient_state.num_steps
+        return min(1.0, self._backwards / window) if self._backwards else 1.0
 
     def _step(self, *args: Any, **kwargs: Any) -> None:
         """The prepared optimizer's; a method, as schedulers bind what they find."""
@@ -155,6 +165,7 @@ class StepClipper(GradientClipper):
 
     def _end_step(self) -> None:
         self.steps += 1
+        self._backwards = 0
         self._done = False
         self._on_step(self)
 
