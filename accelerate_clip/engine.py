@@ -24,8 +24,8 @@ class EngineClipper(GradientClipper):
         on_step: Called after each step of the engine.
 
     Raises:
-        ConfigError: If the configuration isn't valid for these parameters, or DeepSpeed's has
-            another threshold.
+        ConfigError: If the configuration isn't valid for these parameters, DeepSpeed's has
+            another threshold, or schedules are to advance at withheld steps.
         LayoutError: If the engine can't be clipped exactly.
     """
 
@@ -36,6 +36,13 @@ class EngineClipper(GradientClipper):
         prepared: Prepared,
         on_step: Callable[[EngineClipper], None],
     ) -> None:
+        if config.schedule_on_skip == "advance":
+            msg = (
+                "schedule_on_skip is 'advance', and DeepSpeed makes the steps, with one flag for "
+                "withheld steps and overflows at which schedules wait; allowed: 'hold'. Leave "
+                "schedule_on_skip out."
+            )
+            raise ConfigError(msg)
         engine = engine_of(accelerator)
         super().__init__(config, optimizer=engine)
         self.prepared = prepared

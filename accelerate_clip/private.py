@@ -52,16 +52,13 @@ def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:
     return list(accelerator._optimizers)
 
 
-def hold_schedule(optimizer: AcceleratedOptimizer, held: bool) -> None:
-    """Make `optimizer.step_was_skipped` tell whether this step was withheld.
+def hold_schedule(optimizer: AcceleratedOptimizer, held: Tensor | bool) -> None:
+    """Make `optimizer.step_was_skipped` tell whether the step just made was withheld.
 
-    Prepared schedulers then wait, as they do on an overflow. Called while the step runs:
-    with a scaler, Accelerate decides right after it, by whether the step was called.
+    Prepared schedulers then wait, as they do on an overflow. With a scaler Accelerate decides by
+    itself in each step, so this comes after it. A tensor is read only where somebody asks.
     """
-    if optimizer.scaler is None:
-        optimizer._is_overflow = held
-    elif held:
-        optimizer._accelerate_step_called = False
+    optimizer._is_overflow = held
 
 
 def unscale(optimizer: AcceleratedOptimizer) -> None:

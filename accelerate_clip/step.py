@@ -62,6 +62,7 @@ class StepClipper(GradientClipper):
         self._done = False
         self._backwards = 0
         self._clipped_in_step: bool | None = None
+        self._held: Tensor | bool | None = None
         self._unscaled: Any = None
         handles = [raw.register_step_pre_hook(_flatten_found_inf), self.attach(raw)]
         self._handles = [*handles, raw.register_step_post_hook(self._after_step)]
@@ -154,13 +155,19 @@ class StepClipper(GradientClipper):
             self._clipped_in_step = None
         if self._done and self.prepared.gradient_state.sync_gradients:
             self._end_step()  # an overflow, for which the scaler left the step out
+        elif self._held is not None:
+            hold_schedule(self.prepared, self._held)
+        self._held = None
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
-        # Only a withheld step leaves no gradient at all: no other reads the record on the host.
-        none_left = all(p.grad is None for p in self.parameters)
-        held = none_left and self.last_record is not None and bool(self.last_record.skipped)
-        hold_schedule(self.prepared, held)
+        if self.config.schedule_on_skip != "advance":
+            # Only a withheld step leaves no gradient at all, or is told so on the device: no other
+            # has its record read on the host, and that one when the schedule asks.
+            told = getattr(unwrapped(self.prepared), "found_inf", None) is not None
+            may_be = told or all(p.grad is None for p in self.parameters)
+            record = self.last_record
+            self._held = record.skipped if may_be and record is not None else False
         self._end_step()
 
     def _end_step(self) -> None:

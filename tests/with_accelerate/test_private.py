@@ -24,30 +24,22 @@ def test_prepared_objects_are_listed():
     assert private.prepared_optimizers(accelerator) == []
 
 
-def test_a_held_step_is_a_skipped_step_without_a_scaler():
-    accelerator = Accelerator(cpu=True)
+@pytest.mark.filterwarnings("ignore:Seems like .optimizer.step.* has been overridden")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_held_step_is_a_skipped_step(scaled):
+    accelerator = with_scaler() if scaled else Accelerator(cpu=True)
     model = nn.Linear(2, 1)
     model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    for held in (True, False):
-        private.hold_schedule(opt, held)
-        opt.step()
-        assert opt.step_was_skipped == held
-        assert accelerator.optimizer_step_was_skipped == held
-
-
-def test_a_held_step_is_a_skipped_step_with_a_scaler():
-    accelerator = with_scaler()
-    model = nn.Linear(2, 1)
-    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    for held in (True, False):
+    schedule = accelerator.prepare(torch.optim.lr_scheduler.StepLR(opt.optimizer, 1, 0.5))
+    for held in (torch.tensor(True), True, torch.tensor(False), False):
         opt.zero_grad()
         accelerator.backward(model(torch.ones(1, 2)).float().sum())
-        hook = opt.optimizer.register_step_post_hook(
-            lambda *_, held=held: private.hold_schedule(opt, held)
-        )
         opt.step()
-        hook.remove()
-        assert opt.step_was_skipped == held
+        private.hold_schedule(opt, held)
+        assert bool(accelerator.optimizer_step_was_skipped) == bool(held)
+        rate = opt.param_groups[0]["lr"]
+        schedule.step()
+        assert (opt.param_groups[0]["lr"] == rate) == bool(held)
 
 
 def test_the_scaler_remembers_until_an_update_what_was_unscaled():
