@@ -261,6 +261,9 @@ class AcceleratorClip:
             for model in prepared_models(self._accelerator)
         ]
         optimizers = prepared_optimizers(self._accelerator)
+        for key in before.keys() - {id(prepared) for prepared in optimizers}:
+            before[key].detach()  # first, as the same optimizer may be prepared anew
+        self._clippers = [c for c in self._clippers if id(c.prepared) in map(id, optimizers)]
         configs = configs_of(self.config, models, [unwrapped(o) for o in optimizers])
         now: list[_Clipper] = []
         try:
@@ -269,9 +272,10 @@ class AcceleratorClip:
                 now.append(known or self._build(config, prepared, models))
             refuse_loss_of_several(now)
         except Exception:
-            _detach(clipper for clipper in now if clipper not in self._clippers)
+            for clipper in now:
+                if clipper not in self._clippers:
+                    clipper.detach()
             raise
-        _detach(clipper for clipper in self._clippers if clipper not in now)
         self._clippers = now
 
     def _build(
@@ -332,9 +336,3 @@ class AcceleratorClip:
         if what not in self._said:
             self._said.add(what)
             _logger.warning(text)
-
-
-def _detach(clippers: Iterable[_Clipper]) -> None:
-    """Take them off, the last first: each wrapped what the one before it left."""
-    for clipper in reversed(list(clippers)):
-        clipper.detach()
