@@ -13,7 +13,7 @@ from support.nets import uneven_net
 from support.ranks import run_on_ranks
 
 import accelerate_clip
-from gradclip import ClipByNorm, ConfigError, ZClip
+from gradclip import ClipByNorm, ClipConfig, ConfigError, ZClip
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
@@ -102,6 +102,16 @@ def thresholds():
             assert model.gradient_clipping() == model.optimizer.clip_grad == 0
 
 
+def advancing():
+    """A schedule can't be told withheld steps from DeepSpeed's overflows."""
+    accelerator = with_deepspeed(2)
+    config = ClipConfig(policies=POLICIES, schedule_on_skip="advance")
+    accelerate_clip.enable(accelerator, config)
+    model = uneven_net()
+    with pytest.raises(ConfigError, match="schedule_on_skip is 'advance', and DeepSpeed"):
+        accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+
+
 def resumed(folder):
     accelerator = with_deepspeed(2)
     pieces = prepare(accelerator)
@@ -168,6 +178,7 @@ def on_rank(rank, world, folder):
         assert accelerator.num_processes == world
         found[name] = train(accelerator, *prepare(accelerator, enable_after=stage == 1))
     thresholds()
+    advancing()
     found |= {"accumulated": accumulated(), "resumed": resumed(folder)}
     return found | {"trainer": by_trainer(folder)}
 
