@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -67,7 +68,8 @@ class StepClipper(GradientClipper):
         handles = [raw.register_step_pre_hook(_flatten_found_inf), self.attach(raw)]
         self._handles = [*handles, raw.register_step_post_hook(self._after_step)]
         self._own_step = prepared.step
-        prepared.step = self._step
+        # A method of the optimizer's: schedulers bind the function they find to it anew.
+        prepared.step = MethodType(lambda _, *args, **kwargs: self._step(*args, **kwargs), prepared)
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -146,7 +148,7 @@ class StepClipper(GradientClipper):
         return min(1.0, self._backwards / window) if self._backwards else 1.0
 
     def _step(self, *args: Any, **kwargs: Any) -> None:
-        """The prepared optimizer's; a method, as schedulers bind what they find."""
+        """What the prepared optimizer's step is now."""
         refuse_closure(self.prepared, *args, **kwargs)
         self._clipped_in_step = False
         try:

@@ -307,3 +307,14 @@ def test_added_parameter_groups_are_clipped_too():
     accelerator.backward((model(batch()) + extra(batch())).square().mean())
     accelerator.clip_grad_norm_(extra.parameters(), 0.3)
     assert norm_of(grads_of(model) + grads_of(extra)) == pytest.approx(0.3, rel=1e-5)
+
+
+def test_a_schedule_made_from_the_prepared_optimizer_binds_its_step_anew():
+    """As transformers' Trainer makes one."""
+    _, clip, model, opt = prepared(ClipByNorm(max_norm=0.3))
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
+    (model(batch()) * 9).square().mean().backward()
+    opt.step()
+    schedule.step()
+    assert float(clip.last_record.clipped_norm) == pytest.approx(0.3, rel=1e-5)
+    assert opt.param_groups[0]["lr"] == 0.05
