@@ -212,6 +212,11 @@ class AcceleratorClip:
             clipper.steps = count
             clipper.expect_new()
 
+    def detach(self) -> None:
+        """Stop clipping what is prepared now."""
+        for clipper in self._clippers:
+            clipper.detach()
+
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)
         if not self._accelerator.sync_gradients:

@@ -51,6 +51,8 @@ class GradientClipCallback(TrainerCallback):
     def bind(self, trainer: Trainer) -> None:
         """Clip with this Trainer's accelerator, unless this callback does so already."""
         if self.clip is None or _clip_of(trainer) is not self.clip:
+            if self.clip is not None:
+                self.clip.detach()  # a trial's new accelerator may get the same optimizer
             self.clip = enable(trainer.accelerator, self.config)
             self._accelerator = trainer.accelerator
 
