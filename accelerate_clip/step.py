@@ -65,8 +65,8 @@ class StepClipper(GradientClipper):
         self._clipped_in_step: bool | None = None
         self._held: Tensor | bool | None = None
         self._unscaled: Any = None
-        handles = [raw.register_step_pre_hook(_flatten_found_inf), self.attach(raw)]
-        self._handles = [*handles, raw.register_step_post_hook(self._after_step)]
+        # First, to see what the step was told before that is taken back.
+        self._handles = [raw.register_step_post_hook(self._after_step), self.attach(raw)]
         self._own_step = prepared.step
         # A method of the optimizer's: schedulers bind the function they find to it anew.
         prepared.step = MethodType(lambda _, *args, **kwargs: self._step(*args, **kwargs), prepared)
@@ -177,13 +177,6 @@ class StepClipper(GradientClipper):
         self._backwards = 0
         self._done = False
         self._on_step(self)
-
-
-def _flatten_found_inf(optimizer: Optimizer, *_: object) -> None:
-    """FSDP's scaler of torch 2.13 gives fused steps a tensor of shape (1,), which they refuse."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    if isinstance(found_inf, Tensor) and found_inf.ndim:
-        vars(optimizer)["found_inf"] = found_inf.reshape(())
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

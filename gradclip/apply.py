@@ -88,8 +88,8 @@ class Effect:
         self._can_fold = why_not is None
         self._optimizer = optimizer
         self._waits = waits
-        takes_flag = _why_no_flag(plan, optimizer) is None
-        self.withholds_on_device = mode == "fold" or (mode == "auto" and takes_flag and waits)
+        self._takes_flag = mode != "in_place" and _why_no_flag(plan, optimizer) is None
+        self.withholds_on_device = mode == "fold" or (self._takes_flag and waits)
         self.in_step = False
         self._step: FusedStep | None = None if before is None else before._step
 
@@ -102,6 +102,11 @@ class Effect:
     def unscales(self) -> bool:
         """Whether gradients may keep a scaler's factor until the step: nobody drops them."""
         return self.folds and self.withholds_on_device
+
+    def make_ready(self) -> None:
+        """Register hooks with the optimizer, which can't be done while it runs others."""
+        if self._takes_flag:
+            self._fused()
 
     def carry_out(
         self,

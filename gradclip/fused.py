@@ -103,9 +103,10 @@ class FusedStep:
         if found is None or found is self._inf:  # no scaler steps, and all is said
             return
         self._scaler_clears = True
-        if self._inf is None:
-            self._inf = torch.zeros((), dtype=torch.float32)
-        self._join(found)
+        if self._inf is not None:
+            self._join(found)
+        elif self._lacks_momentum() and bool(found):
+            self._drop()
 
     def _after(self, *_: object) -> None:
         if not self._scaler_clears:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,31 +56,36 @@ class _Attached:
         self._clipper = clipper
         self._optimizer = optimizer
         self._clipped = False
+        clipper._effect.make_ready()
         # Where the step is compiled, this stays outside of the graph.
         hook = torch.compiler.disable(self._before_step)
         self._undo: list[Callable[[], None]] = [optimizer.register_step_pre_hook(hook).remove]
         if clipper._loss_scale is not None:
-            self._undo.append(clipper._loss_scale.before_step(self._before_scaler_step))
+            self._undo.append(clipper._loss_scale.around_step(self._around_scaler_step))
 
     def remove(self) -> None:
         """Clip no more."""
         while self._undo:
             self._undo.pop()()
 
-    def _before_scaler_step(self) -> None:
+    @contextmanager
+    def _around_scaler_step(self) -> Iterator[None]:
         self._clip()
         self._clipped = True
+        try:
+            yield
+        finally:
+            self._clipped = False
 
     def _before_step(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._clipped:
-            self._clipped = False
-            return None
         found_inf = getattr(self._optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and found_inf.ndim:
             # FSDP's scaler of torch 2.13 gives shape (1,), which fused steps refuse.
             vars(self._optimizer)["found_inf"] = found_inf.reshape(())
+        if self._clipped:
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._clip(getattr(self._optimizer, "grad_scale", None))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.optim import Optimizer
 from gradclip.errors import ConfigError
 
 __all__ = ["LossScale"]
+
+Around = Callable[[], AbstractContextManager[None]]
 
 
 class LossScale:
@@ -71,14 +74,14 @@ class LossScale:
         self._scaler.unscale_(self._optimizer)
         return None
 
-    def before_step(self, clip: Callable[[], None]) -> Callable[[], None]:
-        """Call something before each `scaler.step` of this optimizer, overflow or not.
+    def around_step(self, clip: Around) -> Callable[[], None]:
+        """Do something around each `scaler.step` of this optimizer, overflow or not.
 
         Returns:
             What undoes it.
         """
         wrapped = vars(self._scaler).get("step")
-        clips: dict[int, Callable[[], None]] | None = getattr(wrapped, "gradclip_clips", None)
+        clips: dict[int, Around] | None = getattr(wrapped, "gradclip_clips", None)
         if clips is None:
             clips = _wrap_step(self._scaler)
         key = id(self._optimizer)
@@ -97,16 +100,16 @@ class LossScale:
         return parameters[0].device if parameters else torch.device("cpu")
 
 
-def _wrap_step(scaler: GradScaler) -> dict[int, Callable[[], None]]:
-    """Make a scaler's step first call what the dict has for the optimizer, by its identity."""
+def _wrap_step(scaler: GradScaler) -> dict[int, Around]:
+    """Make a scaler step within what the dict has for the optimizer, by its identity."""
     step = scaler.step
-    clips: dict[int, Callable[[], None]] = {}
+    clips: dict[int, Around] = {}
 
     @functools.wraps(step)
     def clip_and_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if scaler.is_enabled() and id(optimizer) in clips:
-            clips[id(optimizer)]()
-        return step(optimizer, *args, **kwargs)
+        around = clips.get(id(optimizer)) if scaler.is_enabled() else None
+        with nullcontext() if around is None else around():
+            return step(optimizer, *args, **kwargs)
 
     clip_and_step.gradclip_clips = clips  # type: ignore[attr-defined]
     scaler.step = clip_and_step  # type: ignore[method-assign]

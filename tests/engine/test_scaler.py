@@ -12,7 +12,7 @@ OPTIMIZERS = {
     "fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
 }
 CALLS = ("called", "called after unscale_", "attached", "attached after unscale_")
-NORM = ClipByNorm(max_norm=0.1)
+NORM = ClipByNorm(max_norm=0.005)
 
 
 class Program:
@@ -48,7 +48,8 @@ def test_norm_limit_and_result_are_the_same_at_every_scale(kind, call):
     for number in range(10):
         one, other = (program.step(number) for program in programs)
         assert float(one.grad_norm) == pytest.approx(float(other.grad_norm), rel=1e-5)
-        assert float(other.clipped_norm) <= 0.1
+        assert other.clipped
+        assert float(other.clipped_norm) <= 0.005
     for p, q in zip(*(program.model.parameters() for program in programs), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -101,6 +102,30 @@ def test_two_optimizers_share_a_scaler_and_removing_one_leaves_the_other():
     handles[1].remove()
     assert step() == [1, 2]
     assert "step" not in vars(scaler)
+
+
+def test_after_an_overflow_a_step_without_the_scaler_is_clipped():
+    program = Program(NORM, "ordinary", "attached", 1024.0)
+    program.step(0, spoil=True)
+    program.model.zero_grad()
+    program.model(torch.full((8, 4), 9.0)).square().mean().backward()
+    program.optimizer.step()
+    assert program.clipper.state_dict()["counts"]["steps"] == 2
+    assert program.clipper.last_record.clipped
+
+
+@pytest.mark.parametrize("apply", ["auto", "fold"])
+def test_other_hooks_of_the_optimizer_stand_where_they_like(apply):
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    config = ClipConfig(policies=[NORM], apply=apply)
+    GradientClipper(config, model.named_parameters(), optimizer).attach(optimizer)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("after"))
+    model(torch.full((8, 4), 9.0)).square().mean().backward()
+    optimizer.step()
+    assert seen == ["before", "after"]
 
 
 def test_a_disabled_scaler_is_none():
