@@ -76,7 +76,10 @@ class Effect:
         waits: bool,
         before: Effect | None = None,
     ) -> None:
-        why_not = _why_not_folded(plan, optimizer)
+        no_flag = _why_no_flag(plan, optimizer)
+        why_not = no_flag
+        if plan.split_by is not None:
+            why_not = f"policy {plan.split_by!r} asks for more than one coefficient"
         if mode == "fold" and why_not is not None:
             msg = (
                 f"apply is 'fold', and {why_not}; allowed: a fused Adam, AdamW, SGD or Adagrad of "
@@ -88,9 +91,9 @@ class Effect:
         self._can_fold = why_not is None
         self._optimizer = optimizer
         self._waits = waits
-        self._takes_flag = mode != "in_place" and _why_no_flag(plan, optimizer) is None
+        self._takes_flag = mode != "in_place" and no_flag is None
         self.withholds_on_device = mode == "fold" or (self._takes_flag and waits)
-        self.in_step = False
+        self.in_step: bool = before is not None and before.in_step
         self._step: FusedStep | None = None if before is None else before._step
 
     @property
@@ -127,7 +130,8 @@ class Effect:
                 divisor = None
             verdict = replace(verdict, coef=torch.ones_like(verdict.coef))
         flag = verdict.skip if self.withholds_on_device else None
-        if divisor is not None or flag is not None:
+        if divisor is not None or flag is not None or self._step is not None:
+            # Also to take back what was asked for gradients that no step followed.
             self._fused().ask(divisor, flag, scaler_follows=scaler_follows)
         if self.folds and not verdict.withheld:
             return
@@ -145,7 +149,7 @@ class Effect:
 def _why_no_flag(plan: Plan, optimizer: Any | None) -> str | None:
     """What keeps the optimizer's own step from being withheld for all that is clipped."""
     if optimizer is None:
-        return "the clipper was built without an optimizer"
+        return "the clipper has no optimizer of torch's (none, a layout, or a DeepSpeed engine)"
     if not takes_factors(optimizer):
         return f"{type(optimizer).__name__} wasn't built with fused=True, or can't be"
     held = {id(parameter) for parameter in plan.parameters.values()}
@@ -153,10 +157,3 @@ def _why_no_flag(plan: Plan, optimizer: Any | None) -> str | None:
     if any(p.requires_grad and id(p) not in held for p in stepped):
         return "the optimizer steps parameters that this clipper doesn't hold"
     return None
-
-
-def _why_not_folded(plan: Plan, optimizer: Any | None) -> str | None:
-    """What keeps one factor from doing all that a verdict may ask."""
-    if plan.split_by is not None:
-        return f"policy {plan.split_by!r} asks for more than one coefficient for all parameters"
-    return _why_no_flag(plan, optimizer)

@@ -98,8 +98,7 @@ class GradientClipper:
             optimizer = self._zero.groups
         self._named = None if named_parameters is None else list(named_parameters)
         self._optimizer = optimizer
-        in_engine = self._zero is not None
-        self._loss_scale = LossScale.of(scaler, optimizer, in_engine=in_engine)
+        self._loss_scale = LossScale.of(scaler, optimizer, in_engine=self._zero is not None)
         self._process_group = process_group
         self._given_layout = layout
         self._kernel_name = kernel
@@ -151,9 +150,10 @@ class GradientClipper:
             NonFiniteError: If `on_nonfinite` is "raise" and a gradient on any rank is not
                 finite. Gradients and state are then as they were.
             SkipLimitError: If a policy's bound on withheld steps in a row is reached, and it is to
-                stop then. Gradients and state are as they were.
-            ConfigError: If no rank ever had a gradient, and a hook may have taken them; or if a
-                policy watches the loss and no rank has one.
+                stop then; up to `log.every_n_steps` steps later, all withheld, where the device
+                withholds. Gradients and state are as they were.
+            ConfigError: If `share` is out of range; no rank ever had a gradient, and a hook may
+                have taken them; or a policy watches the loss and no rank has one.
         """
         if not 0 < share <= 1:
             msg = f"clip: share is {share}; allowed: above 0, and 1 for a full window."

@@ -110,9 +110,8 @@ class _Attached:
         return closure_then_clip
 
     def _clip(self, grad_scale: Tensor | None = None, *, repeat: bool = False) -> None:
-        effect = self._clipper._effect
-        effect.in_step = True
+        self._clipper._effect.in_step = True
         try:
             self._clipper.clip(grad_scale=grad_scale, repeat=repeat)
-        finally:
-            effect.in_step = False
+        finally:  # which is another one if parameters were added
+            self._clipper._effect.in_step = False

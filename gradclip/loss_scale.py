@@ -1,6 +1,7 @@
 """A `GradScaler` that scales the loss: gradients are unscaled once, and overflows are seen.
 
-Read in torch 2.13 (`torch/amp/grad_scaler.py`): the only place that touches what is private there.
+Read in torch 2.13 (`torch/amp/grad_scaler.py`): the only place of the engine that
+touches what is private there.
 """
 
 from __future__ import annotations

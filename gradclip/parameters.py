@@ -148,6 +148,9 @@ def configs_for(
         named_parameters: As from `model.named_parameters()`.
         optimizers: Each with parameters of its own.
 
+    Returns:
+        One for each optimizer, without the groups that match none of its parameters.
+
     Raises:
         ConfigError: If a group matches no parameter of any of them.
     """
