@@ -1,0 +1,1 @@
+"""Offline tools: traces, replays, checks and reports. Run as `gradclip`; see docs/commands.md."""

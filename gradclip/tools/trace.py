@@ -1,0 +1,343 @@
+"""Reading a trace, a piece at a time, so that its length costs no memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic_core import from_json
+
+from gradclip.errors import ConfigError
+from gradclip.trace_file import (
+    FLAGS,
+    FORMAT,
+    NUMBERS,
+    VERSION,
+    TraceHeader,
+    import_pyarrow,
+    write_trace,
+)
+
+__all__ = ["Chunk", "Trace", "TraceHeader", "write_trace"]
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Row = Mapping[str, Any]
+
+
+class _Column(NamedTuple):
+    """How a column is read: its value where it is absent or null, and what JSON may hold."""
+
+    dtype: str
+    absent: Any
+    null: Any
+    kinds: set[type]
+    allowed: str
+
+    def blank(self, length: int) -> NDArray[Any]:
+        return np.full(length, self.absent or 0, dtype=self.dtype)
+
+
+_A_STEP = 'a step as one JSON object, {"step": 0, ...}'
+_NUMBER = _Column("float64", math.nan, math.nan, {float, int, NoneType}, "a number or null")
+_FLAG = _Column("bool", False, False, {bool, NoneType}, "true, false or null")
+_COLUMNS = {
+    "step": _Column("int64", None, None, {int}, "a whole number on each step"),
+    "batch": _Column("int64", -1, -1, {int, NoneType}, "a whole number or null"),
+    **dict.fromkeys(NUMBERS, _NUMBER),
+    "limit": _NUMBER._replace(null=math.inf),
+    **dict.fromkeys(FLAGS, _FLAG),
+    "finite": _FLAG._replace(absent=True, null=True),
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Steps in a row: arrays of one length `n`.
+
+    Attributes:
+        step: Int64, rising.
+        batch: Int64; -1 where unknown.
+        grad_norm: Float64, before clipping; NaN where unknown or not finite.
+        limit: Float64; infinity where there was none, NaN where unknown.
+        coef: Float64; NaN where unknown.
+        clipped_norm: Float64; NaN where unknown.
+        loss: Float64; NaN where unknown.
+        clipped: Bool; false where unknown.
+        skipped: Bool; false where unknown.
+        finite: Bool; true unless the trace says otherwise.
+        per_parameter: By step, then by parameter: norm before clipping, NaN if not finite.
+        columns: Names of the above that the trace gives for any of these steps.
+        bytes_read: How much of the file was read up to here, for progress bars.
+    """
+
+    step: NDArray[np.int64]
+    batch: NDArray[np.int64]
+    grad_norm: Floats
+    limit: Floats
+    coef: Floats
+    clipped_norm: Floats
+    loss: Floats
+    clipped: Bools
+    skipped: Bools
+    finite: Bools
+    per_parameter: dict[int, dict[str, float]]
+    columns: frozenset[str] = frozenset()
+    bytes_read: int = 0
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A trace file. Each call of `chunks` reads it anew, in memory that doesn't grow with it.
+
+    Attributes:
+        path: The file.
+        header: What it says once.
+        size_hint: Its size in bytes.
+    """
+
+    path: Path
+    header: TraceHeader
+    size_hint: int
+
+    @classmethod
+    def open(cls, path: str | Path) -> Trace:
+        """Read the header.
+
+        Raises:
+            ConfigError: If the file can't be read, isn't a trace, or is of an unknown version.
+        """
+        path = Path(path)
+        try:
+            size = path.stat().st_size
+            line = _parquet_header(path) if path.suffix == ".parquet" else _first_line(path)
+        except OSError as error:
+            msg = f"{path}: the file can't be read ({error.strerror}). Give the path of a trace."
+            raise ConfigError(msg) from None
+        return cls(path, _parse_header(line, path), size)
+
+    def chunks(self, size: int = 65536) -> Iterator[Chunk]:
+        """The steps in order, at most `size` at once.
+
+        Raises:
+            ConfigError: If a line is broken; names it. A last line that was cut off is left out
+                with a warning.
+        """
+        read = _parquet_chunks if self.path.suffix == ".parquet" else _line_chunks
+        return read(self.path, size)
+
+    def read(self) -> Chunk:
+        """Everything at once, for traces that fit into memory."""
+        parts = list(self.chunks())
+        if len(parts) == 1:
+            return parts[0]
+        parts = parts or [_chunk_of_rows([], self.path, 2, self.size_hint)]
+        arrays = {n: np.concatenate([getattr(part, n) for part in parts]) for n in _COLUMNS}
+        norms = {step: given for part in parts for step, given in part.per_parameter.items()}
+        columns = {name for part in parts for name in part.columns}
+        return Chunk(
+            **arrays,
+            per_parameter=norms,
+            columns=frozenset(columns),
+            bytes_read=parts[-1].bytes_read,
+        )
+
+
+def _first_line(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.readline(1 << 26)
+
+
+def _parse_header(line: bytes, path: Path) -> TraceHeader:
+    try:
+        content = from_json(line)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        msg = (
+            f'{path}, line 1: this isn\'t the header of a trace, {{"format": "{FORMAT}", ...}}. '
+            "Give a file of the flight recorder, or make one from a log: gradclip import LOG."
+        )
+        raise ConfigError(msg)
+    if content.get("version") != VERSION:
+        msg = (
+            f"{path}, line 1: version is {content.get('version')!r}; this gradclip reads "
+            f"{VERSION}. Use the gradclip that wrote it, or a newer one."
+        )
+        raise ConfigError(msg)
+    known = {field.name for field in fields(TraceHeader)}
+    given = {key: _number(value) for key, value in content.items() if key in known}
+    if given.get("parameters") is not None:
+        given["parameters"] = tuple(given["parameters"])
+    return TraceHeader(**given)
+
+
+def _number(value: Any) -> Any:
+    """The same with the numbers that JSON lacks, which the header spells as YAML does."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    special = {".inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+    return special.get(value, value) if isinstance(value, str) else value
+
+
+def _line_chunks(path: Path, size: int) -> Iterator[Chunk]:
+    with path.open("rb") as file:
+        read = len(file.readline())
+        number, last = 2, -1
+        while lines := list(islice(file, size)):
+            read += sum(map(len, lines))
+            rows = _parse_lines(lines, path, number, read == path.stat().st_size)
+            chunk = _chunk_of_rows(rows, path, number, read)
+            last = _check_order(chunk.step, last, path, "line", number)
+            number += len(lines)
+            if len(chunk):
+                yield chunk
+
+
+def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) -> list[Row]:
+    """Lines, the first of which has this number, as mappings."""
+    # One call for all of them is several times faster than a call for each.
+    with contextlib.suppress(ValueError):
+        rows: list[Row] = from_json(b"[" + b",".join(lines) + b"]", allow_inf_nan=False)
+        if len(rows) == len(lines) and set(map(type, rows)) == {dict}:
+            return rows
+    rows = []
+    for index, line in enumerate(lines):
+        where = f"line {number + index}"
+        try:
+            row = from_json(line, allow_inf_nan=False)
+        except ValueError as error:
+            if at_end and index == len(lines) - 1 and not line.endswith(b"\n"):
+                text = f"{path}, {where}: the file was cut off here; it is read up to this line."
+                warnings.warn(text, stacklevel=2)
+                break
+            _refuse(path, where, f"this isn't JSON ({error})", _A_STEP)
+        if not isinstance(row, dict):
+            _refuse(path, where, f"found {row!r:.80}", _A_STEP)
+        rows.append(row)
+    return rows
+
+
+def _chunk_of_rows(rows: Sequence[Row], path: Path, number: int, read: int) -> Chunk:
+    """Arrays of rows, the first of which stands on the line of this number."""
+    given = {name for name in _COLUMNS if any(name in row for row in rows)} | {"step"}
+    arrays = {name: column.blank(len(rows)) for name, column in _COLUMNS.items()}
+    for name in given:
+        column = _COLUMNS[name]
+        values = [row.get(name, column.absent) for row in rows]
+        kinds = set(map(type, values))
+        if not kinds <= column.kinds:
+            index = next(i for i, value in enumerate(values) if type(value) not in column.kinds)
+            found = f"{name} is {values[index]!r:.80}"
+            _refuse(path, f"line {number + index}", found, column.allowed)
+        if NoneType in kinds:
+            values = [column.null if value is None else value for value in values]
+        try:
+            arrays[name] = np.array(values, dtype=column.dtype)
+        except OverflowError:
+            lines = f"lines {number} to {number + len(rows) - 1}"
+            _refuse(path, lines, f"{name} is too large for 64 bits", column.allowed)
+    norms = {}
+    for index, row in enumerate(rows):
+        if "per_parameter" in row:
+            where = f"line {number + index}"
+            norms[row["step"]] = _norms(row["per_parameter"], path, where)
+    return _chunk(arrays, norms, given, read)
+
+
+def _chunk(
+    arrays: Mapping[str, NDArray[Any]],
+    norms: dict[int, dict[str, float]],
+    given: set[str],
+    read: int,
+) -> Chunk:
+    columns = frozenset(given | {"per_parameter"} if norms else given)
+    return Chunk(**arrays, per_parameter=norms, columns=columns, bytes_read=read)
+
+
+def _norms(content: Any, path: Path, where: str) -> dict[str, float]:
+    allowed = _COLUMNS["grad_norm"].kinds
+    if not isinstance(content, dict) or not set(map(type, content.values())) <= allowed:
+        found = f"per_parameter is {content!r:.80}"
+        _refuse(path, where, found, "a mapping of names to numbers or null")
+    return {name: math.nan if norm is None else float(norm) for name, norm in content.items()}
+
+
+def _check_order(step: NDArray[np.int64], last: int, path: Path, unit: str, number: int) -> int:
+    """The last step.
+
+    Raises:
+        ConfigError: Unless each is larger than the one before.
+    """
+    before = np.concatenate([np.array([last]), step[:-1]])
+    if np.any(step <= before):
+        index = int(np.argmax(step <= before))
+        found = f"step is {step[index]}, after {before[index]}"
+        _refuse(path, f"{unit} {number + index}", found, "steps from 0, each larger than the last")
+    return int(step[-1]) if len(step) else last
+
+
+def _refuse(path: Path, where: str, found: str, allowed: str) -> NoReturn:
+    msg = f"{path}, {where}: {found}; allowed: {allowed}."
+    raise ConfigError(msg)
+
+
+def _parquet_header(path: Path) -> bytes:
+    pyarrow, parquet = import_pyarrow()
+    try:
+        metadata = parquet.read_metadata(path).metadata or {}
+    except pyarrow.ArrowInvalid:
+        msg = f"{path}: this isn't a Parquet file, though its name ends in .parquet. Rename it."
+        raise ConfigError(msg) from None
+    return bytes(metadata.get(FORMAT.encode(), b""))
+
+
+def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
+    _, parquet = import_pyarrow()
+    with parquet.ParquetFile(path) as file:
+        total, in_all = file.metadata.num_rows, path.stat().st_size
+        read, last = 0, -1
+        for batch in file.iter_batches(batch_size=size):
+            chunk = _chunk_of_batch(batch, path, in_all * (read + len(batch)) // total)
+            last = _check_order(chunk.step, last, path, "row", read + 1)
+            read += len(batch)
+            yield chunk
+
+
+def _chunk_of_batch(batch: Any, path: Path, read: int) -> Chunk:
+    """Arrays of a Parquet batch, in which null is what wasn't recorded."""
+    pyarrow, _ = import_pyarrow()
+    given = {name for name in batch.schema.names if batch.column(name).null_count < len(batch)}
+    if "step" not in given:
+        _refuse(path, "column step", "it is missing", _COLUMNS["step"].allowed)
+    arrays = {name: column.blank(len(batch)) for name, column in _COLUMNS.items()}
+    for name in given & set(_COLUMNS):
+        column = _COLUMNS[name]
+        try:
+            values = batch.column(name).cast(column.dtype)
+            if values.null_count:
+                values = values.fill_null(column.absent)
+        except pyarrow.ArrowException as error:
+            _refuse(path, f"column {name}", str(error), column.allowed)
+        arrays[name] = values.to_numpy(zero_copy_only=False)
+    norms = {}
+    if "per_parameter" in given:
+        for step, text in zip(arrays["step"], batch.column("per_parameter"), strict=True):
+            if text.is_valid:
+                where = f"step {step}"
+                norms[int(step)] = _norms(from_json(text.as_py()), path, where)
+    return _chunk(arrays, norms, given & set(_COLUMNS), read)

@@ -1,0 +1,177 @@
+"""Writing a trace: one file that holds what clipping saw, step by step (docs/traces.md)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gradclip.errors import ConfigError
+
+__all__ = ["FLAGS", "FORMAT", "NUMBERS", "VERSION", "TraceHeader", "import_pyarrow", "write_trace"]
+
+FORMAT = "gradclip-trace"
+VERSION = 1
+NUMBERS = ("grad_norm", "limit", "coef", "clipped_norm", "loss")
+FLAGS = ("clipped", "skipped", "finite")
+
+_ROWS_AT_ONCE = 65536
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """What a trace says once.
+
+    Attributes:
+        norm_type: p of the norms.
+        source: Who wrote it: `recorder`, or `import:` and the kind of log.
+        config: The configuration that was in use, as a mapping; None if unknown.
+        created: ISO 8601 time.
+        parameters: Names of the parameters, in order.
+        counts: Totals over the whole run: steps, clipped, skipped, nonfinite.
+    """
+
+    norm_type: float = 2.0
+    source: str = "recorder"
+    config: Mapping[str, Any] | None = None
+    created: str | None = None
+    parameters: tuple[str, ...] | None = None
+    counts: Mapping[str, int] | None = None
+
+    def as_text(self) -> str:
+        """The header as one line of JSON."""
+        fields = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(_spelled(fields), separators=(",", ":"), allow_nan=False)
+
+
+def write_trace(path: str | Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a trace; the file appears whole or not at all.
+
+    Args:
+        path: The file; `.parquet` writes Parquet (needs pyarrow), anything else JSON Lines.
+            Missing folders are made.
+        header: What the trace says once.
+        rows: One mapping per step in rising order of `step`, with the keys of docs/traces.md as
+            plain Python numbers. NaN and infinity are allowed. Other keys are left out.
+
+    Raises:
+        ConfigError: If steps don't rise, or pyarrow is missing.
+    """
+    path = Path(path)
+    write = _write_parquet if path.suffix == ".parquet" else _write_lines
+    with _replaced(path) as temporary:
+        write(temporary, header, _complete(rows, path))
+
+
+def import_pyarrow() -> tuple[Any, Any]:
+    """The modules `pyarrow` and `pyarrow.parquet`.
+
+    Raises:
+        ConfigError: If they aren't installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        msg = (
+            "A Parquet trace needs pyarrow, which isn't installed. Install it "
+            "(pip install 'gradclip[parquet]'), or use a .jsonl file."
+        )
+        raise ConfigError(msg) from None
+    return pyarrow, pyarrow.parquet
+
+
+def _write_lines(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
+    encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(header.as_text() + "\n")
+        file.writelines(encode(_null_unless_finite(row)) + "\n" for row in rows)
+
+
+def _write_parquet(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
+    pyarrow, parquet = import_pyarrow()
+    schema = pyarrow.schema(
+        [
+            pyarrow.field("step", pyarrow.int64(), nullable=False),
+            ("batch", pyarrow.int64()),
+            *((name, pyarrow.float64()) for name in NUMBERS),
+            *((name, pyarrow.bool_()) for name in FLAGS),
+            ("per_parameter", pyarrow.string()),
+        ],
+        metadata={FORMAT: header.as_text()},
+    )
+    rest = iter(rows)
+    with parquet.ParquetWriter(path, schema) as writer:
+        while some := list(islice(rest, _ROWS_AT_ONCE)):
+            listed = [{**row, "per_parameter": _norms_as_text(row)} for row in some]
+            writer.write_table(pyarrow.Table.from_pylist(listed, schema))
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place once it is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _complete(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
+    """Rows with known keys only; None spelled out, `finite` said where the norm tells it."""
+    last = -1
+    for row in rows:
+        step = row["step"]
+        if step <= last:
+            msg = f"{path}: step {step} after step {last}; steps start at 0 and each is larger."
+            raise ConfigError(msg)
+        last = step
+        done = {"step": step}
+        for name in ("batch", *FLAGS, "per_parameter"):
+            if row.get(name) is not None:
+                done[name] = row[name]
+        for name in NUMBERS:
+            if name in row:
+                value = row[name]
+                done[name] = value if value is not None and math.isfinite(value) else math.nan
+        if "limit" in row:
+            done["limit"] = math.inf if row["limit"] is None else row["limit"]
+            if math.isnan(done["limit"]):
+                del done["limit"]
+        if math.isnan(done.get("grad_norm", 0.0)):
+            done.setdefault("finite", False)
+        yield done
+
+
+def _null_unless_finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    if norms := clean.get("per_parameter"):
+        clean["per_parameter"] = _null_unless_finite(norms)
+    return clean
+
+
+def _norms_as_text(row: Mapping[str, Any]) -> str | None:
+    norms = row.get("per_parameter")
+    return None if norms is None else json.dumps(_null_unless_finite(norms), allow_nan=False)
+
+
+def _spelled(value: Any) -> Any:
+    """The same with infinity and NaN as YAML spells them, since JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    if isinstance(value, Mapping):
+        return {str(key): _spelled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(item) for item in value]
+    return value
