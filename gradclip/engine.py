@@ -12,22 +12,20 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from gradclip.apply import Effect, apply
+from gradclip.apply import apply
 from gradclip.config import ClipConfig, PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
-from gradclip.kernels import KernelName, kernel_for
-from gradclip.lay_out import lay_out
-from gradclip.layouts import Groups, is_flattened
+from gradclip.kernels import KernelName
+from gradclip.lay_out import LaidOut
+from gradclip.layouts import Groups
 from gradclip.layouts.zero import ZeroLayout, is_engine
 from gradclip.layouts.zero_step import Halves, clip_inside_step
 from gradclip.loss_scale import LossScale
 from gradclip.measure_step import measure_step
-from gradclip.memory import ElementMemory
 from gradclip.policies import combine, decide_all
 from gradclip.records import ClipRecord, Tally
-from gradclip.scopes import Plan
 from gradclip.state import carry_over, pack, unpack
 from gradclip.stops import Latch, Losses, is_withheld, where_not_finite
 from gradclip.types import Collected, Handle, Layout, Verdict
@@ -96,22 +94,15 @@ class GradientClipper:
             layout = self._zero
             named_parameters = named_parameters or self._zero.engine.module.named_parameters()
             optimizer = self._zero.groups
-        self._named = None if named_parameters is None else list(named_parameters)
-        self._optimizer = optimizer
+        named = None if named_parameters is None else list(named_parameters)
         self._loss_scale = LossScale.of(scaler, optimizer, in_engine=self._zero is not None)
-        self._process_group = process_group
-        self._given_layout = layout
-        self._kernel_name = kernel
-        self._layout, self._plan = self._lay_out()
-        self._kernel = kernel_for(self._layout.devices, kernel)
-        self._signature = self._what_may_change()
-        home = self._layout.devices[0]
-        self._states = [rule.policy.init(len(rule.names), home) for rule in self._plan.rules]
+        self._on = LaidOut(self.config, named, optimizer, process_group, layout, kernel)
+        self._finds_hooks = layout is None
+        rules, home = self._on.plan.rules, self._on.home
+        self._states = [rule.policy.init(len(rule.names), home) for rule in rules]
         self._tally = Tally(home)
-        watches = any(rule.policy.watches_loss for rule in self._plan.rules)
+        watches = any(rule.policy.watches_loss for rule in rules)
         self._losses = Losses() if watches else None
-        self._memory = ElementMemory(self._plan, self._optimizer)
-        self._effect = self._effect_of()
         self._latch = Latch(self.config.log.every_n_steps or 10)
         self._before = (self._states, self._tally.taken)
         self.last_record: ClipRecord | None = None
@@ -165,10 +156,10 @@ class GradientClipper:
         if self._loss_scale is not None and scaled:
             rule = "skip"  # an overflow is how the scaler finds its scale, and it skips the step
             if grad_scale is None:
-                grad_scale = self._loss_scale.settle(leave=self._effect.unscales)
+                grad_scale = self._loss_scale.settle(leave=self._on.effect.unscales)
         grads, verdict, record = self._decide(grad_scale, rule, share=share, repeat=repeat)
-        how = (self._plan, self._kernel, self._memory, grad_scale)
-        self._effect.carry_out(verdict, grads.all, *how, scaler_follows=scaled)
+        how = (self._on.plan, self._on.kernel, self._on.memory, grad_scale)
+        self._on.effect.carry_out(verdict, grads.all, *how, scaler_follows=scaled)
         return record
 
     def _decide(
@@ -180,14 +171,15 @@ class GradientClipper:
         repeat: bool = False,
     ) -> tuple[Collected, Verdict, ClipRecord]:
         """Everything but the writing, for which DeepSpeed has a moment of its own."""
-        plan = self._current_plan()
+        on = self._now()
+        plan = on.plan
         if not repeat:
             self._before = (self._states, self._tally.taken)
         before, taken = self._before
-        grads = self._layout.collect(plan.slots)
-        probes = self._memory.probes(grads.counted, grad_scale)
-        loss = self._losses.mean(self._layout.devices[0]) if self._losses is not None else None
-        norms, probed, weights = measure_step(plan, grads, probes, self._layout, self._kernel)
+        grads = on.layout.collect(plan.slots)
+        probes = on.memory.probes(grads.counted, grad_scale)
+        loss = self._losses.mean(on.home) if self._losses is not None else None
+        norms, probed, weights = measure_step(plan, grads, probes, on.layout, on.kernel)
         if not any(grads.all):
             self._stop_if_lost(norms[plan.recorded])
         if grad_scale is not None:
@@ -207,7 +199,7 @@ class GradientClipper:
             share=share,
         )
         raises = on_nonfinite == "raise"
-        if self._effect.withholds_on_device and not raises:
+        if on.effect.withholds_on_device and not raises:
             self._latch.look(verdict, plan.rules)
         else:
             withheld = is_withheld(verdict, plan.rules, self._where_not_finite, raises=raises)
@@ -222,7 +214,7 @@ class GradientClipper:
     @property
     def norm_type(self) -> float:
         """The p of the norm that records hold: that of the first policy on norms, else 2."""
-        return self._plan.recorded
+        return self._on.plan.recorded
 
     @property
     def watches_loss(self) -> bool:
@@ -273,8 +265,8 @@ class GradientClipper:
     def _write(self, verdict: Verdict, bucket: int, tensors: Sequence[Tensor]) -> None:
         """The other half: apply to what DeepSpeed is about to step with."""
         assert self._zero is not None
-        parts = self._zero.parts(self._plan.slots, bucket, tensors)
-        apply(verdict, parts, self._plan, self._kernel, self._memory)
+        parts = self._zero.parts(self._on.plan.slots, bucket, tensors)
+        apply(verdict, parts, self._on.plan, self._on.kernel, self._on.memory)
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.
@@ -282,8 +274,9 @@ class GradientClipper:
         What policies remember of single elements (`spam`, `uclip`) is put together from all
         ranks, so every rank must call this where there is such a policy.
         """
-        rules, layout = self._current_plan().rules, self._layout
-        elements = [self._memory.saved(rule, layout) for rule in rules]
+        on = self._now()
+        rules = on.plan.rules
+        elements = [on.memory.saved(rule, on.layout) for rule in rules]
         return pack(rules, self._states, self._tally.counts, elements)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -293,55 +286,36 @@ class GradientClipper:
             ConfigError: If it was saved with other policies or other parameters. Nothing is
                 changed then.
         """
-        rules, device = self._current_plan().rules, self._layout.devices[0]
-        states, counts = unpack(state, rules, self._states, device)
+        on = self._now()
+        rules = on.plan.rules
+        states, counts = unpack(state, rules, self._states, on.home)
         own = [
-            self._memory.loaded(rule, entry.get("elements", {}), device)
+            on.memory.loaded(rule, entry.get("elements", {}), on.home)
             for rule, entry in zip(rules, state["policies"], strict=True)
         ]
         self._states, self._tally.counts = states, counts
-        self._memory.replace({key: one for found in own for key, one in found.items()})
+        on.memory.replace({key: one for found in own for key, one in found.items()})
 
-    def _lay_out(self) -> tuple[Layout, Plan]:
-        given = (self._process_group, self._given_layout)
-        return lay_out(self.config, self._named, self._optimizer, *given)
-
-    def _effect_of(self, before: Effect | None = None) -> Effect:
-        optimizer = None if self._given_layout is not None else self._optimizer
-        waits = self._kernel.waits
-        return Effect(self.config.apply, self._plan, optimizer, waits=waits, before=before)
-
-    def _what_may_change(self) -> tuple[object, ...]:
-        """Cheap to compare each step: the optimizer's groups, and how the parameters lie."""
-        groups = self._optimizer.param_groups if self._optimizer else ()
-        first = next(iter(self._plan.parameters.values()))
-        return (first.device, is_flattened(first), *(len(group["params"]) for group in groups))
-
-    def _current_plan(self) -> Plan:
-        """The plan; made anew, state carried over, when parameters were added or moved."""
-        if self._signature != self._what_may_change():
-            self._layout, plan = self._lay_out()
-            home = self._layout.devices[0]
-            self._kernel = kernel_for(self._layout.devices, self._kernel_name)
-            self._states = carry_over(self._plan.rules, self._states, plan.rules, home)
+    def _now(self) -> LaidOut:
+        """How things lie; state is carried over when parameters were added or moved."""
+        before, self._on = self._on, self._on.now()
+        if self._on is not before:
+            rules, home = self._on.plan.rules, self._on.home
+            self._states = carry_over(before.plan.rules, self._states, rules, home)
             self._tally.counts = self._tally.counts.to(home)
-            self._plan = plan
-            self._memory = ElementMemory(plan, self._optimizer, self._memory)
-            self._effect = self._effect_of(self._effect)
-            self._signature = self._what_may_change()
-        return self._plan
+        return self._on
 
     def _stop_if_lost(self, norms: Tensor) -> None:
         """Without hooks a step without gradients is a step like any other."""
-        held, hooked = self._plan.parameters, self._given_layout is None
+        held, hooked = self._on.plan.parameters, self._finds_hooks
         if hooked and has_hooks(held) and not bool(norms.any()) and not bool(self._tally.counts[0]):
             refuse_lost_gradients(held)
 
     def _where_not_finite(self) -> str:
-        return where_not_finite(self._plan.parameters, self._layout, self._kernel)
+        return where_not_finite(self._on.plan.parameters, self._on.layout, self._on.kernel)
 
     def _record(self, norms: Tensor, verdict: Verdict) -> ClipRecord:
-        plan = self._plan
+        plan = self._on.plan
         grad_norm = combine(norms, plan.recorded)
         clipped_norm = combine(norms * verdict.coef, plan.recorded)
         named: dict[str, Tensor] = {}

@@ -39,7 +39,7 @@ def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Handle:
         )
         raise ConfigError(msg)
     refuse_differentiable(optimizer)
-    held = {id(p) for p in clipper._plan.parameters.values()}
+    held = {id(p) for p in clipper._on.plan.parameters.values()}
     if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
         msg = (
             f"attach got a {type(optimizer).__name__} that shares no parameter with this "
@@ -56,7 +56,7 @@ class _Attached:
         self._clipper = clipper
         self._optimizer = optimizer
         self._clipped = False
-        clipper._effect.make_ready()
+        clipper._on.effect.make_ready()
         # Where the step is compiled, this stays outside of the graph.
         hook = torch.compiler.disable(self._before_step)
         self._undo: list[Callable[[], None]] = [optimizer.register_step_pre_hook(hook).remove]
@@ -110,8 +110,8 @@ class _Attached:
         return closure_then_clip
 
     def _clip(self, grad_scale: Tensor | None = None, *, repeat: bool = False) -> None:
-        self._clipper._effect.in_step = True
+        self._clipper._on.effect.in_step = True
         try:
             self._clipper.clip(grad_scale=grad_scale, repeat=repeat)
         finally:  # which is another one if parameters were added
-            self._clipper._effect.in_step = False
+            self._clipper._on.effect.in_step = False

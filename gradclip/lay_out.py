@@ -5,26 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch.nn import Parameter
 
+from gradclip.apply import Effect
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
-from gradclip.layouts import Groups, detect, gathered, is_flat, refuse_shared_names
+from gradclip.kernels import KernelName, kernel_for
+from gradclip.layouts import Groups, detect, gathered, is_flat, is_flattened, refuse_shared_names
+from gradclip.memory import ElementMemory
 from gradclip.parameters import collect_parameters, facts_of
 from gradclip.scopes import Plan, build_plan, needs_places, refuse_scopes
-from gradclip.types import Layout, Place
+from gradclip.types import Kernel, Layout, Place
 
-__all__ = ["lay_out"]
+__all__ = ["LaidOut"]
 
 
-def lay_out(
-    config: ClipConfig,
-    named: Iterable[tuple[str, Parameter]] | None,
-    optimizer: Any | None,
-    process_group: Groups | None,
-    layout: Layout | None,
-) -> tuple[Layout, Plan]:
-    """Find out which ranks hold what, and cut the parameters into what policies decide on.
+class LaidOut:
+    """How the parameters lie and are cut, and what acts on them accordingly.
 
     Args:
         config: The policies, and which parameters follow which.
@@ -32,12 +30,70 @@ def lay_out(
         optimizer: Whose parameters; None for all that are named.
         process_group: One more group of ranks that hold other parameters.
         layout: Found out from the parameters if None.
+        kernel: By name; chosen by the device if None.
+        before: What this replaces, of the same optimizer.
+
+    Attributes:
+        layout: Which ranks hold what.
+        plan: What policies decide on.
+        kernel: What measures and scales.
+        memory: What element policies remember.
+        effect: How a verdict is carried out.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters, or a layout and a
             process group are both given.
         LayoutError: If they are laid out in a way that isn't supported.
     """
+
+    def __init__(
+        self,
+        config: ClipConfig,
+        named: Iterable[tuple[str, Parameter]] | None,
+        optimizer: Any | None,
+        process_group: Groups | None,
+        layout: Layout | None,
+        kernel: KernelName | None,
+        before: LaidOut | None = None,
+    ) -> None:
+        self._given = (config, named, optimizer, process_group, layout, kernel)
+        self.layout, self.plan = _lay_out(config, named, optimizer, process_group, layout)
+        self.kernel: Kernel = kernel_for(self.layout.devices, kernel)
+        memory: ElementMemory | None = None if before is None else before.memory
+        self.memory: ElementMemory = ElementMemory(self.plan, optimizer, memory)
+        effect: Effect | None = None if before is None else before.effect
+        stepped = None if layout is not None else optimizer
+        waits = self.kernel.waits
+        self.effect: Effect = Effect(config.apply, self.plan, stepped, waits=waits, before=effect)
+        self._signature = self._what_may_change()
+
+    @property
+    def home(self) -> torch.device:
+        """Where measures, decisions and records live."""
+        return self.layout.devices[0]
+
+    def now(self) -> LaidOut:
+        """This; or a new one when parameters were added or moved."""
+        if self._signature == self._what_may_change():
+            return self
+        return LaidOut(*self._given, before=self)
+
+    def _what_may_change(self) -> tuple[object, ...]:
+        """Cheap to compare each step: the optimizer's groups, and how the parameters lie."""
+        optimizer = self._given[2]
+        groups = () if optimizer is None else optimizer.param_groups
+        first = next(iter(self.plan.parameters.values()))
+        return (first.device, is_flattened(first), *(len(group["params"]) for group in groups))
+
+
+def _lay_out(
+    config: ClipConfig,
+    named: Iterable[tuple[str, Parameter]] | None,
+    optimizer: Any | None,
+    process_group: Groups | None,
+    layout: Layout | None,
+) -> tuple[Layout, Plan]:
+    """Find out which ranks hold what, and cut the parameters into what policies decide on."""
     if layout is not None and process_group is not None:
         msg = (
             "layout and process_group are both given, and a layout knows its own groups; "

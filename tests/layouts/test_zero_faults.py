@@ -98,7 +98,7 @@ def raising(rank, world, name):
 
 def gradients(clipper):
     """What this rank holds of them, copied."""
-    layout, plan = clipper._layout, clipper._plan
+    layout, plan = clipper._on.layout, clipper._on.plan
     with layout.in_step():
         return [g.clone() for slot in layout.collect(plan.slots).all for g in slot]
 

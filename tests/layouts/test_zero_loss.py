@@ -59,7 +59,7 @@ def stopped(rank, name):
 
 
 def gradients(clipper):
-    layout, plan = clipper._layout, clipper._plan
+    layout, plan = clipper._on.layout, clipper._on.plan
     with layout.in_step():
         return [g.clone() for slot in layout.collect(plan.slots).all for g in slot]
 
