@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from gradclip.apply import apply
-from gradclip.config import ClipConfig, PolicyLike, as_config
-from gradclip.errors import ConfigError
+from gradclip.config import ClipConfig, PolicyLike, RecorderConfig, as_config
+from gradclip.errors import ClipError, ConfigError
 from gradclip.hooks import clip_before_step
 from gradclip.in_backward import has_hooks, refuse_lost_gradients
 from gradclip.kernels import KernelName
@@ -24,7 +24,8 @@ from gradclip.layouts.zero import ZeroLayout, is_engine
 from gradclip.layouts.zero_step import Halves, clip_inside_step
 from gradclip.loss_scale import LossScale
 from gradclip.measure_step import measure_step
-from gradclip.policies import combine, decide_all
+from gradclip.policies import decide_all
+from gradclip.recorder import Recorder
 from gradclip.records import ClipRecord, Tally
 from gradclip.state import carry_over, pack, unpack
 from gradclip.stops import Latch, Losses, is_withheld, where_not_finite
@@ -58,6 +59,9 @@ class GradientClipper:
 
     Attributes:
         config: The validated configuration.
+        recorder: The last steps; `recorder.write()` makes a file of them at any time.
+        batch: Index of the last batch whose gradients the next `clip` gets, for the flight
+            record; None if unknown. Set it before.
         last_record: What the last `clip` returned, also one made by `attach`; None before it.
 
     Raises:
@@ -100,7 +104,10 @@ class GradientClipper:
         self._finds_hooks = layout is None
         rules, home = self._on.plan.rules, self._on.home
         self._states = [rule.policy.init(len(rule.names), home) for rule in rules]
-        self._tally = Tally(home)
+        self._tally = Tally(home, (self.config.recorder or RecorderConfig()).steps)
+        self.recorder = Recorder(self.config, self._tally, owner=self)
+        self.recorder.lay(self._on.plan, home, waits=self._on.kernel.waits)
+        self.batch: int | None = None
         watches = any(rule.policy.watches_loss for rule in rules)
         self._losses = Losses() if watches else None
         self._latch = Latch(self.config.log.every_n_steps or 10)
@@ -202,14 +209,30 @@ class GradientClipper:
         if on.effect.withholds_on_device and not raises:
             self._latch.look(verdict, plan.rules)
         else:
-            withheld = is_withheld(verdict, plan.rules, self._where_not_finite, raises=raises)
+            try:
+                withheld = is_withheld(verdict, plan.rules, self._where_not_finite, raises=raises)
+            except ClipError:
+                self.recorder.witness(norms[plan.recorded], verdict, self.batch, loss)
+                raise
             verdict = replace(verdict, withheld=withheld)
         if repeat and self.last_record is not None:
             edits = [replace(e, learns=torch.zeros_like(e.learns)) for e in verdict.edits]
             return grads, replace(verdict, edits=tuple(edits)), self.last_record
         self._states = states
-        self.last_record = self._record(norms[plan.recorded], verdict)
+        self.last_record = self.recorder.record(norms[plan.recorded], verdict, self.batch, loss)
         return grads, verdict, self.last_record
+
+    def flush(self) -> dict[str, float]:
+        """What to log of the steps since the last call, in one copy to the host.
+
+        Returns:
+            `clip/grad_norm`, `clip/limit`, `clip/coef`, `clip/clipped_norm`: means over the steps
+            that were finite; `clip/grad_norm_max`; `clip/clipped`, `clip/skipped`,
+            `clip/nonfinite`: how many were; `clip/clip_rate` of all steps so far and
+            `clip/clip_rate_window` of these; `clip/grad_norm/<parameter>` and
+            `clip/grad_norm/group/<name>`, means, where configured. Empty without a step.
+        """
+        return self.recorder.flush()
 
     @property
     def norm_type(self) -> float:
@@ -277,7 +300,7 @@ class GradientClipper:
         on = self._now()
         rules = on.plan.rules
         elements = [on.memory.saved(rule, on.layout) for rule in rules]
-        return pack(rules, self._states, self._tally.counts, elements)
+        return pack(rules, self._states, self._tally, elements)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved at any world size.
@@ -294,6 +317,7 @@ class GradientClipper:
             for rule, entry in zip(rules, state["policies"], strict=True)
         ]
         self._states, self._tally.counts = states, counts
+        self.recorder.begin(int(state.get("step", counts[0])))
         on.memory.replace({key: one for found in own for key, one in found.items()})
 
     def _now(self) -> LaidOut:
@@ -302,7 +326,7 @@ class GradientClipper:
         if self._on is not before:
             rules, home = self._on.plan.rules, self._on.home
             self._states = carry_over(before.plan.rules, self._states, rules, home)
-            self._tally.counts = self._tally.counts.to(home)
+            self.recorder.lay(self._on.plan, home, waits=self._on.kernel.waits)
         return self._on
 
     def _stop_if_lost(self, norms: Tensor) -> None:
@@ -313,12 +337,3 @@ class GradientClipper:
 
     def _where_not_finite(self) -> str:
         return where_not_finite(self._on.plan.parameters, self._on.layout, self._on.kernel)
-
-    def _record(self, norms: Tensor, verdict: Verdict) -> ClipRecord:
-        plan = self._on.plan
-        grad_norm = combine(norms, plan.recorded)
-        clipped_norm = combine(norms * verdict.coef, plan.recorded)
-        named: dict[str, Tensor] = {}
-        if self.config.log.per_parameter:
-            named = dict(zip(plan.slot_names, plan.by_slot(norms).unbind(), strict=True))
-        return self._tally.append(grad_norm, clipped_norm, verdict, named, plan.recorded)

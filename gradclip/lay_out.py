@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gradclip.kernels import KernelName, kernel_for
 from gradclip.layouts import Groups, detect, gathered, is_flat, is_flattened, refuse_shared_names
 from gradclip.memory import ElementMemory
 from gradclip.parameters import collect_parameters, facts_of
-from gradclip.scopes import Plan, build_plan, needs_places, refuse_scopes
+from gradclip.scopes import Plan, build_plan, needs_places
 from gradclip.types import Kernel, Layout, Place
 
 __all__ = ["LaidOut"]
@@ -112,5 +112,33 @@ def _lay_out(
     if any(rule.policy.uses_sizes for rule in plan.rules):
         plan = plan.with_sizes(layout.sizes(plan.slots))
     flat = [name for name, p in parameters.items() if is_flat(p)]
-    refuse_scopes(plan, config, grouped=optimizer is not None, flat=flat)
+    _refuse_scopes(plan, config, grouped=optimizer is not None, flat=flat)
     return layout, plan
+
+
+def _refuse_scopes(plan: Plan, config: ClipConfig, *, grouped: bool, flat: Sequence[str]) -> None:
+    """Refuse scopes that these parameters can't be told apart by.
+
+    Args:
+        plan: With the policies.
+        config: Where logging asks for parameters.
+        grouped: Whether there is an optimizer, whose parameter groups scope "group" means.
+        flat: Names of parameters that are many in one.
+
+    Raises:
+        ConfigError: If there is such a scope.
+    """
+    scopes = {rule.policy.measured[0] for rule in plan.rules}
+    if "group" in scopes and not grouped:
+        msg = (
+            "scope is 'group', and without an optimizer there are no parameter groups; "
+            "pass optimizer=..., or use scope 'global' or 'parameter'."
+        )
+        raise ConfigError(msg)
+    if flat and (scopes & {"parameter", "unit"} or config.log.per_parameter):
+        msg = (
+            f"A scope is 'parameter' or 'unit', or log.per_parameter is true, and {flat[0]!r} "
+            "is a FlatParameter of FSDP1, many parameters in one; allowed: scope 'global' or "
+            "'group'. Wrap with use_orig_params=True to tell parameters apart."
+        )
+        raise ConfigError(msg)

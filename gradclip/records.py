@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +11,14 @@ from torch import Tensor
 
 from gradclip.types import Verdict
 
-__all__ = ["ClipRecord", "Tally"]
+__all__ = ["COLUMNS", "ClipRecord", "Tally"]
+
+COLUMNS = (
+    *("step", "batch", "loss", "grad_norm", "limit", "coef", "clipped_norm", "clip_rate"),
+    *("some", "clipped", "skipped", "nonfinite", "taken"),
+)
+"""What a row of the last steps holds. Batch is -1 and loss NaN where nobody told."""
+_NUMBERS, _FLAGS = COLUMNS.index("loss"), COLUMNS.index("some")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +67,38 @@ class ClipRecord:
 
 
 class Tally:
-    """Counts over the run, on the device: steps, clipped, skipped, not finite, taken.
+    """Counts over the run, and a row for each of the last steps; all on the device.
 
     A step is taken if it was finite, not withheld, and had a gradient: schedules follow those.
+
+    Args:
+        device: Where.
+        length: Steps that have a row.
+
+    Attributes:
+        counts: Float64 of shape (5,), as in `NAMES`: steps, clipped, skipped, not finite, taken.
+        rows: Float64 of shape (length, columns), the latest one at `made - 1` modulo length.
+        made: Rows so far, those of steps without a gradient too.
+        first: Number of the step that the first row was of.
     """
 
     NAMES = ("steps", "clipped", "skipped", "nonfinite", "taken")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, length: int) -> None:
         self.counts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.rows = self.counts.new_zeros(length, len(COLUMNS))
+        self.made = self.first = 0
+        self._unknown = self.counts.new_full((), math.nan)
 
     @property
     def taken(self) -> Tensor:
         """Optimizer steps taken so far, 0-d float64."""
         return self.counts.select(0, self.NAMES.index("taken"))
+
+    def to(self, device: torch.device) -> None:
+        """Move to where decisions are made now."""
+        self.counts, self.rows = self.counts.to(device), self.rows.to(device)
+        self._unknown = self._unknown.to(device)
 
     def append(
         self,
@@ -81,6 +107,9 @@ class Tally:
         verdict: Verdict,
         per_parameter: Mapping[str, Tensor],
         norm_type: float = 2.0,
+        *,
+        batch: int | None = None,
+        loss: Tensor | None = None,
     ) -> ClipRecord:
         """Count a step and describe it.
 
@@ -93,20 +122,31 @@ class Tally:
             edited = verdict.edited & skipped.logical_not()
             clipped = clipped | edited
             clipped_norm = torch.where(edited, torch.nan, clipped_norm)
+        clipped_norm = torch.where(skipped, grad_norm, clipped_norm)
         some = grad_norm != 0
         taken = some & verdict.finite & skipped.logical_not()
         happened = torch.stack([some, clipped, skipped, verdict.finite.logical_not(), taken])
         self.counts = self.counts + happened
         steps, total = self.counts.narrow(0, 0, 2).unbind()
+        clip_rate = total / steps.clamp(min=1)
+        numbers = (grad_norm, verdict.limit, coef, clipped_norm, clip_rate)
+        row = self.rows.select(0, self.made % len(self.rows))
+        row.select(0, 0).fill_(self.first + self.made)
+        row.select(0, 1).fill_(-1 if batch is None else batch)
+        loss = self._unknown if loss is None else loss
+        # Not `copy_`, which fake tensors of a device that isn't there don't have.
+        row.narrow(0, _NUMBERS, _FLAGS - _NUMBERS).zero_().add_(torch.stack((loss, *numbers)))
+        row.narrow(0, _FLAGS, len(happened)).zero_().add_(happened)
+        self.made += 1
         return ClipRecord(
             grad_norm=grad_norm,
             limit=verdict.limit,
             coef=coef,
-            clipped_norm=torch.where(skipped, grad_norm, clipped_norm),
+            clipped_norm=clipped_norm,
             clipped=clipped,
             skipped=skipped,
             finite=verdict.finite,
-            clip_rate=total / steps.clamp(min=1),
+            clip_rate=clip_rate,
             per_parameter=per_parameter,
             norm_type=norm_type,
         )

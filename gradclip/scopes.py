@@ -17,7 +17,7 @@ from gradclip.policies import ElementPolicy, NormPolicy, Policy, Rule, combine_r
 from gradclip.types import Grads, Place, Units
 from gradclip.units import Kept, UnitCut
 
-__all__ = ["Plan", "build_plan", "needs_places", "refuse_scopes"]
+__all__ = ["Plan", "build_plan", "needs_places"]
 
 _LEVELS = ("global", "group", "parameter", "unit")
 _PARAMETER, _UNIT = 2, 3
@@ -44,6 +44,8 @@ class Plan:
         cut: How each slot, then one parameter, is cut into units; None if none are measured.
         places: Where this rank's part of each parameter lies, by name; empty where nobody asks.
         shapes: Of all whole parameters, by name.
+        group_names: The optimizer's parameter groups, where slots tell them apart.
+        group_members: The measured slots of each, as `Rule.members`.
     """
 
     parameters: Mapping[str, Parameter]
@@ -57,6 +59,8 @@ class Plan:
     cut: UnitCut | None
     places: Mapping[str, Place]
     shapes: Mapping[str, tuple[int, ...]]
+    group_names: Sequence[str]
+    group_members: Tensor
 
     @property
     def recorded(self) -> float:
@@ -113,8 +117,9 @@ def build_plan(
     chains = config.lists
     policies = [policy for chain in chains for policy in chain]
     members = members_of(config, facts)
-    depth = 2 if config.log.per_parameter else 0
-    depth = max([depth, *(_finest(policy) for policy in policies)])
+    log = config.log
+    told = _PARAMETER if log.per_parameter or config.recorder else 1 if log.per_group else 0
+    depth = max([told, *(_finest(policy) for policy in policies)])
 
     # A slot is named by its path: config group, optimizer group, parameter, as deep as needed.
     slots: dict[Path, list[Parameter]] = {}
@@ -138,6 +143,9 @@ def build_plan(
         for policy in chain
         if (rule := _rule(policy, index, where, cut, device)).names
     ]
+    groups: dict[str, list[int]] = {}
+    for i, path in enumerate(slots):
+        groups.setdefault(path[1] if depth else "group0", []).append(i)
     recorded = next((p.norm_type for p in policies if isinstance(p, NormPolicy)), 2.0)
     needed = [p for policy in policies if not _probes(policy) and (p := policy.measured[1])]
     weighed = [p.measured[1] for p in policies if p.uses_weights and p.measured[1] is not None]
@@ -158,6 +166,8 @@ def build_plan(
         cut=cut,
         places=places,
         shapes={name: fact.shape for name, fact in facts.items()},
+        group_names=list(groups),
+        group_members=_table(list(groups.values()), len(slots), device),
     )
 
 
@@ -168,34 +178,6 @@ def needs_places(config: ClipConfig) -> bool:
         for chain in config.lists
         for policy in chain
     )
-
-
-def refuse_scopes(plan: Plan, config: ClipConfig, *, grouped: bool, flat: Sequence[str]) -> None:
-    """Refuse scopes that these parameters can't be told apart by.
-
-    Args:
-        plan: With the policies.
-        config: Where logging asks for parameters.
-        grouped: Whether there is an optimizer, whose parameter groups scope "group" means.
-        flat: Names of parameters that are many in one.
-
-    Raises:
-        ConfigError: If there is such a scope.
-    """
-    scopes = {rule.policy.measured[0] for rule in plan.rules}
-    if "group" in scopes and not grouped:
-        msg = (
-            "scope is 'group', and without an optimizer there are no parameter groups; "
-            "pass optimizer=..., or use scope 'global' or 'parameter'."
-        )
-        raise ConfigError(msg)
-    if flat and (scopes & {"parameter", "unit"} or config.log.per_parameter):
-        msg = (
-            f"A scope is 'parameter' or 'unit', or log.per_parameter is true, and {flat[0]!r} "
-            "is a FlatParameter of FSDP1, many parameters in one; allowed: scope 'global' or "
-            "'group'. Wrap with use_orig_params=True to tell parameters apart."
-        )
-        raise ConfigError(msg)
 
 
 def _depth(policy: Policy) -> int:
@@ -313,18 +295,23 @@ def _rule(
     held: list[list[int]] = [[] for _ in own]
     for i in sees:
         held[index[paths[i][1 : depth + 1]]].append(i)
-    width = max(map(len, held), default=0)
-    members = [slots + [len(paths)] * (width - len(slots)) for slots in held]
-    same = members == [[i] for i in range(len(paths))] and owners == list(range(len(paths)))
+    same = held == [[i] for i in range(len(paths))] and owners == list(range(len(paths)))
     return Rule(
         policy,
         tuple(path[-1] if depth else "global" for path in own),
         tuple(acts),
-        None if same else torch.tensor(members, device=device),
+        None if same else _table(held, len(paths), device),
         torch.tensor(owners, device=device),
         None if cut is None else cut.lengths,
         0 if cut is None else sum(cut.counts),
     )
+
+
+def _table(held: Sequence[Sequence[int]], slots: int, device: torch.device) -> Tensor:
+    """Slots in rows of one length, filled up with the number of slots."""
+    width = max(map(len, held), default=0)
+    rows = [[*row, *[slots] * (width - len(row))] for row in held]
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def _excluded(policy: Policy, names: Sequence[str]) -> set[str]:

@@ -21,7 +21,7 @@ FORMAT = 2
 def pack(
     rules: Sequence[Rule],
     states: Sequence[State],
-    counts: Tensor,
+    tally: Tally,
     elements: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Plain tensors, numbers and strings; loads with `torch.load(weights_only=True)`."""
@@ -37,7 +37,8 @@ def pack(
     return {
         "format": FORMAT,
         "policies": policies,
-        "counts": dict(zip(Tally.NAMES, counts.clone().unbind(), strict=True)),
+        "counts": dict(zip(Tally.NAMES, tally.counts.clone().unbind(), strict=True)),
+        "step": tally.first + tally.made,
     }
 
 

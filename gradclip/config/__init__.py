@@ -1,13 +1,14 @@
 """What a user can set, and how it is read."""
 
 from gradclip.config.load import PolicyLike, as_config, load_section, load_yaml, parse_mapping
-from gradclip.config.models import ClipConfig, GroupConfig, LogConfig
+from gradclip.config.models import ClipConfig, GroupConfig, LogConfig, RecorderConfig
 
 __all__ = [
     "ClipConfig",
     "GroupConfig",
     "LogConfig",
     "PolicyLike",
+    "RecorderConfig",
     "as_config",
     "load_section",
     "load_yaml",

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from gradclip.policies import AnyPolicy, ElementPolicy, Policy
 from gradclip.policies.strict import STRICT
 
-__all__ = ["ClipConfig", "GroupConfig", "LogConfig"]
+__all__ = ["ClipConfig", "GroupConfig", "LogConfig", "RecorderConfig"]
 
 
 def _elements_stand_last(policies: list[Policy]) -> list[Policy]:
@@ -45,6 +45,30 @@ class LogConfig(BaseModel):
     """Optimizer steps between two log entries; null takes the trainer's own interval, or 10."""
     per_parameter: bool = False
     """Also record the norm of each parameter, as `clip/grad_norm/<parameter>`."""
+    per_group: bool = False
+    """Also log the norm of each of the optimizer's parameter groups, as
+    `clip/grad_norm/group/<name>`."""
+    histograms: bool = False
+    """Also give the norms of the last steps to loggers that have histograms."""
+    warn_after: Annotated[int, Field(ge=1)] | None = 1000
+    """Warn once when the limit bound in none, or in each, of so many steps; null never does."""
+    warn_skips: Annotated[int, Field(ge=1)] | None = 5
+    """Warn once when so many steps in a row were withheld; null never does."""
+
+
+class RecorderConfig(BaseModel):
+    """The flight recorder: the last steps in a file, with who made the worst of them."""
+
+    model_config = STRICT
+
+    steps: Annotated[int, Field(ge=1)] = 512
+    """How many of the last steps the file holds; 104 bytes each on the device."""
+    worst: Annotated[int, Field(ge=1)] = 16
+    """How many of the steps whose norm stood out most keep the norm of every parameter, beside the
+    first 8 that weren't finite."""
+    file: Annotated[str, Field(min_length=1)] = "gradclip.trace.jsonl"
+    """Where, from the trainer's folder for logs, else the working directory; a number is added
+    rather than replacing another run's. `.parquet` needs pyarrow."""
 
 
 class GroupConfig(BaseModel):
@@ -92,8 +116,9 @@ class ClipConfig(BaseModel):
     """Policies, applied in order, and what goes with them.
 
     Example:
-        >>> ClipConfig.model_validate({"policies": [{"type": "norm", "max_norm": 1.0}]}).log
-        LogConfig(every_n_steps=None, per_parameter=False)
+        >>> config = ClipConfig.model_validate({"policies": [{"type": "norm", "max_norm": 1.0}]})
+        >>> config.policies[0].type
+        'norm'
     """
 
     model_config = STRICT
@@ -112,6 +137,8 @@ class ClipConfig(BaseModel):
     """First match wins; parameters that match none get `policies`."""
     log: LogConfig = LogConfig()
     """Logging."""
+    recorder: RecorderConfig | None = None
+    """The flight recorder; null, the default, writes no file."""
 
     @property
     def lists(self) -> Sequence[Sequence[Policy]]:

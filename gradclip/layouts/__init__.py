@@ -7,6 +7,7 @@ from gradclip.layouts.detect import (
     Groups,
     detect,
     gathered,
+    is_first_rank,
     refuse_shared_names,
     replicated,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "completed",
     "detect",
     "gathered",
+    "is_first_rank",
     "is_flat",
     "is_flattened",
     "mean_loss",

@@ -21,7 +21,7 @@ from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.sharded import ShardedLayout
 from gradclip.layouts.zero import is_managed
 
-__all__ = ["Groups", "detect", "gathered", "replicated"]
+__all__ = ["Groups", "detect", "gathered", "is_first_rank", "replicated"]
 
 Groups = ProcessGroup | Mapping[str, ProcessGroup | None]
 """Which ranks hold other parameters: a group for all, or by pattern of the parameter's name."""
@@ -236,3 +236,8 @@ def _warn_of_forgotten_axes(parameters: Mapping[str, Tensor], cuts: Iterable[Cut
                     "process_group={} says that they don't.",
                     stacklevel=4,
                 )
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one of all that writes files and warnings."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,263 @@
+"""What is kept of the last steps: metrics between two log entries, warnings, and the flight record."""
+
+import gc
+import json
+import logging
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from gradclip import ConfigError, GradientClipper, NonFiniteError, SkipLimitError
+
+NAMES = ("a", "b", "c")
+FIXED = [{"type": "norm", "max_norm": 1.0}]
+
+
+def made(config=None, kernel=None, **options):
+    params = {name: torch.nn.Parameter(torch.zeros(2)) for name in NAMES}
+    values = list(params.values())
+    groups = [{"params": values[:2], "name": "early"}, {"params": values[2:], "name": "late"}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    config = {"policies": FIXED} | (config or {}) | options
+    return GradientClipper(config, params.items(), optimizer, kernel=kernel), params
+
+
+def step(clipper, params, norms, batch=None):
+    """One step in which each parameter's gradient has this norm."""
+    for parameter, norm in zip(params.values(), norms, strict=True):
+        parameter.grad = torch.tensor([0.0, norm])
+    clipper.batch = batch
+    return clipper.clip()
+
+
+def noise(steps, seed=0):
+    return np.random.default_rng(seed).lognormal(-1.0, 0.7, (steps, 3)).tolist()
+
+
+def lines(path):
+    header, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return header, rows
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+@pytest.mark.parametrize("every", [1, 7, 600])
+def test_metrics_are_those_of_the_steps_between(every, kernel):
+    clipper, params = made(log={"per_parameter": True, "per_group": True}, kernel=kernel)
+    steps = max(100, 2 * every)
+    grads = noise(steps)
+    grads[3] = [0.1, math.nan, 0.1]
+    grads[9] = [0.0, 0.0, 0.0]
+    for start in range(0, steps, every):
+        for norms in grads[start : start + every]:
+            step(clipper, params, norms)
+        metrics = clipper.flush()
+        window = np.array(grads[start : start + every], dtype=np.float32).astype(float)
+        total = np.sqrt((window**2).sum(1))
+        good = np.isfinite(total) & (total != 0)
+        kept, parts = total[good], window[good]
+        coef = np.where(kept > 1, 1 / (kept + 1e-6), 1.0)
+        clipped = float((kept > 1).sum())
+        some = (total != 0).sum()
+
+        def mean(values):
+            return values.mean() if len(values) else math.nan
+
+        expected = {
+            "clip/grad_norm": mean(kept),
+            "clip/grad_norm_max": kept.max() if len(kept) else math.nan,
+            "clip/limit": 1.0 if len(kept) else math.inf,
+            "clip/coef": mean(coef),
+            "clip/clipped_norm": mean(kept * coef),
+            "clip/clipped": clipped,
+            "clip/skipped": float(start <= 3 < start + every),
+            "clip/nonfinite": float(start <= 3 < start + every),
+            "clip/clip_rate": float(clipper.last_record.clip_rate),
+            "clip/clip_rate_window": clipped / max(some, 1),
+            **{f"clip/grad_norm/{n}": mean(parts[:, i]) for i, n in enumerate(NAMES)},
+            "clip/grad_norm/group/early": mean(np.sqrt((parts[:, :2] ** 2).sum(1))),
+            "clip/grad_norm/group/late": mean(parts[:, 2]),
+        }
+        assert metrics == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    assert clipper.flush() == {}
+
+
+def test_the_clip_rate_goes_on_after_a_resume_and_so_do_step_numbers(tmp_path):
+    clipper, params = made()
+    for norms in [[2.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]:
+        step(clipper, params, norms)
+    other, params = made(recorder={})
+    other.load_state_dict(clipper.state_dict())
+    step(other, params, [0.5, 0.0, 0.0])
+    assert other.flush()["clip/clip_rate"] == pytest.approx(1 / 3)
+    _, rows = lines(other.recorder.write())
+    assert [row["step"] for row in rows] == [3]
+
+
+def test_a_file_holds_the_last_steps_and_who_made_the_worst(tmp_path):
+    clipper, params = made(recorder={"steps": 20, "worst": 2})
+    grads = noise(100)
+    grads[30][1] = 500.0
+    grads[60][2] = 90.0
+    for i, norms in enumerate(grads):
+        step(clipper, params, norms, batch=3 * i)
+    header, rows = lines(clipper.recorder.write())
+    assert header["format"] == "gradclip-trace"
+    assert header["parameters"] == list(NAMES)
+    assert header["config"]["policies"][0]["max_norm"] == 1.0
+    assert header["counts"]["steps"] == 100
+    assert [row["step"] for row in rows] == [30, 60, *range(80, 100)]
+    assert [row["batch"] for row in rows] == [3 * row["step"] for row in rows]
+    for row in rows:
+        norms = grads[row["step"]]
+        total = math.hypot(*norms)
+        assert row["grad_norm"] == pytest.approx(total, rel=1e-6)
+        assert row["clipped"] == (total > 1)
+        assert row["limit"] == 1.0
+        assert row["clipped_norm"] == pytest.approx(min(total, 1.0), rel=1e-5)
+    named = {row["step"]: row["per_parameter"] for row in rows if "per_parameter" in row}
+    assert list(named) == [30, 60]
+    assert named[30] == pytest.approx(dict(zip(NAMES, grads[30], strict=True)), rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_the_first_steps_that_are_not_finite_are_kept_and_written(tmp_path, kernel):
+    clipper, params = made(recorder={"worst": 1}, kernel=kernel)
+    path = tmp_path / "gradclip.trace.jsonl"
+    for i in range(30):
+        norms = [1.0, math.inf if i in (4, 5) else 1.0, 1.0]
+        step(clipper, params, norms)
+        # where reading is free at once, else at the next look
+        assert path.exists() == (i >= (4 if kernel == "cpu" else 9))
+    _, rows = lines(path)
+    assert rows[4]["grad_norm"] is None
+    assert not rows[4]["finite"]
+    assert rows[4]["per_parameter"] == {"a": 1.0, "b": None, "c": 1.0}
+    assert rows[5]["per_parameter"]["b"] is None
+
+
+def test_an_error_of_ours_leaves_the_step_on_file(tmp_path):
+    clipper, params = made(recorder={}, on_nonfinite="raise")
+    step(clipper, params, [1.0, 0.0, 0.0], batch=0)
+    with pytest.raises(NonFiniteError):
+        step(clipper, params, [1.0, 0.0, math.nan], batch=1)
+    header, rows = lines(tmp_path / "gradclip.trace.jsonl")
+    assert [row["batch"] for row in rows] == [0, 1]
+    assert rows[1]["per_parameter"] == {"a": 1.0, "b": 0.0, "c": None}
+    assert header["counts"] == {"steps": 2, "clipped": 0, "skipped": 1, "nonfinite": 1}
+    assert clipper.state_dict()["counts"]["steps"] == 1
+
+
+def test_a_bound_that_is_reached_leaves_the_step_on_file(tmp_path):
+    policies = [{"type": "skip_large", "limit": 5.0, "max_consecutive": 1, "fallback": "raise"}]
+    clipper, params = made(recorder={}, policies=policies)
+    step(clipper, params, [9.0, 0.0, 0.0])
+    with pytest.raises(SkipLimitError):
+        step(clipper, params, [90.0, 0.0, 0.0])
+    assert lines(tmp_path / "gradclip.trace.jsonl")[1][-1]["grad_norm"] == 90.0
+
+
+def test_it_is_written_when_the_clipper_ends_and_never_over_another_runs(tmp_path):
+    for name in ("gradclip.trace.jsonl", "gradclip-1.trace.jsonl"):
+        clipper, params = made(recorder={})
+        step(clipper, params, [1.0, 0.0, 0.0])
+        assert not (tmp_path / name).exists()
+        del clipper
+        gc.collect()
+        assert (tmp_path / name).exists()
+
+
+def test_it_is_written_when_training_raises(tmp_path):
+    code = """
+import torch
+from gradclip import GradientClipper
+
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.SGD([weight], lr=0.1)
+config = {"policies": [{"type": "norm", "max_norm": 1.0}], "recorder": {}}
+clipper = GradientClipper(config, [("weight", weight)], optimizer)
+clipper.attach(optimizer)
+for i in range(3):
+    weight.grad = torch.full((2,), float(i))
+    optimizer.step()
+raise RuntimeError("out of data")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert b"out of data" in ran.stderr
+    assert len(lines(tmp_path / "gradclip.trace.jsonl")[1]) == 3
+
+
+def test_on_request_anywhere_but_not_nowhere(tmp_path):
+    clipper, params = made()
+    assert clipper.recorder.write(tmp_path / "none.jsonl") is None
+    step(clipper, params, [1.0, 0.0, 0.0])
+    assert clipper.recorder.write(tmp_path / "x.jsonl") == tmp_path / "x.jsonl"
+    with pytest.raises(ConfigError, match="give a path, or add `recorder: {}`"):
+        clipper.recorder.write()
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_folder_and_tag(tmp_path):
+    clipper, params = made(recorder={"file": "run.jsonl"})
+    clipper.recorder.folder, clipper.recorder.tag = tmp_path / "deep" / "er", ".optimizer1"
+    step(clipper, params, [1.0, 0.0, 0.0])
+    assert clipper.recorder.write() == tmp_path / "deep" / "er" / "run.optimizer1.jsonl"
+
+
+def test_parameters_that_are_added_are_followed(tmp_path):
+    clipper, params = made(recorder={})
+    step(clipper, params, [1.0, 0.0, 0.0])
+    optimizer = clipper._on._given[2]
+    new = torch.nn.Parameter(torch.zeros(2))
+    clipper._on._given[1].append(("new", new))
+    optimizer.add_param_group({"params": [new]})
+    params["new"] = new
+    step(clipper, params, [0.0, 0.0, 0.0, 3.0])
+    header, rows = lines(clipper.recorder.write())
+    assert header["parameters"] == ["a", "b", "c", "new"]
+    assert rows[1]["per_parameter"]["new"] == 3.0
+
+
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "gradclip"]
+
+
+@pytest.mark.parametrize(("norm", "word"), [(0.5, "none"), (2.0, "each")])
+def test_a_limit_that_never_or_always_binds_is_said_once(caplog, norm, word):
+    clipper, params = made(log={"warn_after": 20})
+    with caplog.at_level(logging.WARNING, "gradclip"):
+        for i in range(100):
+            step(clipper, params, [norm, 0.0, 0.0])
+            if i % 10 == 9:
+                clipper.flush()
+            assert len(warnings_of(caplog)) == (i >= 19)
+    assert f"in {word} of the last 20 steps" in warnings_of(caplog)[0]
+
+
+def test_a_limit_that_sometimes_binds_or_is_infinite_is_not_worth_a_word(caplog):
+    for policies, norms in (
+        (FIXED, (0.5, 2.0)),
+        ([{"type": "norm", "max_norm": math.inf}], (1.0,)),
+    ):
+        clipper, params = made(policies=policies, log={"warn_after": 5})
+        for i in range(40):
+            step(clipper, params, [norms[i % len(norms)], 0.0, 0.0])
+        clipper.flush()
+    assert not warnings_of(caplog)
+
+
+def test_withheld_steps_in_a_row_are_said_once(caplog):
+    clipper, params = made(log={"warn_skips": 3})
+    for i in range(20):
+        step(clipper, params, [math.nan if i % 4 else 1.0, 0.0, 0.0])
+    clipper.flush()
+    [said] = warnings_of(caplog)
+    assert "withheld 3 steps in a row" in said
