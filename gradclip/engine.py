@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from gradclip.layouts import Groups
 from gradclip.layouts.zero import ZeroLayout, is_engine
 from gradclip.layouts.zero_step import Halves, clip_inside_step
 from gradclip.loss_scale import LossScale
-from gradclip.measure_step import measure_step
+from gradclip.measure_step import measure_each, measure_step
 from gradclip.policies import decide_all
 from gradclip.recorder import Recorder
 from gradclip.records import ClipRecord, Tally
@@ -205,6 +206,8 @@ class GradientClipper:
             held=self._latch.reached,
             share=share,
         )
+        each = partial(measure_each, plan, on.layout, on.kernel, grad_scale)
+        seen = (norms[plan.recorded], self.batch, loss, each)
         raises = on_nonfinite == "raise"
         if on.effect.withholds_on_device and not raises:
             self._latch.look(verdict, plan.rules)
@@ -212,14 +215,14 @@ class GradientClipper:
             try:
                 withheld = is_withheld(verdict, plan.rules, self._where_not_finite, raises=raises)
             except ClipError:
-                self.recorder.witness(norms[plan.recorded], verdict, self.batch, loss)
+                self.recorder.witness(verdict, *seen)
                 raise
             verdict = replace(verdict, withheld=withheld)
         if repeat and self.last_record is not None:
             edits = [replace(e, learns=torch.zeros_like(e.learns)) for e in verdict.edits]
             return grads, replace(verdict, edits=tuple(edits)), self.last_record
         self._states = states
-        self.last_record = self.recorder.record(norms[plan.recorded], verdict, self.batch, loss)
+        self.last_record = self.recorder.record(verdict, *seen)
         return grads, verdict, self.last_record
 
     def flush(self) -> dict[str, float]:

@@ -57,8 +57,7 @@ class LaidOut:
         before: LaidOut | None = None,
     ) -> None:
         self._given = (config, named, optimizer, process_group, layout, kernel)
-        self.layout, self.plan = _lay_out(config, named, optimizer, process_group, layout)
-        self.kernel: Kernel = kernel_for(self.layout.devices, kernel)
+        self.layout, self.kernel, self.plan = _lay_out(*self._given)
         memory: ElementMemory | None = None if before is None else before.memory
         self.memory: ElementMemory = ElementMemory(self.plan, optimizer, memory)
         effect: Effect | None = None if before is None else before.effect
@@ -92,7 +91,8 @@ def _lay_out(
     optimizer: Any | None,
     process_group: Groups | None,
     layout: Layout | None,
-) -> tuple[Layout, Plan]:
+    kernel: KernelName | None,
+) -> tuple[Layout, Kernel, Plan]:
     """Find out which ranks hold what, and cut the parameters into what policies decide on."""
     if layout is not None and process_group is not None:
         msg = (
@@ -102,18 +102,21 @@ def _lay_out(
         raise ConfigError(msg)
     parameters = collect_parameters(named, optimizer)
     layout = layout or detect(parameters, process_group)
+    chosen = kernel_for(layout.devices, kernel)
     places: dict[str, Place] = {}
     if needs_places(config):
         refuse_shared_names(parameters, process_group)
         places = {name: layout.place(name, p) for name, p in parameters.items()}
     shapes = {name: place.shape for name, place in places.items()}
     facts = gathered(facts_of(parameters, optimizer, shapes), process_group)
-    plan = build_plan(config, facts, parameters, places, layout.devices[0])
+    # The recorder can't tell on the host when it needs the norm of each, where reading waits.
+    fine = config.log.per_parameter or (config.recorder is not None and chosen.waits)
+    plan = build_plan(config, facts, parameters, places, layout.devices[0], fine=fine)
     if any(rule.policy.uses_sizes for rule in plan.rules):
         plan = plan.with_sizes(layout.sizes(plan.slots))
     flat = [name for name, p in parameters.items() if is_flat(p)]
     _refuse_scopes(plan, config, grouped=optimizer is not None, flat=flat)
-    return layout, plan
+    return layout, chosen, plan
 
 
 def _refuse_scopes(plan: Plan, config: ClipConfig, *, grouped: bool, flat: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from gradclip.measure import Source, measure
 from gradclip.scopes import Plan
 from gradclip.types import Collected, Kernel, Layout, Measurable
 
-__all__ = ["measure_step"]
+__all__ = ["measure_each", "measure_step"]
 
 Norms = dict[float, Tensor]
 
@@ -45,3 +45,21 @@ def measure_step(
     norms, *more = measure(sources, layout, kernel)
     probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
     return norms, probed, more[0] if more else None
+
+
+def measure_each(
+    plan: Plan, layout: Layout, kernel: Kernel, grad_scale: Tensor | None = None
+) -> Tensor:
+    """The recorded norm of each parameter; one more read, and message where ranks share them.
+
+    Args:
+        plan: Whose parameters to tell apart.
+        layout: How measures combine over ranks.
+        kernel: What measures this rank's tensors.
+        grad_scale: 0-d factor that the gradients still carry.
+    """
+    assert plan.each is not None
+    grads = layout.collect(list(plan.each.values())).counted
+    [norms] = measure([(grads, {plan.recorded: plan.norm_types[plan.recorded]})], layout, kernel)
+    found = norms[plan.recorded]
+    return found if grad_scale is None else found / grad_scale

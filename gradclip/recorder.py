@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +17,12 @@ from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
 from gradclip.layouts import is_first_rank
 from gradclip.policies import combine
-from gradclip.records import COLUMNS, ClipRecord, Tally
+from gradclip.records import COLUMNS, ByName, ClipRecord, Tally
 from gradclip.scopes import Plan
 from gradclip.trace_file import TraceHeader, write_trace
 from gradclip.types import Verdict
 from gradclip.window import Runs, Window
-from gradclip.worst import WorstSteps
+from gradclip.worst import WorstOnDevice, WorstOnHost, WorstSteps
 
 __all__ = ["Recorder"]
 
@@ -81,7 +81,8 @@ class Recorder:
         self._drain()
         self._tally.to(home)
         self._plan, self._waits = plan, waits
-        self._names = plan.slot_names
+        self._names = list(plan.each or plan.slot_names)
+        self._places = {name: place for place, name in enumerate(self._names)}
         logged = [f"grad_norm/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
             logged += [f"grad_norm/group/{name}" for name in plan.group_names]
@@ -89,47 +90,55 @@ class Recorder:
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=home)
         self._worst: WorstSteps | None = None
         if flight is not None:
-            self._worst = WorstSteps(flight.worst, len(self._names), home, waits=waits)
+            on_device = (flight.worst, len(self._names), home)
+            self._worst = WorstOnDevice(*on_device) if waits else WorstOnHost(flight.worst)
 
     def record(
-        self, norms: Tensor, verdict: Verdict, batch: int | None, loss: Tensor | None
+        self,
+        verdict: Verdict,
+        norms: Tensor,
+        batch: int | None,
+        loss: Tensor | None,
+        measure: Callable[[], Tensor],
     ) -> ClipRecord:
         """Count a step and describe it.
 
         Args:
-            norms: Float64 of shape (measured slots or units,), as recorded.
             verdict: What was decided.
+            norms: Float64 of shape (measured slots or units,), as recorded.
             batch: Index of the step's last batch, if known.
             loss: 0-d, if known.
+            measure: Gives the norm of each parameter, float64 of shape (parameters,).
         """
         plan, log = self._plan, self._config.log
         grad_norm = combine(norms, plan.recorded)
         clipped_norm = combine(norms * verdict.coef, plan.recorded)
-        slots = norms
-        if log.per_parameter or self._worst is not None or len(self._sums) > 1:
-            slots = plan.by_slot(norms)
-        named: dict[str, Tensor] = {}
-        if log.per_parameter:
-            named = dict(zip(self._names, slots.unbind(), strict=True))
+        named = ByName(self._places, plan.by_slot(norms)) if log.per_parameter else {}
         of = (grad_norm, clipped_norm, verdict, named, plan.recorded)
         record = self._tally.append(*of, batch=batch, loss=loss)
         row = self._last(1).select(0, 0)
         if self._worst is not None:
-            self._worst.note(row, slots)
+            each = measure if plan.each else lambda: plan.by_slot(norms)
+            self._worst.note(row, each)
         if len(self._sums) > 1:
-            self._add(row, slots)
+            self._add(row, plan.by_slot(norms))
         if self._is_due(row):
             self._drain()
         return record
 
     def witness(
-        self, norms: Tensor, verdict: Verdict, batch: int | None, loss: Tensor | None
+        self,
+        verdict: Verdict,
+        norms: Tensor,
+        batch: int | None,
+        loss: Tensor | None,
+        measure: Callable[[], Tensor],
     ) -> None:
         """Write a step that stops the run to the file, where alone it is counted."""
         if self._config.recorder is not None:
             counts = self._tally.counts
             withheld = replace(verdict, skip=torch.ones_like(verdict.finite))
-            self.record(norms, withheld, batch, loss)
+            self.record(withheld, norms, batch, loss, measure)
             self.close()
             self._tally.counts = counts
 

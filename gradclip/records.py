@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradclip.types import Verdict
 
-__all__ = ["COLUMNS", "ClipRecord", "Tally"]
+__all__ = ["COLUMNS", "ByName", "ClipRecord", "Tally"]
 
 COLUMNS = (
     *("step", "batch", "loss", "grad_norm", "limit", "coef", "clipped_norm", "clip_rate"),
@@ -64,6 +64,28 @@ class ClipRecord:
         metrics = {f"clip/{key}": getattr(self, key).double() for key in keys}
         norms = {f"clip/grad_norm/{name}": norm for name, norm in self.per_parameter.items()}
         return metrics | norms
+
+
+class ByName(Mapping[str, Tensor]):
+    """Values of one tensor by name, of which a view is made when one is asked for.
+
+    Args:
+        places: Where the value of each name is.
+        values: Shape (names,).
+    """
+
+    def __init__(self, places: Mapping[str, int], values: Tensor) -> None:
+        self._places = places
+        self._values = values
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values.select(0, self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class Tally:

@@ -46,6 +46,8 @@ class Plan:
         shapes: Of all whole parameters, by name.
         group_names: The optimizer's parameter groups, where slots tell them apart.
         group_members: The measured slots of each, as `Rule.members`.
+        each: The held parameter of each name, if any, where slots are coarser than parameters;
+            None where they aren't.
     """
 
     parameters: Mapping[str, Parameter]
@@ -61,6 +63,7 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     group_names: Sequence[str]
     group_members: Tensor
+    each: Mapping[str, Sequence[Parameter]] | None
 
     @property
     def recorded(self) -> float:
@@ -99,6 +102,8 @@ def build_plan(
     parameters: Mapping[str, Parameter],
     places: Mapping[str, Place],
     device: torch.device,
+    *,
+    fine: bool,
 ) -> Plan:
     """Cut parameters into slots and give every policy its own.
 
@@ -108,6 +113,7 @@ def build_plan(
         parameters: Those that this rank holds, by name.
         places: Where this rank's part of each of them lies, if units are told apart.
         device: Where decisions are made.
+        fine: Every parameter is measured by itself, whatever policies ask for.
 
     Raises:
         ConfigError: If a pattern of the configuration matches no parameter, or policies don't
@@ -117,8 +123,7 @@ def build_plan(
     chains = config.lists
     policies = [policy for chain in chains for policy in chain]
     members = members_of(config, facts)
-    log = config.log
-    told = _PARAMETER if log.per_parameter or config.recorder else 1 if log.per_group else 0
+    told = _PARAMETER if fine else 1 if config.log.per_group else 0
     depth = max([told, *(_finest(policy) for policy in policies)])
 
     # A slot is named by its path: config group, optimizer group, parameter, as deep as needed.
@@ -143,6 +148,7 @@ def build_plan(
         for policy in chain
         if (rule := _rule(policy, index, where, cut, device)).names
     ]
+    held = {name: [parameters[name]] if name in parameters else [] for name in facts}
     groups: dict[str, list[int]] = {}
     for i, path in enumerate(slots):
         groups.setdefault(path[1] if depth else "group0", []).append(i)
@@ -168,6 +174,7 @@ def build_plan(
         shapes={name: fact.shape for name, fact in facts.items()},
         group_names=list(groups),
         group_members=_table(list(groups.values()), len(slots), device),
+        each=None if depth >= _PARAMETER else held,
     )
 
 
