@@ -46,11 +46,13 @@ class Recorder:
     Attributes:
         folder: Where a file with a relative path goes; the working directory if None.
         tag: Part of the file's name, to tell clippers apart.
+        norms: Those of the finite steps of the last `flush`, with `log.histograms`.
     """
 
     def __init__(self, config: ClipConfig, tally: Tally, owner: object) -> None:
         self.folder: Path | None = None
         self.tag = ""
+        self.norms: list[float] = []
         self._config = config
         self._tally = tally
         self._is_first = is_first_rank()
@@ -86,7 +88,7 @@ class Recorder:
         logged = [f"grad_norm/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
             logged += [f"grad_norm/group/{name}" for name in plan.group_names]
-        self._window = Window(logged)
+        self._window = Window(logged, keeps=log.histograms)
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=home)
         self._worst: WorstSteps | None = None
         if flight is not None:
@@ -145,15 +147,9 @@ class Recorder:
     def flush(self) -> dict[str, float]:
         """What to log of the steps since the last call; see `GradientClipper.flush`."""
         self._drain()
-        metrics = self._window.metrics()
-        self._window = Window(self._window.names)
+        metrics, self.norms = self._window.metrics(), self._window.norms
+        self._window = Window(self._window.names, keeps=self._config.log.histograms)
         return metrics
-
-    def norms(self) -> list[float]:
-        """Norms of the last finite steps, for a histogram."""
-        rows = self._last(len(self._tally.rows)).cpu()
-        norms = rows[:, COLUMNS.index("grad_norm")]
-        return norms[torch.isfinite(norms)].tolist()
 
     def write(self, path: str | Path | None = None) -> Path | None:
         """Write the flight record: the last steps, and the worst ones with every parameter's norm.

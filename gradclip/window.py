@@ -24,10 +24,16 @@ class Window:
 
     Args:
         names: Keys of the norms that are summed beside the rows.
+        keeps: Keep the norm of every step, for a histogram.
+
+    Attributes:
+        norms: Those that are kept, of finite steps.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], *, keeps: bool = False) -> None:
         self.names = names
+        self.norms: list[float] = []
+        self._keeps = keeps
         self.rows = 0
         self._counts = torch.zeros(len(_COUNTS), dtype=torch.float64)
         self._means = torch.zeros(2, len(_MEANS), dtype=torch.float64)
@@ -51,6 +57,8 @@ class Window:
         kept = rows[steady][:, [COLUMNS.index(name) for name in _MEANS]]
         known = torch.isfinite(kept)  # a limit may be none, a clipped norm may be unknown
         self._means += torch.stack([torch.where(known, kept, 0.0).sum(0), known.sum(0)])
+        if self._keeps:
+            self.norms += kept[:, 0].tolist()
         if len(kept):
             self._largest = max(float(kept[:, 0].max()), self._largest)
         self._clip_rate = float(_column(rows, "clip_rate")[-1])
@@ -85,7 +93,8 @@ class Runs:
     """
 
     def __init__(self, config: LogConfig) -> None:
-        self._after, self._skips = config.warn_after, config.warn_skips
+        after, skips = config.warn_after, config.warn_skips
+        self._bounds = {"never": after, "always": after, "withheld": skips}
         self._runs = dict.fromkeys(("never", "always", "withheld"), 0)
         self._said: set[str] = set()
 
@@ -100,29 +109,25 @@ class Runs:
             if math.isfinite(limit):  # no limit is there yet in a warm-up
                 self._count("never", not clipped and not skipped)
                 self._count("always", bool(clipped or skipped))
-            seen = f"the last norm is {norm:.4g} and the limit {limit:.4g}"
-            self._warn("never", self._after, f"in none of the last {{}} steps ({seen})")
-            self._warn("always", self._after, f"in each of the last {{}} steps ({seen})")
-            self._warn("withheld", self._skips, f"withheld {{}} steps in a row ({seen})")
+            for run, bound in self._bounds.items():
+                if self._runs[run] == bound and run not in self._said:
+                    self._said.add(run)
+                    _logger.warning(_ADVICE[run], bound, norm, limit)
 
     def _count(self, run: str, goes_on: bool) -> None:
         self._runs[run] = self._runs[run] + 1 if goes_on else 0
 
-    def _warn(self, run: str, bound: int | None, what: str) -> None:
-        if bound is None or self._runs[run] < bound or run in self._said:
-            return
-        self._said.add(run)
-        _logger.warning(_ADVICE[run], what.format(bound))
 
-
+_SEEN = "(the last norm is %.4g and the limit %.4g)"
 _ADVICE = {
-    "never": "clip: the limit bound %s. It changes nothing; lower it, or have `gradclip recommend` "
-    "propose one from a trace. log.warn_after sets after how many steps this is said.",
-    "always": "clip: the limit bound %s. It sets the length of every step; raise it, or have "
-    "`gradclip recommend` propose one from a trace. log.warn_after sets after how many steps this "
-    "is said.",
-    "withheld": "clip: %s. Nothing is learnt in such a step; look at data, learning rate and loss "
-    "scale. log.warn_skips sets after how many steps this is said.",
+    "never": f"clip: the limit bound in none of the last %d steps {_SEEN}. It changes nothing; "
+    "lower it, or have `gradclip recommend` propose one from a trace. log.warn_after sets after "
+    "how many steps this is said.",
+    "always": f"clip: the limit bound in each of the last %d steps {_SEEN}. It sets the length of "
+    "every step; raise it, or have `gradclip recommend` propose one from a trace. log.warn_after "
+    "sets after how many steps this is said.",
+    "withheld": f"clip: %d steps in a row were withheld {_SEEN}. Nothing is learnt in such a step; "
+    "look at data, learning rate and loss scale. log.warn_skips sets after how many this is said.",
 }
 
 

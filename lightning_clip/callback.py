@@ -25,7 +25,7 @@ from lightning_clip.framework import (
     unscaled,
 )
 from lightning_clip.refuse import refuse_optimizers, refuse_setup
-from lightning_clip.report import report
+from lightning_clip.report import Reporter
 from lightning_clip.schedule import hold_schedule
 
 __all__ = ["GradientClip"]
@@ -42,9 +42,10 @@ class GradientClip(Callback):
     Every optimizer has its own limits and adaptive state, which are saved and restored with the
     Trainer's checkpoints and kept over several `trainer.fit` calls of the same module.
 
-    Metrics (`clip/grad_norm`, `clip/limit`, ...) go to the Trainer's loggers every
-    `Trainer(log_every_n_steps=...)` steps, or every `log.every_n_steps` optimizer steps where the
-    configuration says so. With several optimizers each key ends in `/optimizer<index>`.
+    Metrics (`GradientClipper.flush`: means, maxima and counts over the steps between) go to the
+    Trainer's loggers every `Trainer(log_every_n_steps=...)` steps, or every `log.every_n_steps`
+    optimizer steps where the configuration says so. With several optimizers each key ends in
+    `/optimizer<index>`. The flight record goes to the first logger's folder.
 
     A withheld step leaves parameters and optimizer state as they are; the Trainer's
     `global_step` advances all the same, and so do learning rate schedules, unless the
@@ -76,12 +77,14 @@ class GradientClip(Callback):
     # and the nearest right word, and --print_config prints it back.
     def __init__(self, policy: Any, *, progress_bar: bool = False, restore: bool = True) -> None:
         self.config: ClipConfig = as_config(policy)
-        self._progress_bar = progress_bar
+        log = self.config.log
+        self._reporter = Reporter(
+            log.every_n_steps, histograms=log.histograms, progress_bar=progress_bar
+        )
         self._restore = restore
         self._module: LightningModule | None = None
         self._optimizers: list[Optimizer] = []
         self._clippers: list[GradientClipper] = []
-        self._steps: list[int] = []
         self._saved: dict[str, Any] = {}
         self._last_record: ClipRecord | None = None
         self._backward_ran = False
@@ -113,7 +116,7 @@ class GradientClip(Callback):
             return dict(self._saved)
         return {
             "clippers": [clipper.state_dict() for clipper in self._clippers],
-            "steps": list(self._steps),
+            "steps": list(self._reporter.steps),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -142,10 +145,12 @@ class GradientClip(Callback):
         self._batches = self._backwards = 0
         if self._saved:
             self._build(trainer, pl_module)
-            self._take_in_saved()
+            self._take_in_saved(trainer)
 
-    def on_train_batch_start(self, *_: object) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         """Nothing of this batch has reached the gradients yet."""
+        for clipper in self._clippers:
+            clipper.batch = trainer.fit_loop.total_batch_idx
         self._backward_ran = False
         self._batches += 1
 
@@ -188,17 +193,23 @@ class GradientClip(Callback):
                 self._evaluated.add(index)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Log what a DeepSpeed engine's step did, if it made one in this batch."""
+        """Log what is due; a DeepSpeed engine made its step, if any, after the last hook."""
         if self._engine is not None:
             self._report_engine_step(trainer, pl_module)
+        self._reporter.end_batch(trainer)
+
+    def on_train_end(self, trainer: Trainer, *_: object) -> None:
+        """Log what is left."""
+        self._reporter.end(trainer)
 
     def teardown(self, *_: object, **__: object) -> None:
         """Give the module its own `lr_scheduler_step` back."""
         self._release_schedule()
 
-    def on_exception(self, *_: object) -> None:
+    def on_exception(self, trainer: Trainer, *_: object) -> None:
         """As at the end of fitting, which doesn't come then."""
         self._release_schedule()
+        self._reporter.end(trainer)
 
     def _release_schedule(self) -> None:
         if self._schedule_undo is not None:
@@ -219,16 +230,7 @@ class GradientClip(Callback):
         self, trainer: Trainer, module: LightningModule, index: int, record: ClipRecord
     ) -> None:
         self._last_record = record
-        self._steps[index] += 1
-        every = self.config.log.every_n_steps
-        report(
-            trainer,
-            module,
-            record.as_metrics(),
-            suffix=f"/optimizer{index}" if len(self._clippers) > 1 else "",
-            due=None if every is None else self._steps[index] % every == 0,
-            progress_bar=self._progress_bar,
-        )
+        self._reporter.step(trainer, module, index, record)
 
     def _build(self, trainer: Trainer, module: LightningModule) -> None:
         named = list(module.named_parameters())
@@ -250,7 +252,7 @@ class GradientClip(Callback):
             clipper = GradientClipper(self.config, named, self._engine)
             self._undo.append(clipper.attach(self._engine).remove)
             self._clippers = [clipper]
-        self._steps = [0] * len(self._clippers)
+        self._reporter.begin(trainer, self._clippers, [0] * len(self._clippers))
         if len(self._clippers) > 1 and any(clipper.watches_loss for clipper in self._clippers):
             msg = (
                 f"GradientClip: a policy has watch 'loss' or 'both', and {len(self._clippers)} "
@@ -271,7 +273,7 @@ class GradientClip(Callback):
 
                 self._undo.append(optimizer.register_step_pre_hook(begin).remove)
 
-    def _take_in_saved(self) -> None:
+    def _take_in_saved(self, trainer: Trainer) -> None:
         states = self._saved["clippers"]
         if len(states) != len(self._clippers):
             msg = (
@@ -286,7 +288,7 @@ class GradientClip(Callback):
         except ConfigError as error:
             msg = f"{error} For fresh state: GradientClip(..., restore=False)."
             raise ConfigError(msg) from None
-        self._steps = list(self._saved["steps"])
+        self._reporter.begin(trainer, self._clippers, self._saved["steps"])
         self._saved = {}
 
     def _share(self, trainer: Trainer) -> float:
@@ -312,7 +314,7 @@ class GradientClip(Callback):
         if not any(known is optimizer for known in self._optimizers):
             self._saved = self.state_dict()
             self._build(trainer, module)
-            self._take_in_saved()
+            self._take_in_saved(trainer)
         for index, known in enumerate(self._optimizers):
             if known is optimizer:
                 return index

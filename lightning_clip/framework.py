@@ -26,6 +26,7 @@ __all__ = [
     "is_set_up",
     "live_scaler",
     "logger_step",
+    "logs_in_step",
     "steps_by_engine",
     "unscaled",
 ]
@@ -81,3 +82,9 @@ def logger_step(trainer: Trainer) -> int:
     every optimizer's steps and is not it.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def logs_in_step(trainer: Trainer) -> bool:
+    """Whether the Trainer logs what belongs to a step that this batch made."""
+    every = trainer.log_every_n_steps
+    return every > 0 and (logger_step(trainer) + 1) % every == 0

@@ -1,54 +1,125 @@
-"""From records to the Trainer's loggers and progress bar."""
+"""From clippers to the Trainer's loggers, progress bar and folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_clip.framework import LightningModule, Trainer, logger_step
+from gradclip import ClipRecord, GradientClipper
+from lightning_clip.framework import LightningModule, Trainer, logger_step, logs_in_step
 
-__all__ = ["report"]
+__all__ = ["Reporter"]
 
 _SHOWN = ("clip/grad_norm", "clip/limit", "clip/clip_rate")
 
 
-def report(
-    trainer: Trainer,
-    module: LightningModule,
-    metrics: Mapping[str, Tensor],
-    *,
-    suffix: str,
-    due: bool | None,
-    progress_bar: bool,
-) -> None:
-    """Hand one step's metrics to Lightning, without reading them on the host.
-
-    `trainer.callback_metrics` always has them. The loggers get them when the Trainer logs; or,
-    where the configuration has its own interval, when this step is due. They are then written
-    here: what is passed to `log_dict` once is written again on every later step that the Trainer
-    logs, with the value it had.
+class Reporter:
+    """Hands on what clippers did, reading nothing on the host between two log entries.
 
     Args:
-        trainer: The fitting Trainer.
-        module: Its module, inside a hook.
-        metrics: 0-d float64 tensors by key.
-        suffix: Added to every key.
-        due: Whether to write to the loggers now; None leaves that to the Trainer.
-        progress_bar: Also show some of them in the progress bar, which reads them on the host.
+        every: Optimizer steps between two entries; None goes by the Trainer's own interval.
+        histograms: Also give the norms to loggers that have histograms.
+        progress_bar: Show some metrics in the progress bar, which reads them on the host.
     """
-    if trainer.barebones:
-        return
-    shown = {key + suffix: metrics[key] for key in _SHOWN} if progress_bar else {}
-    named = {key + suffix: value for key, value in metrics.items()}
-    rest = {key: value for key, value in named.items() if key not in shown}
-    by_trainer = due is None and bool(trainer.loggers)
-    module.log_dict(rest, on_step=True, on_epoch=False, logger=by_trainer)
-    if shown:
-        module.log_dict(shown, on_step=True, on_epoch=False, logger=by_trainer, prog_bar=True)
-    if due and trainer.is_global_zero and trainer.loggers:
-        values = torch.stack(list(named.values())).tolist()
+
+    def __init__(self, every: int | None, *, histograms: bool, progress_bar: bool) -> None:
+        self._every = every
+        self._histograms = histograms
+        self._progress_bar = progress_bar
+        self._clippers: Sequence[GradientClipper] = ()
+        self._written: list[int] = []
+        self._stepped = False
+        self.steps: list[int] = []
+
+    def begin(
+        self, trainer: Trainer, clippers: Sequence[GradientClipper], steps: Sequence[int]
+    ) -> None:
+        """Follow these clippers from now on.
+
+        Args:
+            trainer: About to fit; called on every rank.
+            clippers: One for each optimizer.
+            steps: Those each optimizer has made.
+        """
+        self._clippers = clippers
+        self.steps, self._written = list(steps), list(steps)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        for index, clipper in enumerate(clippers):
+            clipper.recorder.folder = folder
+            clipper.recorder.tag = self._suffix(index).replace("/", ".")
+
+    def step(
+        self, trainer: Trainer, module: LightningModule, index: int, record: ClipRecord
+    ) -> None:
+        """Take in a step: `trainer.callback_metrics` always has the last one's metrics.
+
+        Args:
+            trainer: The fitting Trainer.
+            module: Its module, inside a hook.
+            index: Which optimizer.
+            record: What was done.
+        """
+        self.steps[index] += 1
+        self._stepped = True
+        if trainer.barebones:
+            return
+        metrics = {k: v for k, v in record.as_metrics().items() if k.count("/") == 1}
+        shown = _SHOWN if self._progress_bar else ()
+        for keys, in_bar in ((metrics.keys() - set(shown), False), (shown, True)):
+            named = {key + self._suffix(index): metrics[key] for key in metrics if key in keys}
+            if named:
+                options = {"on_step": True, "on_epoch": False, "prog_bar": in_bar}
+                module.log_dict(named, logger=False, **options)
+
+    def end_batch(self, trainer: Trainer) -> None:
+        """Write the entries that are due after this batch."""
+        stepped, self._stepped = self._stepped, False
+        if self._every is None:
+            due = [stepped and logs_in_step(trainer)] * len(self.steps)
+        else:
+            pairs = zip(self.steps, self._written, strict=True)
+            due = [now // self._every > then // self._every for now, then in pairs]
+        self._write(trainer, due)
+
+    def end(self, trainer: Trainer) -> None:
+        """Write what no entry holds yet, and the flight record."""
+        self._write(trainer, [True] * len(self.steps))
+        for clipper in self._clippers:
+            clipper.recorder.close()
+
+    def _write(self, trainer: Trainer, due: Sequence[bool]) -> None:
+        for index, (clipper, now) in enumerate(zip(self._clippers, due, strict=True)):
+            if now:
+                self._written[index] = self.steps[index]
+                if trainer.is_global_zero:
+                    self._give(trainer, clipper, self._suffix(index))
+
+    def _give(self, trainer: Trainer, clipper: GradientClipper, suffix: str) -> None:
+        metrics = {key + suffix: value for key, value in clipper.flush().items()}
+        if not metrics:
+            return
+        step = logger_step(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics(dict(zip(named, values, strict=True)), step=logger_step(trainer))
+            logger.log_metrics(metrics, step=step)
+            if self._histograms:
+                _histogram(logger, "clip/grad_norm_histogram" + suffix, clipper, step)
             logger.save()
+
+    def _suffix(self, index: int) -> str:
+        return f"/optimizer{index}" if len(self._clippers) > 1 else ""
+
+
+def _histogram(logger: Any, key: str, clipper: GradientClipper, step: int) -> None:
+    """Give the norms of the last steps to TensorBoard or W&B; other loggers have none."""
+    norms, experiment = clipper.recorder.norms, logger.experiment
+    if not norms:
+        return
+    if hasattr(experiment, "add_histogram"):
+        experiment.add_histogram(key, torch.tensor(norms), step)
+    elif type(experiment).__module__.startswith("wandb"):
+        import wandb
+
+        experiment.log({key: wandb.Histogram(norms)}, commit=False)
