@@ -14,7 +14,16 @@ from typing import Any
 
 from gradclip.errors import ConfigError
 
-__all__ = ["FLAGS", "FORMAT", "NUMBERS", "VERSION", "TraceHeader", "import_pyarrow", "write_trace"]
+__all__ = [
+    "FLAGS",
+    "FORMAT",
+    "NUMBERS",
+    "VERSION",
+    "TraceHeader",
+    "import_pyarrow",
+    "spell_out",
+    "write_trace",
+]
 
 FORMAT = "gradclip-trace"
 VERSION = 1
@@ -47,7 +56,7 @@ class TraceHeader:
     def as_text(self) -> str:
         """The header as one line of JSON."""
         fields = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps(_spelled(fields), separators=(",", ":"), allow_nan=False)
+        return json.dumps(spell_out(fields), separators=(",", ":"), allow_nan=False)
 
 
 def write_trace(path: str | Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -85,6 +94,17 @@ def import_pyarrow() -> tuple[Any, Any]:
         )
         raise ConfigError(msg) from None
     return pyarrow, pyarrow.parquet
+
+
+def spell_out(value: Any) -> Any:
+    """A mapping or list with infinity and NaN as YAML spells them, since JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    if isinstance(value, Mapping):
+        return {str(key): spell_out(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [spell_out(item) for item in value]
+    return value
 
 
 def _write_lines(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -164,14 +184,3 @@ def _null_unless_finite(row: Mapping[str, Any]) -> dict[str, Any]:
 def _norms_as_text(row: Mapping[str, Any]) -> str | None:
     norms = row.get("per_parameter")
     return None if norms is None else json.dumps(_null_unless_finite(norms), allow_nan=False)
-
-
-def _spelled(value: Any) -> Any:
-    """The same with infinity and NaN as YAML spells them, since JSON has no such numbers."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
-    if isinstance(value, Mapping):
-        return {str(key): _spelled(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_spelled(item) for item in value]
-    return value

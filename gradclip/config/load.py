@@ -64,7 +64,7 @@ def load_yaml(path: str | Path) -> ClipConfig:
         ConfigError: If the file can't be read, isn't YAML, or isn't a valid configuration.
     """
     where = str(path)
-    content, lines = parse_yaml(_read(path), where)
+    content, lines = parse_yaml(read_text(path), where)
     return parse_mapping(content, where, lines)
 
 
@@ -80,7 +80,7 @@ def load_section(path: str | Path, key: str) -> ClipConfig:
             isn't a valid configuration.
     """
     where = str(path)
-    content, lines = parse_yaml(_read(path), where)
+    content, lines = parse_yaml(read_text(path), where)
     keys = [str(word) for word in content] if isinstance(content, Mapping) else []
     if key not in keys:
         close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
@@ -94,11 +94,17 @@ def load_section(path: str | Path, key: str) -> ClipConfig:
     return parse_mapping(content[key], where, inside)
 
 
-def _read(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        ConfigError: If it can't be read.
+    """
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        msg = f"{path}: the file can't be read ({error.strerror}). Give the path of a YAML file."
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        msg = f"{path}: the file can't be read ({reason}). Give the path of a YAML file."
         raise ConfigError(msg) from None
 
 
@@ -108,7 +114,11 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str | int, ...], 
     Raises:
         ConfigError: If the text isn't YAML, or a mapping has a key twice.
     """
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        msg = f"{where}: this isn't YAML: {error.reason} at character {error.position}."
+        raise ConfigError(msg) from None
     try:
         node = loader.get_single_node()
         lines: dict[tuple[str | int, ...], int] = {}
@@ -159,7 +169,7 @@ def _collect_lines(
             here = (*path, str(key.value))
             if here in lines:
                 msg = (
-                    f"{where}, line {key.start_mark.line + 1}: {_dotted(here)} is given twice "
+                    f"{where}, line {key.start_mark.line + 1}: {dotted(here)} is given twice "
                     f"(first on line {lines[here]}). Remove one."
                 )
                 raise ConfigError(msg)
@@ -179,7 +189,7 @@ def _explain(fault: dict[str, Any], where: str, lines: Lines) -> str:
     if path in lines or path[:-1] in lines:
         place = f"{where}, line {lines.get(path, lines.get(path[:-1]))}"
     found, allowed = _found_and_allowed(fault, path, types)
-    name = _dotted(path)
+    name = dotted(path)
     text = f"{name} {found}".replace(" .", ".").strip() + (f"; {allowed}" if allowed else "")
     return f"{place}: {text}" if place else text
 
@@ -246,7 +256,8 @@ def _fields_beside(loc: Sequence[str | int], types: Mapping[str, type[BaseModel]
     return list(model.model_fields)
 
 
-def _dotted(path: Sequence[str | int]) -> str:
+def dotted(path: Sequence[str | int]) -> str:
+    """A key path as text: `policies[0].type`."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part

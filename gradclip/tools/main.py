@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from gradclip.errors import ConfigError
 
@@ -21,6 +22,12 @@ except ImportError as error:
 
 __all__ = ["app", "main"]
 
+
+def _examples(*commands: str) -> str:
+    """What `--help` ends with."""
+    return "\n".join(["Examples:\n", "```", *commands, "```"])
+
+
 app = typer.Typer(
     help="See what gradient clipping did, and choose how to clip.",
     no_args_is_help=True,
@@ -33,6 +40,101 @@ app = typer.Typer(
 @app.callback()
 def _gradclip() -> None:
     """See what gradient clipping did, and choose how to clip."""
+
+
+@app.command(
+    "import",
+    epilog=_examples(
+        "gradclip import lightning_logs/version_0/metrics.csv",
+        "gradclip import runs/first --out first.trace.jsonl",
+        "gradclip import wandb_export.csv --norm-column 'run 7 - grad_norm'",
+    ),
+)
+def import_(
+    log: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            help="CSV, TensorBoard event file, trainer_state.json, W&B export or history, MLflow "
+            "metrics, or a folder that holds one of them.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The trace; .parquet writes Parquet.")
+    ] = Path("trace.jsonl"),
+    norm_column: Annotated[
+        str | None, typer.Option(help="Column of the gradient norm before clipping.")
+    ] = None,
+    step_column: Annotated[str | None, typer.Option(help="Column of the optimizer step.")] = None,
+    limit_column: Annotated[str | None, typer.Option(help="Column of the limit.")] = None,
+    loss_column: Annotated[str | None, typer.Option(help="Column of the loss.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the trace if it exists.")
+    ] = False,
+) -> None:
+    """Make a trace from a log of gradient norms, of a run made with or without gradclip."""
+    from gradclip.tools.imports import import_log
+    from gradclip.tools.trace import write_trace
+
+    if out.exists() and not overwrite:
+        msg = f"{out} exists. Name another file with --out, or pass --overwrite."
+        raise ConfigError(msg)
+    found = import_log(
+        log,
+        norm_column=norm_column,
+        step_column=step_column,
+        limit_column=limit_column,
+        loss_column=loss_column,
+    )
+    write_trace(out, found.header, found.rows())
+    typer.echo(found.describe())
+    typer.echo(f"Wrote {out}")
+
+
+@app.command(
+    epilog=_examples(
+        "gradclip check configs/zclip.yaml",
+        "gradclip check configs/*.yaml --json",
+    )
+)
+def check(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE...",
+            help="Configurations, LightningCLI files or Accelerate files.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Validate YAML files of any of our kinds and show the settings in effect.
+
+    Exits with 1 if a file is bad.
+    """
+    from gradclip.tools.check import check_file, describe_as_json, describe_as_yaml
+
+    checked = [check_file(path) for path in files]
+    typer.echo(describe_as_json(checked) if as_json else describe_as_yaml(checked), nl=False)
+    faults = [file.fault for file in checked if file.fault]
+    for fault in faults:
+        typer.echo(fault, err=True)
+    raise typer.Exit(1 if faults else 0)
+
+
+@app.command(epilog=_examples("gradclip schema", "gradclip schema --out configs/schema.json"))
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file.")] = None,
+) -> None:
+    """Print the JSON schema of configurations, which editors complete from."""
+    from gradclip.config.schema import schema_text
+
+    if out is None:
+        typer.echo(schema_text(), nl=False)
+    else:
+        out.write_text(schema_text(), encoding="utf-8")
+        typer.echo(f"Wrote {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
