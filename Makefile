@@ -25,7 +25,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 schema: setup  ## Write configs/schema.json anew from the models.
-	$(BIN)/python -m gradclip.config.schema configs/schema.json
+	$(BIN)/gradclip schema --out configs/schema.json
 
 pictures: setup  ## Draw docs/images/policies anew from one recorded run.
 	$(BIN)/python docs/pictures.py

@@ -97,7 +97,7 @@ def import_pyarrow() -> tuple[Any, Any]:
 
 
 def spell_out(value: Any) -> Any:
-    """A mapping or list with infinity and NaN as YAML spells them, since JSON has no such numbers."""
+    """The same with infinity and NaN as YAML spells them, since JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     if isinstance(value, Mapping):

@@ -1,10 +1,8 @@
-"""The JSON schema of the configuration, for editors: `python -m gradclip.config.schema FILE`."""
+"""The JSON schema of the configuration, for editors: `gradclip schema`."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 from gradclip.config.models import ClipConfig
 
@@ -16,7 +14,3 @@ def schema_text() -> str:
     schema = ClipConfig.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return json.dumps(schema, indent=2) + "\n"
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(schema_text(), encoding="utf-8")

@@ -103,7 +103,7 @@ def check(
         typer.Argument(
             exists=True,
             dir_okay=False,
-            metavar="FILE...",
+            metavar="FILE",
             help="Configurations, LightningCLI files or Accelerate files.",
         ),
     ],
