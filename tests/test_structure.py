@@ -41,10 +41,24 @@ def test_only_layouts_know_about_ranks():
             assert not names, path
 
 
-def test_the_engine_needs_no_framework():
+def test_the_engine_and_the_tools_need_no_framework():
     blocked = ("lightning", "pytorch_lightning", "accelerate", "transformers", "deepspeed")
-    code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport gradclip"
+    tools = ", ".join(
+        f"gradclip.tools.{path.stem}" for path in (ROOT / "gradclip" / "tools").glob("[a-z]*.py")
+    )
+    code = (
+        f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport gradclip, {tools}"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_training_needs_none_of_the_tools():
+    for package in ("gradclip", "lightning_clip", "accelerate_clip"):
+        for path in (ROOT / package).rglob("*.py"):
+            if "tools" not in path.parts:
+                found = {module.split(".")[0] for module in imports(path)}
+                assert not found & {"typer", "rich", "numpy", "matplotlib", "plotly"}, path
+                assert not any(m.startswith("gradclip.tools") for m in imports(path)), path
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""Any of our YAML files is checked without the framework that reads it."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gradclip import ClipByNorm, ClipConfig, load_yaml
+from gradclip.tools.check import check_file, describe_as_json, describe_as_yaml
+from gradclip.tools.main import main
+from lightning_clip import GradientClip
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = [*sorted(CONFIGS.glob("*.yaml")), *sorted(CONFIGS.glob("accelerate/*.yaml"))]
+NORM = "{policies: [{type: norm, max_norm: 1.0}]}"
+
+
+def written(folder, text):
+    path = folder / "file.yaml"
+    path.write_text(text)
+    return path
+
+
+def trainer(callbacks, more=""):
+    return f"trainer:\n  max_steps: 3\n{more}  callbacks:\n{callbacks}"
+
+
+def callback(policy=NORM, more=""):
+    return (
+        "    - class_path: lightning_clip.GradientClip\n"
+        f"      init_args:\n{more}        policy: {policy}\n"
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_of_ours_is_good_and_told_apart(path):
+    checked = check_file(path)
+    assert checked.fault is None
+    in_trainer, under_accelerate = path.stem == "lightning_cli", path.parent.name == "accelerate"
+    expected = "lightning" if in_trainer else "accelerate" if under_accelerate else "gradclip"
+    assert checked.kind == expected
+    [config] = checked.configs.values()
+    if expected == "gradclip":
+        assert config == load_yaml(path)
+
+
+def test_the_settings_shown_are_complete_and_read_back(tmp_path):
+    path = written(tmp_path, "policies: [{type: norm, max_norm: .inf}]\non_nonfinite: ignore\n")
+    shown = describe_as_yaml([check_file(path)])
+    content = yaml.safe_load(shown)
+    assert content["log"] == {"every_n_steps": None, "per_parameter": False}
+    assert ClipConfig.model_validate(content) == load_yaml(path)
+    [entry] = json.loads(describe_as_json([check_file(path)]))
+    assert entry["settings"][""]["policies"][0]["max_norm"] == ".inf"
+
+
+def test_a_callback_under_a_subcommand_with_a_file(tmp_path):
+    policy = written(tmp_path, "policies: [{type: norm, max_norm: 2.0}]\n").rename(
+        tmp_path / "policy.yaml"
+    )
+    text = "\n".join(f"  {line}" for line in trainer(callback(policy)).splitlines())
+    checked = check_file(written(tmp_path, f"fit:\n{text}\n"))
+    assert checked.fault is None
+    [(place, config)] = checked.configs.items()
+    assert place == "fit.trainer.callbacks[0].init_args.policy"
+    assert config.policies == [ClipByNorm(max_norm=2.0)]
+
+
+ACCELERATE = "distributed_type: DEEPSPEED\nnum_processes: 2\n"
+OURS = f"gradient_clip_config: {NORM}\n"
+BAD = {
+    "a key": (
+        "policies:\n  - type: zclip\n    decy: 0.9\n",
+        "line 3: policies[0].decy is not a known key; did you mean 'decay'?",
+    ),
+    "a key in a callback": (
+        trainer(callback("{policies: [{type: norm, max_nrm: 1.0}]}")),
+        "line 6: policies[0].max_nrm is not a known key; did you mean 'max_norm'?",
+    ),
+    "a key in a section": (
+        ACCELERATE + "gradient_clip_config: {polices: []}\n",
+        "line 3: polices is not a known key; did you mean 'policies'?",
+    ),
+    "no section": (ACCELERATE, "the section 'gradient_clip_config' is missing"),
+    "no callback": (
+        trainer("    - class_path: lightning_clip.GradientClp\n"),
+        "Line 4 has 'lightning_clip.GradientClp'.",
+    ),
+    "no policy": (
+        trainer("    - class_path: lightning_clip.GradientClip\n"),
+        "line 4: init_args.policy is missing",
+    ),
+    "no such file": (trainer(callback("nowhere.yaml")), "line 6: nowhere.yaml: the file can't"),
+    "an argument": (
+        trainer(callback(more="        progres_bar: true\n")),
+        "line 6: init_args.progres_bar is not a known key",
+    ),
+    "the trainer clips": (
+        trainer(callback(), "  gradient_clip_val: 0.5\n"),
+        "line 3: gradient_clip_val is 0.5, and GradientClip clips too",
+    ),
+    "two callbacks": (trainer(callback() * 2), "line 7: a second GradientClip would clip again"),
+    "DeepSpeed clips": (
+        f"{ACCELERATE}deepspeed_config: {{gradient_clipping: 0.5}}\n{OURS}",
+        "line 3: deepspeed_config.gradient_clipping is 0.5, and only one can clip",
+    ),
+    "no YAML": ("policies: [", "this isn't YAML"),
+    "no text": ("policies: \x00", "this isn't YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD.values(), ids=BAD)
+def test_what_is_wrong_is_named_with_its_line(tmp_path, text, message):
+    checked = check_file(written(tmp_path, text))
+    assert message in checked.fault
+    assert not checked.configs
+
+
+@pytest.mark.parametrize("value", ["0", "auto", "1.0"])
+def test_a_threshold_of_deepspeed_that_does_not_matter(tmp_path, value):
+    text = f"{ACCELERATE}deepspeed_config: {{gradient_clipping: {value}}}\n{OURS}"
+    assert check_file(written(tmp_path, text)).fault is None
+
+
+def test_the_arguments_of_the_callback_are_all_known(tmp_path):
+    names = [name for name in inspect.signature(GradientClip).parameters if name != "policy"]
+    more = "".join(f"        {name}: false\n" for name in names)
+    assert check_file(written(tmp_path, trainer(callback(more=more)))).fault is None
+
+
+def test_the_command_checks_every_file(tmp_path, capsys):
+    bad = written(tmp_path, "policies: []\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(bad), str(CONFIGS / "lightning_cli.yaml")])
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert "policies is []; at least one policy is needed" in shown.err
+    assert yaml.safe_load(shown.out)["policies"][0]["z_threshold"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["zclip.yaml", "agc.yaml"], 0), (["nowhere.yaml"], 2)]
+)
+def test_exit_codes(arguments, code, monkeypatch, capsys):
+    monkeypatch.chdir(CONFIGS)
+    with pytest.raises(SystemExit) as stop:
+        main(["check", *arguments, "--json"])
+    assert stop.value.code == code
+    if not code:
+        assert [entry["file"] for entry in json.loads(capsys.readouterr().out)] == arguments
