@@ -286,7 +286,7 @@ def _check_order(step: NDArray[np.int64], last: int, path: Path, unit: str, numb
     before = np.concatenate([np.array([last]), step[:-1]])
     if np.any(step <= before):
         index = int(np.argmax(step <= before))
-        found = f"step is {step[index]}, after {before[index]}"
+        found = f"step is {step[index]}" + (f" after {before[index]}" if before[index] >= 0 else "")
         _refuse(path, f"{unit} {number + index}", found, "steps from 0, each larger than the last")
     return int(step[-1]) if len(step) else last
 
