@@ -128,7 +128,7 @@ class Trace:
             raise ConfigError(msg) from None
         return cls(path, _parse_header(line, path), size)
 
-    def chunks(self, size: int = 65536) -> Iterator[Chunk]:
+    def chunks(self, size: int = 16384) -> Iterator[Chunk]:
         """The steps in order, at most `size` at once.
 
         Raises:
