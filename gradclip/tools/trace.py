@@ -210,11 +210,14 @@ def _line_chunks(path: Path, size: int) -> Iterator[Chunk]:
 
 def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) -> list[Row]:
     """Lines, the first of which has this number, as mappings."""
-    # One call for all of them is several times faster than a call for each.
-    with contextlib.suppress(ValueError):
-        rows: list[Row] = from_json(b"[" + b",".join(lines) + b"]", allow_inf_nan=False)
-        if len(rows) == len(lines) and set(map(type, rows)) == {dict}:
-            return rows
+    # One call for all of them is several times faster than a call for each, and right where each
+    # is one object: not torn in two, and not two in one line.
+    joined = b",".join(lines)
+    if joined.count(b"}\n,{") == len(lines) - 1:
+        with contextlib.suppress(ValueError):
+            rows: list[Row] = from_json(b"[" + joined + b"]", allow_inf_nan=False)
+            if len(rows) == len(lines) and set(map(type, rows)) == {dict}:
+                return rows
     rows = []
     for index, line in enumerate(lines):
         where = f"line {number + index}"
@@ -308,7 +311,8 @@ def _parquet_header(path: Path) -> bytes:
 
 def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
     _, parquet = import_pyarrow()
-    with parquet.ParquetFile(path) as file:
+    # By default all of it would be brought into memory ahead.
+    with parquet.ParquetFile(path, pre_buffer=False) as file:
         total, in_all = file.metadata.num_rows, path.stat().st_size
         read, last = 0, -1
         for batch in file.iter_batches(batch_size=size):

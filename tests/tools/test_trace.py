@@ -128,11 +128,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("text", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_line_is_named(tmp_path, text, message):
+@pytest.mark.parametrize("size", [2, 100])
+def test_a_broken_line_is_named(tmp_path, text, message, size):
     path = tmp_path / "trace.jsonl"
     path.write_text(HEADER + text)
     with pytest.raises(ConfigError, match=message):
-        list(Trace.open(path).chunks(2))
+        list(Trace.open(path).chunks(size))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
