@@ -166,6 +166,12 @@ def _choose(log: Log, asked: Mapping[str, str]) -> tuple[dict[str, str], list[st
     if _OURS.fullmatch(norm):
         beside = {role: norm.replace("clip/grad_norm", f"clip/{role}") for role in _BESIDE}
         taken = {**{role: name for role, name in beside.items() if name in log.names}, **taken}
+        largest = norm.replace("clip/grad_norm", "clip/grad_norm_max")
+        if largest in log.names:
+            notes.append(
+                f"{norm} is a mean over the steps between two entries; {largest} is their largest. "
+                "Single steps stand in a flight record"
+            )
     if "loss" not in taken:
         run = norm[: norm.rfind(" - ") + 3] if " - " in norm else ""
         losses = [n for n in log.names if n.startswith(run) and _LOSS.fullmatch(n[len(run) :])]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradclip import ClipByNorm, ClipConfig, load_yaml
+from gradclip import ClipByNorm, ClipConfig, LogConfig, load_yaml
 from gradclip.tools.check import check_file, describe_as_json, describe_as_yaml
 from gradclip.tools.main import main
 from lightning_clip import GradientClip
@@ -50,7 +50,7 @@ def test_the_settings_shown_are_complete_and_read_back(tmp_path):
     path = written(tmp_path, "policies: [{type: norm, max_norm: .inf}]\non_nonfinite: ignore\n")
     shown = describe_as_yaml([check_file(path)])
     content = yaml.safe_load(shown)
-    assert content["log"] == {"every_n_steps": None, "per_parameter": False}
+    assert content["log"] == LogConfig().model_dump()
     assert ClipConfig.model_validate(content) == load_yaml(path)
     [entry] = json.loads(describe_as_json([check_file(path)]))
     assert entry["settings"][""]["policies"][0]["max_norm"] == ".inf"

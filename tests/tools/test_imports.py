@@ -44,6 +44,16 @@ def test_a_csv_of_lightning_with_empty_cells(tmp_path):
     assert found.header.source == "import:csv"
 
 
+def test_means_over_several_steps_are_said(tmp_path):
+    text = "step,clip/grad_norm,clip/grad_norm_max,clip/clipped\n9,1.0,5.0,2.0\n19,1.0,1.5,0.0\n"
+    found = import_log(written(tmp_path / "log.csv", text))
+    assert found.chunk.clipped.tolist() == [True, False]
+    [note] = found.notes
+    assert note.startswith("clip/grad_norm is a mean over the steps between two entries")
+    largest = import_log(tmp_path / "log.csv", norm_column="clip/grad_norm_max")
+    same(largest.chunk, {9: 5.0, 19: 1.5})
+
+
 def test_event_files_of_a_resumed_run(tmp_path):
     for part, norms in enumerate([{**NORMS, 29: 99.0}, {29: 0.25, 39: 8.0}]):
         with SummaryWriter(tmp_path, filename_suffix=f".{part}") as writer:
