@@ -60,8 +60,7 @@ def open_log(path: str | Path) -> Log:
             return _open_mlflow(path) if path.name == "metrics" else _open_tensorboard(path)
         if "tfevents" in path.name:
             return _open_tensorboard(path)
-        with path.open("rb") as file:
-            start = file.readline(4096).decode("utf-8", errors="replace")
+        start = _first_line(path)
         if FORMAT in start:
             msg = f"{path}: this is a trace already; give it to the other commands as it is."
             raise ConfigError(msg)
@@ -73,7 +72,7 @@ def open_log(path: str | Path) -> Log:
             return _open_json_lines(path)
         if _LINE_OF_MLFLOW.fullmatch(start):
             return _open_mlflow(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         msg = f"{path}: the log can't be read ({error}). Give {_READABLE}."
         raise ConfigError(msg) from None
     msg = f"{path}: this isn't a log that can be read; allowed: {_READABLE}."
@@ -107,7 +106,12 @@ def _find(folder: Path) -> Path:
 def _has_mlflow(folder: Path) -> bool:
     files = (file for file in folder.rglob("*") if file.is_file())
     first = next(files, None)
-    return first is not None and bool(_LINE_OF_MLFLOW.match(first.read_text(errors="replace")))
+    return first is not None and _LINE_OF_MLFLOW.fullmatch(_first_line(first)) is not None
+
+
+def _first_line(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.readline(4096).decode("utf-8", errors="replace")
 
 
 def _open_text(path: Path) -> AbstractContextManager[TextIO]:
@@ -117,6 +121,7 @@ def _open_text(path: Path) -> AbstractContextManager[TextIO]:
         path,
         "r",
         encoding="utf-8-sig",
+        errors="replace",
         newline="",
         description=f"Reading {path.name}",
         console=console,
@@ -132,11 +137,15 @@ def _open_csv(path: Path, start: str) -> Log:
         with _open_text(path) as file:
             reader = csv.reader(file, delimiter=delimiter)
             places = [(i, name) for i, name in enumerate(next(reader)) if name in wanted]
-            for row in reader:
-                values = {name: row[i].strip() for i, name in places if i < len(row)}
-                yield f"line {reader.line_num}", values
+            try:
+                for row in reader:
+                    values = {name: row[i].strip() for i, name in places if i < len(row)}
+                    yield f"line {reader.line_num}", values
+            except csv.Error as error:
+                msg = f"{path}, line {reader.line_num}: this isn't CSV: {error}."
+                raise ConfigError(msg) from None
 
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         names = next(csv.reader(file, delimiter=delimiter), [])
     twice = sorted({name for name in names if names.count(name) > 1 and name})
     if twice:

@@ -180,6 +180,7 @@ def test_rows_without_a_step_are_counted(tmp_path):
         ("a.csv", "step,grad_norm\n0,big\n", "line 2: 'grad_norm' is 'big'; allowed: a number"),
         ("a.csv", "step,grad_norm\n0.5,1\n", r"line 2: the step 'step' is '0.5'; allowed: whole"),
         ("a.csv", "step,grad_norm\n0,\n", "'grad_norm' has no values"),
+        ("a.csv", f"step,grad_norm\n0,{'1' * 200_000}\n", "line 2: this isn't CSV: field larger"),
         ("a.csv", "step,x,x\n0,1,1\n", "several columns are named 'x'"),
         ("a.jsonl", '{"format":"gradclip-trace"}\n', "this is a trace already"),
         ("a.jsonl", '{"step": 1}\n{"step"\n', "line 2: this isn't JSON"),
@@ -191,6 +192,12 @@ def test_rows_without_a_step_are_counted(tmp_path):
 def test_what_cannot_be_told_is_refused(tmp_path, name, text, message):
     with pytest.raises(ConfigError, match=message):
         import_log(written(tmp_path / name, text))
+
+
+def test_other_encodings_do_not_matter(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfstep,grad_norm,gr\xf6\xdfe\r\n0,3.5,\xe4\r\n")
+    same(import_log(path).chunk, {0: 3.5})
 
 
 def test_a_misspelt_column_is_answered_with_the_nearest(tmp_path):
