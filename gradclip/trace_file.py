@@ -155,19 +155,21 @@ def _complete(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[dict[st
             raise ConfigError(msg)
         last = step
         done = {"step": step}
-        for name in ("batch", *FLAGS, "per_parameter"):
+        if row.get("batch") is not None:
+            done["batch"] = row["batch"]
+        for name in NUMBERS:
+            value = row.get(name)
+            if value is not None and math.isfinite(value):
+                done[name] = value
+            elif name in row and name != "limit":
+                done[name] = math.nan
+            elif name in row and (value is None or value > 0):
+                done[name] = math.inf
+        for name in (*FLAGS, "per_parameter"):
             if row.get(name) is not None:
                 done[name] = row[name]
-        for name in NUMBERS:
-            if name in row:
-                value = row[name]
-                done[name] = value if value is not None and math.isfinite(value) else math.nan
-        if "limit" in row:
-            done["limit"] = math.inf if row["limit"] is None else row["limit"]
-            if math.isnan(done["limit"]):
-                del done["limit"]
-        if math.isnan(done.get("grad_norm", 0.0)):
-            done.setdefault("finite", False)
+            elif name == "finite" and math.isnan(done.get("grad_norm", 0.0)):
+                done[name] = False
         yield done
 
 
