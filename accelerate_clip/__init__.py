@@ -5,7 +5,8 @@ For transformers' `Trainer`: `GradientClipCallback(policy)`.
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate_clip.clipper import AcceleratorClip, enable
+from accelerate_clip.clipper import AcceleratorClip
+from accelerate_clip.enable import enable
 
 if TYPE_CHECKING:
     from accelerate_clip.trainer import GradientClipCallback

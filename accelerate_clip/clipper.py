@@ -1,10 +1,9 @@
-"""Clipping for an `Accelerator`: its own clip calls and its optimizers' steps use the engine."""
+"""One clipper for each optimizer of an `Accelerator`, and its own clip calls."""
 
 from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,92 +15,27 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module
 
-from accelerate_clip.checkpoint import STATE_FILE, load_clip, save_clip
-from accelerate_clip.engine import EngineClipper, settle_threshold
+from accelerate_clip.checkpoint import STATE_FILE
+from accelerate_clip.engine import EngineClipper
 from accelerate_clip.groups import configs_of, named_parameters
 from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import (
     refuse_lomo,
     refuse_loss_of_several,
     refuse_stale,
-    refuse_unsupported,
-    warn_if_alone,
 )
-from accelerate_clip.report import describe, is_same_rule, report
+from accelerate_clip.report import Clipper, Reporter, describe, is_same_rule
 from accelerate_clip.step import StepClipper, accumulated_norm, unwrapped
 from gradclip import (
     ClipConfig,
     ClipRecord,
     ConfigError,
     GradientClipper,
-    PolicyLike,
-    as_config,
 )
 
-__all__ = ["AcceleratorClip", "enable"]
+__all__ = ["AcceleratorClip"]
 
 _logger = get_logger(__name__)
-
-_Clipper = StepClipper | EngineClipper
-
-
-def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
-    """Clip the gradients of everything this accelerator prepares.
-
-    `accelerator.clip_grad_norm_` and `clip_grad_value_` then apply `policy` instead of their own
-    limit, and a loop that calls neither is clipped before each optimizer step all the same,
-    once per step. `save_state` and `load_state` include the clipping state, and so do the
-    checkpoints of transformers' `Trainer`, if the accelerator is its own.
-
-    Args:
-        accelerator: Before or after `prepare`.
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file.
-
-    Returns:
-        A handle that shows what happened.
-
-    Raises:
-        ConfigError: If the policy isn't valid, or clipping is enabled already.
-        LayoutError: If the accelerator uses Megatron-LM or XLA, or DeepSpeed in a way that can't be
-            clipped exactly.
-
-    Example:
-        >>> from accelerate import Accelerator
-        >>> from gradclip import ClipByNorm
-        >>> accelerator = Accelerator(cpu=True)
-        >>> clip = enable(accelerator, ClipByNorm(max_norm=1.0))
-        >>> model = torch.nn.Linear(2, 1)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> model, optimizer = accelerator.prepare(model, optimizer)
-        >>> accelerator.backward(model(torch.full((1, 2), 30.0)).sum())
-        >>> optimizer.step()
-        >>> bool(clip.last_record.clipped), round(float(clip.last_record.clipped_norm), 4)
-        (True, 1.0)
-    """
-    if isinstance(getattr(accelerator, "gradient_clip", None), AcceleratorClip):
-        msg = (
-            "accelerate_clip.enable: clipping is enabled on this Accelerator already (by an "
-            "earlier call, or by accelerate-clip launch); allowed: once. Remove one of them; "
-            "accelerator.gradient_clip is what the first one returned."
-        )
-        raise ConfigError(msg)
-    config = as_config(policy)
-    refuse_unsupported(accelerator)
-    settle_threshold(accelerator)
-    warn_if_alone(accelerator)
-    clip = AcceleratorClip(accelerator, config)
-    accelerator.gradient_clip = clip
-    accelerator.clip_grad_norm_ = clip.clip_grad_norm_
-    accelerator.clip_grad_value_ = clip.clip_grad_value_
-    each_node = accelerator.project_configuration.save_on_each_node
-    accelerator.register_save_state_pre_hook(lambda *call: save_clip(clip, call[-1], each_node))
-    accelerator.register_load_state_pre_hook(lambda *call: load_clip(clip, call[-1]))
-    if "transformers.trainer" in sys.modules:
-        from accelerate_clip.trainer import follow_trainers
-
-        follow_trainers()
-    return clip
 
 
 class AcceleratorClip:
@@ -115,13 +49,15 @@ class AcceleratorClip:
     def __init__(self, accelerator: Accelerator, config: ClipConfig) -> None:
         self.config = config
         self._accelerator = accelerator
-        self._clippers: list[_Clipper] = []
+        self._clippers: list[Clipper] = []
+        self._reporter = Reporter(accelerator, config)
         self._last_record: ClipRecord | None = None
         self._said: set[str] = set()
         self._watched = False
         self._preparing = 0
         self._adopt()
         accelerator.backward = self._watch(accelerator.backward)
+        accelerator.end_training = self._report_before(accelerator.end_training)
         accelerator.prepare = self._adopt_after(accelerator.prepare)
         accelerator.prepare_optimizer = self._adopt_after(accelerator.prepare_optimizer)
 
@@ -212,10 +148,23 @@ class AcceleratorClip:
             clipper.steps = count
             clipper.expect_new()
 
+    def flush(self) -> dict[str, float]:
+        """What to log of the steps since the last call: see `gradclip.GradientClipper.flush`.
+
+        With several optimizers each key ends in `/optimizer<index>`. Where the accelerator has
+        trackers, they get it every `log.every_n_steps` (10) steps, which is such a call.
+        """
+        return self._reporter.metrics()
+
+    def place_record(self, folder: str) -> None:
+        """Where the flight record goes, unless the accelerator has a folder of its own."""
+        self._reporter.follow(self._clippers, folder)
+
     def detach(self) -> None:
         """Stop clipping what is prepared now."""
         for clipper in self._clippers:
             clipper.detach()
+            clipper.recorder.close()
 
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)
@@ -242,7 +191,7 @@ class AcceleratorClip:
             return norms[0]
         return torch.linalg.vector_norm(torch.stack(norms), records[0].norm_type)
 
-    def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[_Clipper]:
+    def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[Clipper]:
         listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         # By identity: comparing tensors would compare their elements.
         asked = {id(parameter) for parameter in listed}
@@ -270,7 +219,7 @@ class AcceleratorClip:
             before[key].detach()  # first, as the same optimizer may be prepared anew
         self._clippers = [c for c in self._clippers if id(c.prepared) in map(id, optimizers)]
         configs = configs_of(self.config, models, [unwrapped(o) for o in optimizers])
-        now: list[_Clipper] = []
+        now: list[Clipper] = []
         try:
             for prepared, config in zip(optimizers, configs, strict=True):
                 known = before.get(id(prepared))
@@ -282,10 +231,11 @@ class AcceleratorClip:
                     clipper.detach()
             raise
         self._clippers = now
+        self._reporter.follow(now)
 
     def _build(
         self, config: ClipConfig, prepared: AcceleratedOptimizer, models: list[Module]
-    ) -> _Clipper:
+    ) -> Clipper:
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
             return EngineClipper(config, self._accelerator, prepared, self._after_step)
         named = named_parameters(models, prepared)
@@ -330,12 +280,17 @@ class AcceleratorClip:
 
         return backward_and_watch
 
-    def _after_step(self, clipper: _Clipper) -> None:
+    def _after_step(self, clipper: Clipper) -> None:
         self._last_record = clipper.last_record
-        index = self._clippers.index(clipper) if len(self._clippers) > 1 else None
-        every = self.config.log.every_n_steps or 10
-        if clipper.last_record is not None and clipper.steps % every == 0:
-            report(self._accelerator, clipper.last_record, clipper.steps, index)
+        self._reporter.step(clipper)
+
+    def _report_before(self, end_training: Callable[[], Any]) -> Callable[[], Any]:
+        @functools.wraps(end_training)
+        def report_and_end() -> Any:
+            self._reporter.end()
+            return end_training()
+
+        return report_and_end
 
     def _say(self, what: str, text: str) -> None:
         if what not in self._said:

@@ -50,6 +50,7 @@ class EngineClipper(GradientClipper):
         self.steps = 0
         self._on_step = on_step
         self._seen: ClipRecord | None = None
+        self._batches = 0
         try:
             self._handle = self.attach(engine)
         except ConfigError as error:
@@ -90,6 +91,7 @@ class EngineClipper(GradientClipper):
 
     def before_backward(self, loss: Tensor | None) -> Versions | None:
         """Observe the loss; nothing else to remember."""
+        self.batch, self._batches = self._batches, self._batches + 1
         if loss is not None:
             self.observe_loss(loss)
         return None

@@ -2,40 +2,82 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from accelerate import Accelerator
 
-from gradclip import ClipByNorm, ClipConfig, ClipRecord
+from accelerate_clip.engine import EngineClipper
+from accelerate_clip.step import StepClipper
+from gradclip import ClipByNorm, ClipConfig
 
-__all__ = ["describe", "is_same_rule", "read", "report"]
+__all__ = ["Reporter", "describe", "is_same_rule"]
 
-
-def report(accelerator: Accelerator, record: ClipRecord, step: int, index: int | None) -> None:
-    """Give a record to the accelerator's trackers.
-
-    Args:
-        accelerator: Nothing is read or logged unless its trackers are initialised.
-        record: Of the step.
-        step: Steps of this optimizer so far, from 1.
-        index: Which optimizer, if there are several.
-    """
-    if not accelerator.trackers:
-        return
-    accelerator.log(read(record, index), step=step)
+Clipper = StepClipper | EngineClipper
 
 
-def read(record: ClipRecord, index: int | None) -> dict[str, float]:
-    """A record's metrics on the host.
+class Reporter:
+    """Gives what clippers did to the accelerator's trackers, and places the flight record.
+
+    Nothing is read between two entries, nor unless trackers are initialised.
 
     Args:
-        record: Of a step.
-        index: Which optimizer, if there are several; keys then end in `/optimizer<index>`.
+        accelerator: Whose trackers.
+        config: How often, and what.
     """
-    metrics = record.as_metrics()
-    suffix = "" if index is None else f"/optimizer{index}"
-    # One copy from the device for all of them.
-    values = torch.stack(list(metrics.values())).tolist()
-    return {f"{key}{suffix}": value for key, value in zip(metrics, values, strict=True)}
+
+    def __init__(self, accelerator: Accelerator, config: ClipConfig) -> None:
+        self._accelerator = accelerator
+        self._log = config.log
+        self._folder = accelerator.logging_dir or accelerator.project_dir
+        self._clippers: Sequence[Clipper] = ()
+
+    def follow(self, clippers: Sequence[Clipper], folder: str | None = None) -> None:
+        """Report these from now on.
+
+        Args:
+            clippers: One for each optimizer.
+            folder: Where the flight record goes if the accelerator has no folder of its own.
+        """
+        self._clippers = clippers
+        self._folder = self._folder or folder
+        for index, clipper in enumerate(clippers):
+            clipper.recorder.folder = Path(self._folder or ".")
+            clipper.recorder.tag = f".optimizer{index}" if len(clippers) > 1 else ""
+
+    def step(self, clipper: Clipper) -> None:
+        """Give an entry to the trackers if this step makes it due."""
+        if clipper.steps % (self._log.every_n_steps or 10) == 0:
+            self._give(clipper)
+
+    def end(self) -> None:
+        """Give what no entry holds yet, and write the flight record."""
+        for clipper in self._clippers:
+            self._give(clipper)
+            clipper.recorder.close()
+
+    def metrics(self) -> dict[str, float]:
+        """Those of the steps since the last call, of every optimizer."""
+        found = [self._named(clipper, clipper.flush()) for clipper in self._clippers]
+        return {key: value for metrics in found for key, value in metrics.items()}
+
+    def _give(self, clipper: Clipper) -> None:
+        trackers = self._accelerator.trackers
+        if not trackers:
+            return
+        metrics = self._named(clipper, clipper.flush())
+        if metrics:
+            self._accelerator.log(metrics, step=clipper.steps)
+        if self._log.histograms:
+            [key] = self._named(clipper, {"clip/grad_norm_histogram": 0.0})
+            for tracker in trackers:
+                clipper.recorder.give_histogram(tracker.tracker, key, clipper.steps)
+
+    def _named(self, clipper: Clipper, metrics: Mapping[str, float]) -> dict[str, float]:
+        if len(self._clippers) == 1:
+            return dict(metrics)
+        index = self._clippers.index(clipper)
+        return {f"{key}/optimizer{index}": value for key, value in metrics.items()}
 
 
 def describe(config: ClipConfig) -> str:

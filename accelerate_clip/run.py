@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from accelerate_clip.clipper import enable
+from accelerate_clip.enable import enable
 from gradclip import ClipConfig, ConfigError, as_config
 
 __all__ = ["CONFIG_VARIABLE", "config_from_environment", "enable_on_creation", "main"]

@@ -61,7 +61,7 @@ class StepClipper(GradientClipper):
         self.steps = 0
         self._on_step = on_step
         self._done = False
-        self._backwards = 0
+        self._backwards = self._batches = 0
         self._clipped_in_step: bool | None = None
         self._held: Tensor | bool | None = None
         self._unscaled: Any = None
@@ -120,6 +120,7 @@ class StepClipper(GradientClipper):
 
     def before_backward(self, loss: Tensor | None) -> Versions | None:
         """Observe the loss. What `after_backward` needs; None while nothing is clipped yet."""
+        self.batch, self._batches = self._batches, self._batches + 1
         if self.watches_loss and loss is not None:
             # A scaler may have left a step out, whose losses are still waiting.
             self.observe_loss(loss, first=all(p.grad is None for p in self.parameters))

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
 from accelerate_clip.checkpoint import load_clip, save_clip
-from accelerate_clip.clipper import AcceleratorClip, enable
+from accelerate_clip.clipper import AcceleratorClip
+from accelerate_clip.enable import enable
 from accelerate_clip.private import around_trainers, prepared_optimizers
-from accelerate_clip.report import read
 from gradclip import ConfigError, PolicyLike, as_config
 
 __all__ = ["GradientClipCallback", "follow_trainers"]
@@ -96,18 +96,18 @@ def _bind(trainer: Trainer) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, GradientClipCallback):
             callback.bind(trainer)
+    clip = _clip_of(trainer)
+    if clip is not None:
+        clip.place_record(trainer.args.output_dir)
 
 
 def _log(trainer: Trainer, logs: dict[str, Any]) -> None:
-    """Add the last step's metrics to its logs. Reads the device, which the Trainer just did."""
+    """Add the metrics of the steps since its last log, reading the device as it just did."""
     clip = _clip_of(trainer)
     # Only the logs of training steps hold it; not those of an evaluation, or the summary.
     if clip is None or "grad_norm" not in logs:
         return
-    several = len(clip.clippers) > 1
-    for index, clipper in enumerate(clip.clippers):
-        if clipper.last_record is not None:
-            logs.update(read(clipper.last_record, index if several else None))
+    logs.update(clip.flush())
     # trainer_state.json would hold NaN and Infinity, which aren't JSON.
     for key in [key for key in logs if key == "grad_norm" or key.startswith("clip/")]:
         if not math.isfinite(logs[key]):

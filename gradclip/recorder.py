@@ -151,6 +151,21 @@ class Recorder:
         self._window = Window(self._window.names, keeps=self._config.log.histograms)
         return metrics
 
+    def give_histogram(self, writer: Any, key: str, step: int) -> None:
+        """Give `norms` to what has histograms; anything else is left alone.
+
+        Args:
+            writer: TensorBoard's `SummaryWriter`, or a W&B run.
+            key: Under which name.
+            step: At which step.
+        """
+        if self.norms and hasattr(writer, "add_histogram"):
+            writer.add_histogram(key, torch.tensor(self.norms), step)
+        elif self.norms and type(writer).__module__.startswith("wandb"):
+            import wandb
+
+            writer.log({key: wandb.Histogram(self.norms)}, commit=False)
+
     def write(self, path: str | Path | None = None) -> Path | None:
         """Write the flight record: the last steps, and the worst ones with every parameter's norm.
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from gradclip import ClipRecord, GradientClipper
 from lightning_clip.framework import LightningModule, Trainer, logger_step, logs_in_step
@@ -105,21 +102,9 @@ class Reporter:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
             if self._histograms:
-                _histogram(logger, "clip/grad_norm_histogram" + suffix, clipper, step)
+                key = "clip/grad_norm_histogram" + suffix
+                clipper.recorder.give_histogram(logger.experiment, key, step)
             logger.save()
 
     def _suffix(self, index: int) -> str:
         return f"/optimizer{index}" if len(self._clippers) > 1 else ""
-
-
-def _histogram(logger: Any, key: str, clipper: GradientClipper, step: int) -> None:
-    """Give the norms of the last steps to TensorBoard or W&B; other loggers have none."""
-    norms, experiment = clipper.recorder.norms, logger.experiment
-    if not norms:
-        return
-    if hasattr(experiment, "add_histogram"):
-        experiment.add_histogram(key, torch.tensor(norms), step)
-    elif type(experiment).__module__.startswith("wandb"):
-        import wandb
-
-        experiment.log({key: wandb.Histogram(norms)}, commit=False)

@@ -7,12 +7,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accelerate_clip
 from accelerate_clip.report import describe
-from gradclip import ClipByNorm, ClipConfig, GroupConfig, LogConfig, ZClip
+from gradclip import ClipByNorm, ClipConfig, GroupConfig, LogConfig, RecorderConfig, ZClip
 
 
 class FileTracker(GeneralTracker):
@@ -39,9 +40,9 @@ def gradient(model, inputs):
     return math.hypot(float((error.T @ x).norm()), float(error.sum(0).norm()))
 
 
-def run(path, config, steps, init=True):
-    accelerator = Accelerator(cpu=True, log_with=FileTracker(path))
-    accelerate_clip.enable(accelerator, config)
+def run(tracker, config, steps, init=True, end=False, **options):
+    accelerator = Accelerator(cpu=True, log_with=tracker, **options)
+    clip = accelerate_clip.enable(accelerator, config)
     if init:
         accelerator.init_trackers("run")
     torch.manual_seed(0)
@@ -54,39 +55,76 @@ def run(path, config, steps, init=True):
         opt.zero_grad()
         accelerator.backward(model(inputs).square().mean())
         opt.step()
-    return norms
+    if end:
+        accelerator.end_training()
+    return clip, norms
 
 
-def test_values_steps_and_cadence(tmp_path):
+def expected(norms, first, stop):
+    """Every metric of the steps between two entries."""
+    window = norms[first:stop]
+    coefs = [1.5 / (norm + 1e-6) if norm > 1.5 else 1.0 for norm in window]
+    clipped = sum(norm > 1.5 for norm in window)
+    mean = len(window)
+    return {
+        "clip/grad_norm": sum(window) / mean,
+        "clip/grad_norm_max": max(window),
+        "clip/limit": 1.5,
+        "clip/coef": sum(coefs) / mean,
+        "clip/clipped_norm": sum(n * c for n, c in zip(window, coefs, strict=True)) / mean,
+        "clip/clipped": clipped,
+        "clip/skipped": 0.0,
+        "clip/nonfinite": 0.0,
+        "clip/clip_rate": sum(norm > 1.5 for norm in norms[:stop]) / stop,
+        "clip/clip_rate_window": clipped / mean,
+    }
+
+
+CONFIG = ClipConfig(policies=[ClipByNorm(max_norm=1.5)], log=LogConfig(every_n_steps=3))
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_an_entry_holds_the_steps_since_the_last(tmp_path, end):
     file = tmp_path / "log"
-    config = ClipConfig(policies=[ClipByNorm(max_norm=1.5)], log=LogConfig(every_n_steps=3))
-    norms = run(file, config, 10)
+    _, norms = run(FileTracker(file), CONFIG, 100, end=end)
     assert min(norms) < 1.5 < max(norms)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6, 9]
+    assert [line["step"] for line in lines] == [*range(3, 100, 3), *([100] if end else [])]
+    first = 0
     for line in lines:
-        norm = norms[line["step"] - 1]
-        clipped = norm > 1.5
-        rate = sum(n > 1.5 for n in norms[: line["step"]]) / line["step"]
-        coef = 1.5 / (norm + 1e-6) if clipped else 1.0
-        assert line["clip/grad_norm"] == pytest.approx(norm, rel=1e-5)
-        assert line["clip/limit"] == 1.5
-        assert line["clip/coef"] == pytest.approx(coef, rel=1e-5)
-        assert line["clip/clipped_norm"] == pytest.approx(norm * coef, rel=1e-5)
-        assert line["clip/clipped"] == clipped
-        assert line["clip/skipped"] == 0.0
-        assert line["clip/clip_rate"] == pytest.approx(rate)
+        stop = line.pop("step")
+        assert line == pytest.approx(expected(norms, first, stop), rel=1e-5)
+        first = stop
+
+
+def test_tensorboard_reads_them_back_with_histograms_and_the_flight_record_beside(tmp_path):
+    config = CONFIG.model_copy(
+        update={"log": LogConfig(every_n_steps=10, histograms=True), "recorder": RecorderConfig()}
+    )
+    _, norms = run("tensorboard", config, 100, end=True, project_dir=tmp_path)
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0})
+    events.Reload()
+    for first in range(0, 100, 10):
+        for key, value in expected(norms, first, first + 10).items():
+            [written] = [e.value for e in events.Scalars(key) if e.step == first + 10]
+            assert written == pytest.approx(value, rel=1e-5)
+    counts = [e.histogram_value.num for e in events.Histograms("clip/grad_norm_histogram")]
+    assert counts == [10] * 10
+    _, *rows = (tmp_path / "gradclip.trace.jsonl").read_text().splitlines()
+    for row, norm in zip(map(json.loads, rows), norms, strict=True):
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert row["batch"] == row["step"]
 
 
 def test_every_tenth_step_unless_told_otherwise(tmp_path):
-    run(tmp_path / "log", ClipByNorm(max_norm=1.5), 21)
+    run(FileTracker(tmp_path / "log"), ClipByNorm(max_norm=1.5), 21)
     lines = (tmp_path / "log").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [10, 20]
 
 
 def test_nothing_without_trackers(tmp_path):
     config = ClipConfig(policies=[ClipByNorm(max_norm=1.5)], log=LogConfig(every_n_steps=1))
-    run(tmp_path / "log", config, 2, init=False)
+    run(FileTracker(tmp_path / "log"), config, 2, init=False)
     assert not (tmp_path / "log").exists()
 
 

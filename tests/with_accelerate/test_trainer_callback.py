@@ -24,7 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 ZCLIP = {"type": "zclip", "warmup_steps": 2, "decay": 0.5, "z_threshold": 0.1, "max_norm": None}
 CONFIG = {"policies": [ZCLIP, {"type": "norm", "max_norm": 5.0}]}
-KEYS = {"grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "clip_rate"}
+KEYS = {"grad_norm", "grad_norm_max", "limit", "coef", "clipped_norm"} | {
+    *("clipped", "skipped", "nonfinite", "clip_rate", "clip_rate_window")
+}
 ZERO = {
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
     "gradient_clipping": "auto",

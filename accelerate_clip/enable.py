@@ -1,0 +1,74 @@
+"""Turn clipping on for an `Accelerator`."""
+
+from __future__ import annotations
+
+import sys
+
+from accelerate import Accelerator
+
+from accelerate_clip.checkpoint import load_clip, save_clip
+from accelerate_clip.clipper import AcceleratorClip
+from accelerate_clip.engine import settle_threshold
+from accelerate_clip.refuse import refuse_unsupported, warn_if_alone
+from gradclip import ConfigError, PolicyLike, as_config
+
+__all__ = ["enable"]
+
+
+def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
+    """Clip the gradients of everything this accelerator prepares.
+
+    `accelerator.clip_grad_norm_` and `clip_grad_value_` then apply `policy` instead of their own
+    limit, and a loop that calls neither is clipped before each optimizer step all the same,
+    once per step. `save_state` and `load_state` include the clipping state, and so do the
+    checkpoints of transformers' `Trainer`, if the accelerator is its own.
+
+    Args:
+        accelerator: Before or after `prepare`.
+        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
+            path of a YAML file.
+
+    Returns:
+        A handle that shows what happened.
+
+    Raises:
+        ConfigError: If the policy isn't valid, or clipping is enabled already.
+        LayoutError: If the accelerator uses Megatron-LM or XLA, or DeepSpeed in a way that can't be
+            clipped exactly.
+
+    Example:
+        >>> from accelerate import Accelerator
+        >>> from gradclip import ClipByNorm
+        >>> accelerator = Accelerator(cpu=True)
+        >>> clip = enable(accelerator, ClipByNorm(max_norm=1.0))
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model, optimizer = accelerator.prepare(model, optimizer)
+        >>> accelerator.backward(model(torch.full((1, 2), 30.0)).sum())
+        >>> optimizer.step()
+        >>> bool(clip.last_record.clipped), round(float(clip.last_record.clipped_norm), 4)
+        (True, 1.0)
+    """
+    if isinstance(getattr(accelerator, "gradient_clip", None), AcceleratorClip):
+        msg = (
+            "accelerate_clip.enable: clipping is enabled on this Accelerator already (by an "
+            "earlier call, or by accelerate-clip launch); allowed: once. Remove one of them; "
+            "accelerator.gradient_clip is what the first one returned."
+        )
+        raise ConfigError(msg)
+    config = as_config(policy)
+    refuse_unsupported(accelerator)
+    settle_threshold(accelerator)
+    warn_if_alone(accelerator)
+    clip = AcceleratorClip(accelerator, config)
+    accelerator.gradient_clip = clip
+    accelerator.clip_grad_norm_ = clip.clip_grad_norm_
+    accelerator.clip_grad_value_ = clip.clip_grad_value_
+    each_node = accelerator.project_configuration.save_on_each_node
+    accelerator.register_save_state_pre_hook(lambda *call: save_clip(clip, call[-1], each_node))
+    accelerator.register_load_state_pre_hook(lambda *call: load_clip(clip, call[-1]))
+    if "transformers.trainer" in sys.modules:
+        from accelerate_clip.trainer import follow_trainers
+
+        follow_trainers()
+    return clip
