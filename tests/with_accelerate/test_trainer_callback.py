@@ -199,6 +199,24 @@ def test_a_limit_of_infinity_is_left_out(tmp_path):
     json.dumps(trainer.state.log_history, allow_nan=False)
 
 
+def test_a_log_holds_the_steps_since_the_last_and_the_flight_record_is_in_the_output(
+    tmp_path, want
+):
+    config = {**CONFIG, "recorder": {}}
+    trainer, callback = made(tmp_path, config, logging_steps=3, gradient_accumulation_steps=2)
+    trainer.train()
+    for row, three in zip(rows_of(trainer), (want[:3], want[3:]), strict=True):
+        norms = [one["clip/grad_norm"] for one in three]
+        assert row["clip/grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-5)
+        assert row["clip/grad_norm_max"] == pytest.approx(max(norms), rel=1e-5)
+        assert row["clip/clipped"] == sum(one["clip/clipped"] for one in three)
+        assert row["clip/clip_rate"] == pytest.approx(three[-1]["clip/clip_rate"])
+    callback.clip.detach()
+    _, *steps = map(json.loads, (tmp_path / "gradclip.trace.jsonl").read_text().splitlines())
+    assert [step["batch"] for step in steps] == [1, 3, 5, 7, 9, 11]
+    assert all("transformer.wte.weight" in step["per_parameter"] for step in steps)
+
+
 def test_each_parameters_norm_where_asked_for(tmp_path):
     trainer, _ = made(tmp_path, {**CONFIG, "log": {"per_parameter": True}})
     trainer.train()
