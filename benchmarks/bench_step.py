@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn import Parameter
 
-from gradclip import ClipByNorm, ClipConfig, GradientClipper
+from gradclip import ClipByNorm, ClipConfig, GradientClipper, RecorderConfig
 
 
 def gpt2_small() -> list[torch.Size]:
@@ -114,6 +117,43 @@ def compare_fold(shapes: list[torch.Size], clips: bool, repeats: int) -> tuple[f
     return alternate(*runs, lambda: [restore() for restore in restores], repeats)
 
 
+def compare_recorded(
+    shapes: list[torch.Size], repeats: int, warm: int = 1000
+) -> tuple[float, float, float]:
+    """A step with the flight recorder and a log entry every ten, against one with neither.
+
+    After so many steps that few are still among the worst; norms vary from step to step.
+    """
+    params = parameters(shapes, torch.float32)
+    named = [(str(i), p) for i, p in enumerate(params)]
+    policy = ClipByNorm(max_norm=1e6)
+    plain = GradientClipper(policy, named)
+    recorded = GradientClipper(ClipConfig(policies=[policy], recorder=RecorderConfig()), named)
+    generator = torch.Generator().manual_seed(0)
+
+    def vary() -> None:
+        largest = max(params, key=Parameter.numel).grad
+        assert largest is not None
+        largest.view(-1)[:1000].normal_(generator=generator)
+
+    for _ in range(warm):
+        vary()
+        recorded.clip()
+
+    def ten(clipper: GradientClipper, *, flushes: bool) -> None:
+        for _ in range(10):
+            clipper.clip()
+        if flushes:
+            clipper.flush()
+
+    runs = (partial(ten, recorded, flushes=True), partial(ten, plain, flushes=False))
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.recorder.folder = Path(folder)
+        found = alternate(*runs, vary, repeats)
+        recorded.recorder.close()
+    return found
+
+
 def print_heads(other: str = "torch") -> None:
     heads = ("gradients", "clips", "ratio", "ours ms", f"{other} ms", "aim")
     print("{:32s} {:>6s} {:>7s} {:>9s} {:>9s} {:>6s}".format(*heads))
@@ -158,6 +198,15 @@ def main() -> None:
             name_of = f"{name}, with fused AdamW"
             rows.append({"gradients": name_of, "clips": clips, "ratio": found[0], "aim": None})
             print_row(name_of, clips, found, None)
+    print_heads("neither")
+    for name, shapes, warm in (
+        ("GPT-2 small", gpt2_small(), 100),
+        ("2000 x 64", many_small(), 5000),
+    ):
+        found = compare_recorded(shapes, options.repeats, warm)
+        name_of = f"{name}, recorder, entries"
+        rows.append({"gradients": name_of, "clips": False, "ratio": found[0], "aim": 1.05})
+        print_row(name_of, False, found, 1.05)
     write_json(rows, options.json)
 
 
