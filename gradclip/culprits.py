@@ -48,4 +48,6 @@ def not_finite(per_parameter: Mapping[str, float]) -> list[str]:
         >>> not_finite({"embed": math.nan, "body": math.nan, "head": 1.0})
         ['body', 'embed']
     """
-    return [name for name, norm in reversed(per_parameter.items()) if not math.isfinite(norm)]
+    return [
+        name for name in reversed(list(per_parameter)) if not math.isfinite(per_parameter[name])
+    ]

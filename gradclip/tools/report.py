@@ -1,0 +1,244 @@
+"""What clipping did in a run: how often, to which steps, and who made them large."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradclip.culprits import not_finite, shares
+from gradclip.tools.charts import Counts, Steps
+from gradclip.tools.curves import Curve, CurveBuilder, Thinned
+from gradclip.tools.imports import import_log
+from gradclip.tools.trace import Chunk, Trace, TraceHeader
+from gradclip.trace_file import FORMAT
+
+__all__ = ["Report", "Run", "Spike", "open_run", "summarize"]
+
+MOST_SPIKES = 12
+MOST_MARKS = 5000
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Attributes:
+        path: The file that was read.
+        header: Of the trace, or of the trace that a log gives.
+        chunks: The steps, to be read once.
+        size: Bytes that `Chunk.bytes_read` counts up to.
+        notes: What a reader should know.
+    """
+
+    path: Path
+    header: TraceHeader
+    chunks: Iterable[Chunk]
+    size: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step worth a look.
+
+    Attributes:
+        step: The optimizer step.
+        batch: The batch or micro-batch; None if unknown.
+        grad_norm: Before clipping; NaN if not finite.
+        limit: Infinity if there was none, NaN if unknown.
+        coef: What gradients were multiplied by; NaN if unknown.
+        clipped: Whether they were changed.
+        skipped: Whether the step was withheld.
+        finite: Whether all gradients were finite.
+        shares: Parameters and their shares of the norm, largest first; empty if unknown.
+        not_finite: Parameters that weren't finite, nearest the loss first.
+    """
+
+    step: int
+    batch: int | None
+    grad_norm: float
+    limit: float
+    coef: float
+    clipped: bool
+    skipped: bool
+    finite: bool
+    shares: tuple[tuple[str, float], ...]
+    not_finite: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run in short, of a size that doesn't depend on its length.
+
+    Attributes:
+        run: What was read.
+        first: Number of the first step.
+        last: Number of the last step.
+        counts: Steps that were read, and how many of them were clipped and withheld.
+        nonfinite: How many were not finite.
+        columns: What the trace gives; see `Chunk.columns`.
+        norm: The norm before clipping.
+        limit: The limit.
+        loss: The loss.
+        clipped_steps: Int64; where there are many, evenly chosen of them.
+        skipped_steps: Int64, likewise.
+        nonfinite_steps: Int64, likewise.
+        worst: Steps with the largest norms, largest first.
+        broken: The first steps that were not finite.
+    """
+
+    run: Run
+    first: int
+    last: int
+    counts: Counts
+    nonfinite: int
+    columns: frozenset[str]
+    norm: Curve
+    limit: Curve
+    loss: Curve
+    clipped_steps: Steps
+    skipped_steps: Steps
+    nonfinite_steps: Steps
+    worst: tuple[Spike, ...]
+    broken: tuple[Spike, ...]
+
+
+def open_run(path: Path) -> Run:
+    """Find what a run left behind.
+
+    Args:
+        path: A trace; a folder, in which the newest trace is taken; or a log, or a folder with
+            one, that `gradclip import` understands.
+
+    Raises:
+        ConfigError: If there is neither, or it can't be read.
+    """
+    traces = [path] if path.is_file() else [*path.rglob("*.jsonl"), *path.rglob("*.parquet")]
+    traces = [found for found in traces if _is_trace(found)]
+    if traces:
+        trace = Trace.open(max(traces, key=lambda found: found.stat().st_mtime_ns))
+        others = (f"The newest of {len(traces)} traces in {path}.",) if len(traces) > 1 else ()
+        return Run(trace.path, trace.header, trace.chunks(), trace.size_hint, others)
+    log = import_log(path)
+    return Run(path, log.header, [log.chunk], log.chunk.bytes_read, tuple(log.notes))
+
+
+def _is_trace(path: Path) -> bool:
+    """Without reading more than its head, or of a Parquet file its foot, which names its kind."""
+    name, most = FORMAT.encode(), 1 << 20
+    with path.open("rb") as file:
+        if path.suffix == ".parquet":
+            file.seek(max(0, path.stat().st_size - most))
+            return name in file.read(most)
+        return name in file.read(1000)
+
+
+def summarize(run: Run, progress: Callable[[int], None] | None = None) -> Report | None:
+    """Read a run once, in memory that doesn't grow with it.
+
+    Args:
+        run: What to read.
+        progress: Called with the bytes read so far.
+
+    Returns:
+        None if the run has no step.
+    """
+    norm, limit, loss = (CurveBuilder(name) for name in ("gradient norm", "limit", "loss"))
+    marks = [Thinned(MOST_MARKS, np.int64) for _ in range(3)]
+    totals = np.zeros(4, dtype=np.int64)
+    columns: set[str] = set()
+    spikes = _Spikes(run.header.norm_type)
+    first = last = -1
+    for chunk in map(_with_clipped, run.chunks):
+        if progress is not None:
+            progress(chunk.bytes_read)
+        if not len(chunk):
+            continue
+        first, last = int(chunk.step[0]) if first < 0 else first, int(chunk.step[-1])
+        columns |= chunk.columns
+        for curve, values in ((norm, chunk.grad_norm), (limit, chunk.limit), (loss, chunk.loss)):
+            curve.add(chunk.step, values)
+        happened = (chunk.clipped, chunk.skipped, ~chunk.finite)
+        for mark, which in zip(marks, happened, strict=True):
+            mark.add(chunk.step[which])
+        totals += [len(chunk), *(int(which.sum()) for which in happened)]
+        spikes.add(chunk)
+    if first < 0:
+        return None
+    steps, clipped, skipped, nonfinite = totals.tolist()
+    clipped_steps, skipped_steps, nonfinite_steps = (mark.values for mark in marks)
+    return Report(
+        run=run,
+        first=first,
+        last=last,
+        counts=Counts(steps, clipped, skipped),
+        nonfinite=nonfinite,
+        columns=frozenset(columns),
+        norm=norm.curve(),
+        limit=limit.curve(),
+        loss=loss.curve(),
+        clipped_steps=clipped_steps,
+        skipped_steps=skipped_steps,
+        nonfinite_steps=nonfinite_steps,
+        worst=spikes.worst(),
+        broken=tuple(spikes.broken),
+    )
+
+
+def _with_clipped(chunk: Chunk) -> Chunk:
+    """Where a log has norms and limits only, those above were clipped."""
+    if "clipped" in chunk.columns or "limit" not in chunk.columns:
+        return chunk
+    clipped = (chunk.grad_norm > chunk.limit) & ~chunk.skipped
+    return replace(chunk, clipped=clipped, columns=chunk.columns | {"clipped"})
+
+
+class _Spikes:
+    """The largest norms so far, and the largest of those whose parameters are known."""
+
+    def __init__(self, norm_type: float) -> None:
+        self._norm_type = norm_type
+        self._all: list[tuple[float, int, Spike]] = []
+        self._named: list[tuple[float, int, Spike]] = []
+        self.broken: list[Spike] = []
+
+    def add(self, chunk: Chunk) -> None:
+        ranked = np.where(np.isfinite(chunk.grad_norm), chunk.grad_norm, -math.inf)
+        named = np.flatnonzero(np.isin(chunk.step, list(chunk.per_parameter)))
+        self._keep(self._all, chunk, np.argsort(ranked)[-MOST_SPIKES:])
+        self._keep(self._named, chunk, named[np.argsort(ranked[named])][-MOST_SPIKES:])
+        room = MOST_SPIKES - len(self.broken)
+        self.broken += [self._spike(chunk, i) for i in np.flatnonzero(~chunk.finite)[:room]]
+
+    def worst(self) -> tuple[Spike, ...]:
+        found = {step: spike for _, step, spike in self._all + self._named}
+        return tuple(sorted(found.values(), key=lambda spike: -spike.grad_norm))
+
+    def _keep(
+        self, kept: list[tuple[float, int, Spike]], chunk: Chunk, places: NDArray[np.intp]
+    ) -> None:
+        spikes = (self._spike(chunk, place) for place in places if chunk.finite[place])
+        new = [(s.grad_norm, s.step, s) for s in spikes if not math.isnan(s.grad_norm)]
+        kept[:] = heapq.nlargest(MOST_SPIKES, kept + new, key=lambda one: one[0])
+
+    def _spike(self, chunk: Chunk, place: np.intp) -> Spike:
+        step, batch = int(chunk.step[place]), int(chunk.batch[place])
+        norms: Mapping[str, float] = chunk.per_parameter.get(step, {})
+        return Spike(
+            step=step,
+            batch=None if batch < 0 else batch,
+            grad_norm=float(chunk.grad_norm[place]),
+            limit=float(chunk.limit[place]),
+            coef=float(chunk.coef[place]),
+            clipped=bool(chunk.clipped[place]),
+            skipped=bool(chunk.skipped[place]),
+            finite=bool(chunk.finite[place]),
+            shares=tuple(shares(norms, self._norm_type)),
+            not_finite=tuple(not_finite(norms)),
+        )

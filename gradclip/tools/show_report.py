@@ -1,0 +1,214 @@
+"""A report as JSON, as text for a terminal, and as a page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gradclip.tools.figure import Note, draw_figure
+from gradclip.tools.page import write_page
+from gradclip.tools.report import Report, Spike
+
+__all__ = ["as_json", "as_text", "write_report"]
+
+SHOWN_PARAMETERS = 5
+
+
+def as_json(report: Report, page: Path) -> str:
+    """Everything but the curves, for machines; null is what is unknown, or not finite."""
+    counts, header = report.counts, report.run.header
+    content = {
+        "run": str(report.run.path),
+        "page": str(page),
+        "notes": list(report.run.notes),
+        "norm_type": header.norm_type,
+        "first_step": report.first,
+        "last_step": report.last,
+        "steps": counts.steps,
+        "clipped": counts.clipped if "clipped" in report.columns else None,
+        "clip_rate": _rate(report),
+        "skipped": counts.skipped,
+        "nonfinite": report.nonfinite,
+        "whole_run": header.counts,
+        "worst": [_spike_as_dict(spike) for spike in report.worst],
+        "not_finite": [_spike_as_dict(spike) for spike in report.broken],
+    }
+    return json.dumps(_without_nan(content), indent=2, allow_nan=False)
+
+
+def _spike_as_dict(spike: Spike) -> dict[str, Any]:
+    return {
+        "step": spike.step,
+        "batch": spike.batch,
+        "grad_norm": spike.grad_norm,
+        "limit": spike.limit,
+        "coef": spike.coef,
+        "clipped": spike.clipped,
+        "skipped": spike.skipped,
+        "shares": [
+            {"parameter": name, "share": share} for name, share in spike.shares[:SHOWN_PARAMETERS]
+        ],
+        "not_finite": list(spike.not_finite),
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list) else value
+
+
+def as_text(report: Report) -> RenderableType:
+    """A summary and the culprits, to print with rich."""
+    facts = Table.grid(padding=(0, 2))
+    for name, value, more in _facts(report):
+        facts.add_row(name, Text(value, style="bold"), more)
+    parts: list[RenderableType] = [Text(f"{report.run.path}"), facts]
+    parts += [Text(line) for line in _extent(report)]
+    if report.broken:
+        table = _table("Steps that were not finite", "step", "batch", "done")
+        table.add_column("parameters that were not finite, nearest the loss first", overflow="fold")
+        for spike in report.broken:
+            table.add_row(*_cells(spike, "step", "batch", "deed", "names"))
+        parts.append(table)
+    if report.worst:
+        table = _table("Largest norms", "step", "batch", "norm", "limit", "done")
+        table.add_column("parameters by their share of the norm", overflow="fold")
+        for spike in report.worst:
+            table.add_row(*_cells(spike, "step", "batch", "grad_norm", "limit", "deed", "top"))
+        parts.append(table)
+    return Group(*parts)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "done" else "right", no_wrap=True)
+    return table
+
+
+def _cells(spike: Spike, *keys: str) -> list[Text]:
+    shown = _show(spike)
+    shown["top"] = ", ".join(part["text"] for part in shown["parts"][:2])
+    return [Text(str(shown[key])) for key in keys]
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the page, which needs nothing else than itself."""
+    name = "gradclip"
+    known = "clipped" in report.columns or "skipped" in report.columns
+    has_limit, has_loss = "limit" in report.columns, "loss" in report.columns
+    figure = draw_figure(
+        report.norm,
+        {name: report.limit} if has_limit else {},
+        {name: report.clipped_steps} if "clipped" in report.columns else {},
+        {name: report.skipped_steps} if known else {},
+        counts={name: report.counts},
+        loss=report.loss if has_loss else None,
+        nonfinite=report.nonfinite_steps,
+        notes=[Note(s.step, s.grad_norm, list(_lines(s))) for s in report.worst + report.broken],
+    )
+    config = report.run.header.config
+    write_page(
+        path,
+        "report.html",
+        f"Gradient clipping of {report.run.path.name}",
+        figure,
+        extent=_extent(report),
+        facts=_facts(report),
+        broken=[_show(spike) for spike in report.broken],
+        worst=[_show(spike) for spike in report.worst],
+        share=_explain_share(report.run.header.norm_type),
+        config=None if config is None else yaml.safe_dump(dict(config), sort_keys=False),
+    )
+
+
+def _facts(report: Report) -> list[tuple[str, str, str]]:
+    """What, how much, and a remark."""
+    counts, rate = report.counts, _rate(report)
+    facts = [("steps", f"{counts.steps:,}", f"{report.first:,} to {report.last:,}")]
+    if rate is None:
+        facts.append(("clipped", "unknown", "the log doesn't say"))
+    else:
+        facts.append(("clipped", f"{rate:.2%}", f"{counts.clipped:,} steps"))
+    facts.append(("withheld", f"{counts.skipped:,}", ""))
+    facts.append(("not finite", f"{report.nonfinite:,}", ""))
+    if report.worst:
+        worst = report.worst[0]
+        facts.append(("largest norm", f"{worst.grad_norm:.4g}", f"step {worst.step:,}"))
+    return facts
+
+
+def _rate(report: Report) -> float | None:
+    return report.counts.clipped / report.counts.steps if "clipped" in report.columns else None
+
+
+def _extent(report: Report) -> list[str]:
+    """What the numbers are of, where that isn't plain."""
+    lines = list(report.run.notes)
+    whole = report.run.header.counts
+    if whole and whole.get("steps", 0) > report.counts.steps:
+        lines.append(
+            f"The file holds {report.counts.steps:,} of {whole['steps']:,} steps. Over the whole "
+            f"run {whole['clipped'] / whole['steps']:.2%} were clipped, {whole['skipped']:,} "
+            f"withheld, and {whole['nonfinite']:,} not finite."
+        )
+    return lines
+
+
+def _explain_share(norm_type: float) -> str:
+    if math.isinf(norm_type):
+        return "A share is a parameter's largest element beside the largest of all."
+    return (
+        f"A share is (norm of the parameter / norm of all) to the power {norm_type:g}; shares add "
+        "up to 100 %."
+    )
+
+
+def _show(spike: Spike) -> dict[str, Any]:
+    """Values of a step as text."""
+    top = spike.shares[:SHOWN_PARAMETERS]
+    return {
+        "step": f"{spike.step:,}",
+        "batch": "" if spike.batch is None else f"{spike.batch:,}",
+        "grad_norm": f"{spike.grad_norm:.4g}",
+        "limit": "" if math.isnan(spike.limit) else f"{spike.limit:.4g}".replace("inf", "none"),
+        "deed": _deed(spike),
+        "parts": [{"percent": f"{part:.1%}", "text": f"{part:.1%} {name}"} for name, part in top],
+        "names": _enumerate(spike.not_finite),
+    }
+
+
+def _deed(spike: Spike) -> str:
+    if spike.skipped:
+        return "withheld"
+    if not spike.clipped:
+        return ""
+    return "clipped" if math.isnan(spike.coef) else f"scaled by {spike.coef:.3g}"
+
+
+def _enumerate(names: tuple[str, ...]) -> str:
+    more = len(names) - 2 * SHOWN_PARAMETERS
+    shown = ", ".join(names[: 2 * SHOWN_PARAMETERS])
+    return f"{shown} and {more} more" if more > 0 else shown or "not recorded"
+
+
+def _lines(spike: Spike) -> Iterator[str]:
+    """What the figure says of a step."""
+    shown = _show(spike)
+    what = f"norm {shown['grad_norm']}" if spike.finite else "not finite"
+    deed = f", {shown['deed']}" if shown["deed"] else ""
+    yield f"step {shown['step']}: {what}{deed}"
+    yield from spike.not_finite[:SHOWN_PARAMETERS]
+    if spike.finite:
+        yield from (part["text"] for part in shown["parts"])

@@ -1,0 +1,135 @@
+"""Pages in a real browser: the chart is there, names are text, and nothing else runs."""
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from support import spiky_run
+from support.spiky_run import BOLD, MARKUP, SCRIPT
+
+from gradclip.tools.charts import Counts
+from gradclip.tools.curves import CurveBuilder
+from gradclip.tools.page import replay_html
+from gradclip.tools.report import open_run, summarize
+from gradclip.tools.show_report import write_report
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = """
+setTimeout(() => {
+  document.querySelector("[data-scale=linear]").click();
+  const marked = chart.data.findIndex((trace) => trace.name === "in the table");
+  Plotly.Fx.hover("chart", [{curveNumber: marked, pointNumber: 0}]);
+  document.body.dataset.scale = chart.layout.yaxis.type;
+}, 1000);
+"""
+
+
+@pytest.fixture(autouse=True)
+def browser():
+    if BROWSER is None:
+        text = "needs Chromium: apt-get install chromium"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(text)
+
+
+class Page(HTMLParser):
+    """What a browser made of a page: its elements, its text, and what it printed."""
+
+    def __init__(self, html, console):
+        super().__init__()
+        self.console, self.tags, self.text = console, [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] not in ("script", "style"):
+            self.text += data
+
+    def count(self, tag, kind=None):
+        classes = [(a.get("class") or "").split() for name, a in self.tags if name == tag]
+        return sum(kind is None or kind in found for found in classes)
+
+
+def visit(path):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    flags += [f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=10000"]
+    log = ["--enable-logging=stderr", "--v=0", "--dump-dom"]
+    command = [BROWSER, *flags, *log, path.as_uri()]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return Page(done.stdout, re.findall(r"CONSOLE:\d+\] (.*)", done.stderr))
+
+
+@pytest.fixture
+def report(tmp_path):
+    trace = spiky_run.write(tmp_path / "run.trace.jsonl")
+    write_report(summarize(open_run(trace)), tmp_path / "report.html")
+    return tmp_path / "report.html"
+
+
+def test_a_report(report):
+    page = visit(report)
+    assert page.console == []
+    assert page.count("svg", "main-svg") > 0
+    assert page.count("g", "scatter") >= 7  # norm, limit, clipped, loss, rate, two of events
+    assert page.count("img") == page.count("b") == 0
+    assert page.count("script") == 3
+    for text in (MARKUP, SCRIPT, "log scale", "not finite", "withheld", "max_norm: 2.0"):
+        assert text in page.text
+    assert "64.0% " + MARKUP in page.text
+
+
+def test_a_report_in_use(report):
+    """Linear scale, a pointer on the spike; and markup that got into the page all the same."""
+    code = base64.b64encode(hashlib.sha256(DRIVER.encode()).digest()).decode()
+    html = report.read_text(encoding="utf-8").replace("script-src", f"script-src 'sha256-{code}'")
+    html = html.replace("</body>", f"{MARKUP}<script>console.error(2)</script></body>")
+    html = html.replace("</body>", f"<script>{DRIVER}</script></body>")
+    report.write_text(html, encoding="utf-8")
+    page = visit(report)
+    assert len(page.console) == 3  # the handler, the script, and the picture
+    assert all("Content Security Policy" in line for line in page.console)
+    (body,) = (attributes for tag, attributes in page.tags if tag == "body")
+    assert body["data-scale"] == "linear"
+    assert page.count("g", "hoverlayer") == 1
+    assert "step 40: norm 10, scaled by 0.2" in page.text
+    for text in (f"64.0% {MARKUP}", f"36.0% {BOLD}"):
+        assert page.text.count(text) == 2  # the table, and beside the pointer
+    assert page.count("b") == 0
+
+
+def test_a_replay(tmp_path):
+    steps = np.arange(200)
+    curves = {}
+    for name, values in (("gradient norm", steps % 7 + 1.0), (MARKUP, steps * 0 + 5.0)):
+        builder = CurveBuilder(name)
+        builder.add(steps, values)
+        curves[name] = builder.curve()
+    names = (MARKUP, SCRIPT, BOLD)
+    page = tmp_path / "replay.html"
+    replay_html(
+        page,
+        f"Replay of {MARKUP}",
+        curves["gradient norm"],
+        dict.fromkeys(names, curves[MARKUP]),
+        dict.fromkeys(names, steps[steps % 7 > 4]),
+        dict.fromkeys(names, steps[:3]),
+        [{"configuration": name, "clip rate": "28 %"} for name in names],
+        counts=dict.fromkeys(names, Counts(200, int((steps % 7 > 4).sum()), 3)),
+        notes=[f"A note on {BOLD}"],
+    )
+    page = visit(page)
+    assert page.console == []
+    assert page.count("g", "scatter") >= 10
+    assert page.count("img") == page.count("b") == 0
+    assert page.count("script") == 3
+    for name in names:
+        assert f"limit, {name}" in page.text
+    assert page.text.count(MARKUP) >= 4  # title, heading, table, legend
+    assert f"A note on {BOLD}" in page.text
