@@ -148,6 +148,7 @@ def _draw_limits(
     """The limits, and a mark above what they clipped."""
     clip_marks = find_clip_marks(norm, clipped)
     for name, colors in colors_by_name(limits).items():
+        group = name if len(limits) > 1 else None
         figure.add_scatter(
             x=limits[name].step,
             y=limits[name].last,
@@ -155,7 +156,7 @@ def _draw_limits(
             line={"shape": "hvh", "color": colors.limit, "width": 2},
             name=_label("limit", name, limits),
             hovertemplate="%{y:.4g}",
-            legendgroup=name,
+            legendgroup=group,
             row=1,
             col=1,
         )
@@ -167,7 +168,7 @@ def _draw_limits(
             marker={"symbol": "triangle-down", "size": 6, "color": colors.clipped},
             name=_label("clipped", name, limits),
             hoverinfo="skip",
-            legendgroup=name,
+            legendgroup=group,
             showlegend=len(limits) == 1 and len(x) > 0,
             row=1,
             col=1,

@@ -137,6 +137,51 @@ def schema(
         typer.echo(f"Wrote {out}")
 
 
+@app.command(
+    epilog=_examples(
+        "gradclip report run.trace.jsonl",
+        "gradclip report lightning_logs/version_0 --out version_0.html",
+        "gradclip report runs/first --json",
+    )
+)
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            help="A trace, a folder whose newest trace is taken, or a log that import understands.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The page; replaced if it exists.")
+    ] = Path("report.html"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Show what clipping did in a run, and which parameters made norms large or not finite.
+
+    Prints a summary and writes one HTML page that works without a network. Exits with 1 if the run
+    has no steps.
+    """
+    from rich.console import Console
+
+    from gradclip.tools.progress import show_progress
+    from gradclip.tools.report import open_run, summarize
+    from gradclip.tools.show_report import describe_as_json, describe_as_text, write_report
+
+    found = open_run(run)
+    with show_progress(f"Reading {found.path.name}") as progress:
+        summary = summarize(found, progress)
+    if summary is None:
+        typer.echo(f"{found.path} has no steps; nothing to report.", err=True)
+        raise typer.Exit(1)
+    write_report(summary, out)
+    if as_json:
+        typer.echo(describe_as_json(summary, out))
+    else:
+        Console().print(describe_as_text(summary))
+        typer.echo(f"Wrote {out}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The console command. Exit code 0: fine, 1: a problem was found, 2: it was called wrongly.
 
@@ -149,6 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             app(None if argv is None else list(argv), prog_name="gradclip")
         except ConfigError as error:
             sys.stderr.write(f"gradclip: {error}\n")
+            sys.exit(2)
+        except OSError as error:
+            sys.stderr.write(f"gradclip: {error.filename}: {error.strerror}\n")
             sys.exit(2)
 
 

@@ -74,6 +74,7 @@ def write_page(path: str | Path, template: str, title: str, figure: Any, **conte
         allowed=" ".join(f"'sha256-{_checksum(script)}'" for script in scripts.values()),
         figure=figure.to_json(),  # writes < as \u003c, so that no name ends the element
     )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -120,7 +120,7 @@ def open_run(path: Path) -> Run:
         ConfigError: If there is neither, or it can't be read.
     """
     traces = [path] if path.is_file() else [*path.rglob("*.jsonl"), *path.rglob("*.parquet")]
-    traces = [found for found in traces if _is_trace(found)]
+    traces = [found for found in traces if found.is_file() and _is_trace(found)]
     if traces:
         trace = Trace.open(max(traces, key=lambda found: found.stat().st_mtime_ns))
         others = (f"The newest of {len(traces)} traces in {path}.",) if len(traces) > 1 else ()
@@ -139,12 +139,12 @@ def _is_trace(path: Path) -> bool:
         return name in file.read(1000)
 
 
-def summarize(run: Run, progress: Callable[[int], None] | None = None) -> Report | None:
+def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Report | None:
     """Read a run once, in memory that doesn't grow with it.
 
     Args:
         run: What to read.
-        progress: Called with the bytes read so far.
+        progress: Called with the share of the file that was read so far.
 
     Returns:
         None if the run has no step.
@@ -157,7 +157,7 @@ def summarize(run: Run, progress: Callable[[int], None] | None = None) -> Report
     first = last = -1
     for chunk in map(_with_clipped, run.chunks):
         if progress is not None:
-            progress(chunk.bytes_read)
+            progress(chunk.bytes_read / max(1, run.size))
         if not len(chunk):
             continue
         first, last = int(chunk.step[0]) if first < 0 else first, int(chunk.step[-1])

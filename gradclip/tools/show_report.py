@@ -17,12 +17,12 @@ from gradclip.tools.figure import Note, draw_figure
 from gradclip.tools.page import write_page
 from gradclip.tools.report import Report, Spike
 
-__all__ = ["as_json", "as_text", "write_report"]
+__all__ = ["describe_as_json", "describe_as_text", "write_report"]
 
 SHOWN_PARAMETERS = 5
 
 
-def as_json(report: Report, page: Path) -> str:
+def describe_as_json(report: Report, page: Path) -> str:
     """Everything but the curves, for machines; null is what is unknown, or not finite."""
     counts, header = report.counts, report.run.header
     content = {
@@ -68,7 +68,7 @@ def _without_nan(value: Any) -> Any:
     return [_without_nan(item) for item in value] if isinstance(value, list) else value
 
 
-def as_text(report: Report) -> RenderableType:
+def describe_as_text(report: Report) -> RenderableType:
     """A summary and the culprits, to print with rich."""
     facts = Table.grid(padding=(0, 2))
     for name, value, more in _facts(report):
