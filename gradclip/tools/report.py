@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from gradclip.trace_file import FORMAT
 
 __all__ = ["Report", "Run", "Spike", "open_run", "summarize"]
 
-MOST_SPIKES = 12
+MOST_SPIKES = 16
 MOST_MARKS = 5000
 
 
@@ -76,6 +77,9 @@ class Spike:
 class Report:
     """A run in short, of a size that doesn't depend on its length.
 
+    A flight record holds the last steps and a few before them that stood out; curves and counts are
+    of the last steps then, and `worst` and `broken` of all.
+
     Attributes:
         run: What was read.
         first: Number of the first step.
@@ -89,7 +93,9 @@ class Report:
         clipped_steps: Int64; where there are many, evenly chosen of them.
         skipped_steps: Int64, likewise.
         nonfinite_steps: Int64, likewise.
-        worst: Steps with the largest norms, largest first.
+        largest: The step with the largest norm, if any is finite.
+        worst: Steps whose parameters' norms are known, else those with the largest norms; largest
+            first.
         broken: The first steps that were not finite.
     """
 
@@ -105,6 +111,7 @@ class Report:
     clipped_steps: Steps
     skipped_steps: Steps
     nonfinite_steps: Steps
+    largest: Spike | None
     worst: tuple[Spike, ...]
     broken: tuple[Spike, ...]
 
@@ -160,6 +167,9 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
             progress(chunk.bytes_read / max(1, run.size))
         if not len(chunk):
             continue
+        spikes.add(chunk)
+        if first < 0 and run.header.source == "recorder":
+            chunk = _last_in_a_row(chunk)
         first, last = int(chunk.step[0]) if first < 0 else first, int(chunk.step[-1])
         columns |= chunk.columns
         for curve, values in ((norm, chunk.grad_norm), (limit, chunk.limit), (loss, chunk.loss)):
@@ -168,7 +178,6 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
         for mark, which in zip(marks, happened, strict=True):
             mark.add(chunk.step[which])
         totals += [len(chunk), *(int(which.sum()) for which in happened)]
-        spikes.add(chunk)
     if first < 0:
         return None
     steps, clipped, skipped, nonfinite = totals.tolist()
@@ -186,7 +195,8 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
         clipped_steps=clipped_steps,
         skipped_steps=skipped_steps,
         nonfinite_steps=nonfinite_steps,
-        worst=spikes.worst(),
+        largest=spikes.largest,
+        worst=spikes.worst,
         broken=tuple(spikes.broken),
     )
 
@@ -199,13 +209,22 @@ def _with_clipped(chunk: Chunk) -> Chunk:
     return replace(chunk, clipped=clipped, columns=chunk.columns | {"clipped"})
 
 
+def _last_in_a_row(chunk: Chunk) -> Chunk:
+    """Without the steps that a flight record keeps of the time before its last ones."""
+    gaps = np.flatnonzero(np.diff(chunk.step) > 1)
+    start = int(gaps[-1]) + 1 if len(gaps) else 0
+    arrays = {f.name: getattr(chunk, f.name) for f in fields(chunk)}
+    cut: dict[str, Any] = {name: a[start:] for name, a in arrays.items() if isinstance(a, np.ndarray)}
+    return replace(chunk, **cut)
+
+
 class _Spikes:
     """The largest norms so far, and the largest of those whose parameters are known."""
 
     def __init__(self, norm_type: float) -> None:
         self._norm_type = norm_type
-        self._all: list[tuple[float, int, Spike]] = []
-        self._named: list[tuple[float, int, Spike]] = []
+        self._all: list[Spike] = []
+        self._named: list[Spike] = []
         self.broken: list[Spike] = []
 
     def add(self, chunk: Chunk) -> None:
@@ -216,16 +235,18 @@ class _Spikes:
         room = MOST_SPIKES - len(self.broken)
         self.broken += [self._spike(chunk, i) for i in np.flatnonzero(~chunk.finite)[:room]]
 
-    def worst(self) -> tuple[Spike, ...]:
-        found = {step: spike for _, step, spike in self._all + self._named}
-        return tuple(sorted(found.values(), key=lambda spike: -spike.grad_norm))
+    @property
+    def largest(self) -> Spike | None:
+        return self._all[0] if self._all else None
 
-    def _keep(
-        self, kept: list[tuple[float, int, Spike]], chunk: Chunk, places: NDArray[np.intp]
-    ) -> None:
-        spikes = (self._spike(chunk, place) for place in places if chunk.finite[place])
-        new = [(s.grad_norm, s.step, s) for s in spikes if not math.isnan(s.grad_norm)]
-        kept[:] = heapq.nlargest(MOST_SPIKES, kept + new, key=lambda one: one[0])
+    @property
+    def worst(self) -> tuple[Spike, ...]:
+        return tuple(self._named or self._all)
+
+    def _keep(self, kept: list[Spike], chunk: Chunk, places: NDArray[np.intp]) -> None:
+        new = [self._spike(chunk, place) for place in places if chunk.finite[place]]
+        new = [spike for spike in new if not math.isnan(spike.grad_norm)]
+        kept[:] = heapq.nlargest(MOST_SPIKES, kept + new, key=lambda spike: spike.grad_norm)
 
     def _spike(self, chunk: Chunk, place: np.intp) -> Spike:
         step, batch = int(chunk.step[place]), int(chunk.batch[place])

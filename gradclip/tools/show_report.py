@@ -25,19 +25,18 @@ SHOWN_PARAMETERS = 5
 def describe_as_json(report: Report, page: Path) -> str:
     """Everything but the curves, for machines; null is what is unknown, or not finite."""
     counts, header = report.counts, report.run.header
+    steps, clipped, skipped, nonfinite = _totals(report)
     content = {
         "run": str(report.run.path),
         "page": str(page),
         "notes": list(report.run.notes),
         "norm_type": header.norm_type,
-        "first_step": report.first,
-        "last_step": report.last,
-        "steps": counts.steps,
-        "clipped": counts.clipped if "clipped" in report.columns else None,
-        "clip_rate": _rate(report),
-        "skipped": counts.skipped,
-        "nonfinite": report.nonfinite,
-        "whole_run": header.counts,
+        "steps": steps,
+        "clipped": clipped,
+        "clip_rate": None if clipped is None else clipped / steps,
+        "skipped": skipped,
+        "nonfinite": nonfinite,
+        "shown": {"first_step": report.first, "last_step": report.last, **counts._asdict()},
         "worst": [_spike_as_dict(spike) for spike in report.worst],
         "not_finite": [_spike_as_dict(spike) for spike in report.broken],
     }
@@ -82,7 +81,7 @@ def describe_as_text(report: Report) -> RenderableType:
             table.add_row(*_cells(spike, "step", "batch", "deed", "names"))
         parts.append(table)
     if report.worst:
-        table = _table("Largest norms", "step", "batch", "norm", "limit", "done")
+        table = _table("Steps that stood out", "step", "batch", "norm", "limit", "done")
         table.add_column("parameters by their share of the norm", overflow="fold")
         for spike in report.worst:
             table.add_row(*_cells(spike, "step", "batch", "grad_norm", "limit", "deed", "top"))
@@ -128,47 +127,54 @@ def write_report(report: Report, path: Path) -> None:
         facts=_facts(report),
         broken=[_show(spike) for spike in report.broken],
         worst=[_show(spike) for spike in report.worst],
-        share=_explain_share(report.run.header.norm_type),
+        explained=_explain_spikes(report),
         config=None if config is None else yaml.safe_dump(dict(config), sort_keys=False),
     )
 
 
+def _totals(report: Report) -> tuple[int, int | None, int, int]:
+    """Steps of the whole run, clipped (None if unknown), withheld, not finite."""
+    if whole := report.run.header.counts:
+        return whole["steps"], whole["clipped"], whole["skipped"], whole["nonfinite"]
+    steps, clipped, skipped = report.counts
+    return steps, clipped if "clipped" in report.columns else None, skipped, report.nonfinite
+
+
 def _facts(report: Report) -> list[tuple[str, str, str]]:
     """What, how much, and a remark."""
-    counts, rate = report.counts, _rate(report)
-    facts = [("steps", f"{counts.steps:,}", f"{report.first:,} to {report.last:,}")]
-    if rate is None:
+    steps, clipped, skipped, nonfinite = _totals(report)
+    facts = [("steps", f"{steps:,}", "")]
+    if clipped is None:
         facts.append(("clipped", "unknown", "the log doesn't say"))
     else:
-        facts.append(("clipped", f"{rate:.2%}", f"{counts.clipped:,} steps"))
-    facts.append(("withheld", f"{counts.skipped:,}", ""))
-    facts.append(("not finite", f"{report.nonfinite:,}", ""))
-    if report.worst:
-        worst = report.worst[0]
-        facts.append(("largest norm", f"{worst.grad_norm:.4g}", f"step {worst.step:,}"))
+        facts.append(("clipped", f"{clipped / max(1, steps):.2%}", f"{clipped:,} steps"))
+    facts.append(("withheld", f"{skipped:,}", ""))
+    facts.append(("not finite", f"{nonfinite:,}", ""))
+    if largest := report.largest:
+        facts.append(("largest norm", f"{largest.grad_norm:.4g}", f"step {largest.step:,}"))
     return facts
-
-
-def _rate(report: Report) -> float | None:
-    return report.counts.clipped / report.counts.steps if "clipped" in report.columns else None
 
 
 def _extent(report: Report) -> list[str]:
     """What the numbers are of, where that isn't plain."""
-    lines = list(report.run.notes)
-    whole = report.run.header.counts
-    if whole and whole.get("steps", 0) > report.counts.steps:
-        lines.append(
-            f"The file holds {report.counts.steps:,} of {whole['steps']:,} steps. Over the whole "
-            f"run {whole['clipped'] / whole['steps']:.2%} were clipped, {whole['skipped']:,} "
-            f"withheld, and {whole['nonfinite']:,} not finite."
-        )
-    return lines
+    held, steps = report.counts.steps, _totals(report)[0]
+    span = f"steps {report.first:,} to {report.last:,}"
+    if held < steps:
+        line = f"The chart shows the last {held:,}, {span}; the tables hold earlier ones too."
+    else:
+        line = span.capitalize() + "."
+    return [line, *report.run.notes]
+
+
+def _explain_spikes(report: Report) -> str:
+    if any(spike.shares for spike in report.worst):
+        return _explain_share(report.run.header.norm_type)
+    return "The trace doesn't hold the norms of parameters; a flight record does."
 
 
 def _explain_share(norm_type: float) -> str:
     if math.isinf(norm_type):
-        return "A share is a parameter's largest element beside the largest of all."
+        return "A share is the parameter's largest element over that of all."
     return (
         f"A share is (norm of the parameter / norm of all) to the power {norm_type:g}; shares add "
         "up to 100 %."

@@ -7,9 +7,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from support import spiky_run
 from support.spiky_run import BOLD, BROKEN, MARKUP, NAMES, SCRIPT, SPIKE
 
+from gradclip import GradientClipper
 from gradclip.tools.main import main
 from gradclip.tools.report import MOST_MARKS, Run, open_run, summarize
 from gradclip.tools.trace import Trace, TraceHeader, write_trace
@@ -36,15 +38,17 @@ def test_json_names_counts_and_culprits(call, tmp_path, suffix):
     found = json.loads(out)
     assert code == 0
     assert (tmp_path / found["page"]).read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert (found["first_step"], found["last_step"], found["steps"]) == (1000, 1099, 100)
+    assert found["steps"] == 100
     assert (found["clipped"], found["clip_rate"], found["skipped"]) == (1, 0.01, 1)
+    shown = {"first_step": 1000, "last_step": 1099, "steps": 100, "clipped": 1, "skipped": 1}
+    assert found["shown"] == shown
     assert found["nonfinite"] == 1
     worst = found["worst"][0]
     assert (worst["step"], worst["batch"]) == (1000 + SPIKE, 2 * (1000 + SPIKE))
     assert (worst["grad_norm"], worst["limit"], worst["coef"]) == (10.0, 2.0, 0.2)
     shares = {one["parameter"]: one["share"] for one in worst["shares"]}
     assert shares == pytest.approx({MARKUP: 0.64, BOLD: 0.36, NAMES[0]: 0, SCRIPT: 0})
-    assert found["worst"][1]["shares"] == []
+    assert len(found["worst"]) == 1
     (broken,) = found["not_finite"]
     assert broken["step"] == 1000 + BROKEN
     assert broken["grad_norm"] is None
@@ -72,12 +76,33 @@ def test_names_are_no_markup_in_the_terminal_either(call, tmp_path):
     assert "[b]run[/b].jsonl" in out
 
 
-def test_a_ring_says_what_it_holds_of_the_run(call, tmp_path):
-    counts = {"steps": 1000, "clipped": 50, "skipped": 3, "nonfinite": 2}
-    _, out, _ = call(spiky_run.write(tmp_path / "run.jsonl", counts=counts, first=900))
-    text = " ".join(out.split())
-    assert "The file holds 100 of 1,000 steps." in text
-    assert "5.00% were clipped, 3 withheld, and 2 not finite." in text
+def test_a_flight_record(call, tmp_path, monkeypatch):
+    """The file of a real recorder: the last 20 of 60 steps, and earlier ones that stood out."""
+    params = {name: torch.nn.Parameter(torch.zeros(1)) for name in NAMES}
+    clipper = GradientClipper(
+        {"policies": [{"type": "norm", "max_norm": 2.0}], "recorder": {"steps": 20, "worst": 2}},
+        params.items(),
+    )
+    for step in range(60):
+        norms = {5: (0, 8, 0, 6), 15: (math.nan, 1, 1, 1), 55: (0, 0, 3, 4)}.get(step, (1, 0, 0, 0))
+        for parameter, norm in zip(params.values(), norms, strict=True):
+            parameter.grad = torch.tensor([float(norm)])
+        clipper.clip()
+    clipper.recorder.write("run.jsonl")
+    _, out, _ = call("run.jsonl", "--json")
+    found = json.loads(out)
+    assert (found["steps"], found["clipped"], found["nonfinite"]) == (60, 2, 1)
+    shown = {"first_step": 40, "last_step": 59, "steps": 20, "clipped": 1, "skipped": 0}
+    assert found["shown"] == shown
+    assert [spike["step"] for spike in found["worst"]] == [5, 55]
+    first = found["worst"][0]
+    assert [one["parameter"] for one in first["shares"][:2]] == [MARKUP, BOLD]
+    assert first["shares"][0]["share"] == pytest.approx(0.64)
+    assert [(one["step"], one["not_finite"]) for one in found["not_finite"]] == [(15, [NAMES[0]])]
+    report = summarize(open_run(tmp_path / "run.jsonl"))
+    assert report.norm.step.tolist() == list(range(40, 60))
+    _, out, _ = call("run.jsonl")
+    assert "The chart shows the last 20, steps 40 to 59" in out
 
 
 def test_shares_follow_the_norm_of_the_trace(tmp_path):
@@ -109,7 +134,7 @@ def test_a_log_is_enough(call, tmp_path):
     code, out, _ = call("logs", "--json")
     found = json.loads(out)
     assert code == 0
-    assert (found["steps"], found["clipped"], found["last_step"]) == (20, 5, 190)
+    assert (found["steps"], found["clipped"], found["shown"]["last_step"]) == (20, 5, 190)
     assert found["worst"][0]["shares"] == []
 
 
@@ -149,10 +174,11 @@ def test_worst_steps_do_not_depend_on_how_the_trace_is_read(tmp_path):
     write_trace(tmp_path / "run.jsonl", TraceHeader(), rows)
     trace = Trace.open(tmp_path / "run.jsonl")
     ranked = [int(i) for i in np.argsort(-norms) if np.isfinite(norms[i])]
-    best = set(ranked[:12]) | set([i for i in ranked if i in named][:12])
+    best = [i for i in ranked if i in named][:16]
     for size in (1, 7, 1000):
         report = summarize(Run(trace.path, trace.header, trace.chunks(size), trace.size_hint))
-        assert [spike.step for spike in report.worst] == sorted(best, key=lambda i: -norms[i])
+        assert [spike.step for spike in report.worst] == best
+        assert report.largest.step == ranked[0]
         assert [spike.step for spike in report.broken] == [7, 150, 151]
 
 
