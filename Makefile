@@ -1,7 +1,7 @@
 # Needs Python 3.11, pip, git and make. Everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks docs/pictures.py
+SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks docs/pictures.py docs/report_picture.py
 
 .PHONY: setup demo test lint schema pictures bench clean
 
@@ -27,8 +27,9 @@ test: lint
 schema: setup  ## Write configs/schema.json anew from the models.
 	$(BIN)/gradclip schema --out configs/schema.json
 
-pictures: setup  ## Draw docs/images/policies anew from one recorded run.
+pictures: setup  ## Draw docs/images anew: policies over one recorded run, a report (Chromium).
 	$(BIN)/python docs/pictures.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/report_picture.py
 
 bench: setup  ## Times against torch, as ratios within one run.
 	$(BIN)/python benchmarks/bench_step.py
