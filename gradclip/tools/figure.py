@@ -236,7 +236,9 @@ def _hover_text(note: Note) -> str:
 def _shape_figure(figure: Any, rows: Mapping[str, Mapping[str, int]], norm: Curve) -> None:
     grid = {"gridcolor": "rgba(128, 136, 150, 0.25)", "zeroline": False, "showline": False}
     if len(norm.step) > 1:
-        figure.update_xaxes(range=[int(norm.step[0]), int(norm.step[-1])])
+        first, last = int(norm.step[0]), int(norm.step[-1])
+        margin = 0.01 * (last - first)  # for marks on the last step
+        figure.update_xaxes(range=[first - margin, last + margin])
     figure.update_xaxes(**grid)
     figure.update_yaxes(**grid, fixedrange=True)
     figure.update_xaxes(title_text="optimizer step", tickformat=",", row=len(rows), col=1)
