@@ -213,8 +213,8 @@ def _last_in_a_row(chunk: Chunk) -> Chunk:
     """Without the steps that a flight record keeps of the time before its last ones."""
     gaps = np.flatnonzero(np.diff(chunk.step) > 1)
     start = int(gaps[-1]) + 1 if len(gaps) else 0
-    arrays = {f.name: getattr(chunk, f.name) for f in fields(chunk)}
-    cut: dict[str, Any] = {name: a[start:] for name, a in arrays.items() if isinstance(a, np.ndarray)}
+    columns: dict[str, Any] = {field.name: getattr(chunk, field.name) for field in fields(chunk)}
+    cut = {name: a[start:] for name, a in columns.items() if isinstance(a, np.ndarray)}
     return replace(chunk, **cut)
 
 

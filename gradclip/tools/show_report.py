@@ -200,7 +200,7 @@ def _deed(spike: Spike) -> str:
         return "withheld"
     if not spike.clipped:
         return ""
-    return "clipped" if math.isnan(spike.coef) else f"scaled by {spike.coef:.3g}"
+    return f"scaled by {spike.coef:.3g}" if spike.coef < 1 else "clipped"
 
 
 def _enumerate(names: tuple[str, ...]) -> str:
