@@ -214,8 +214,8 @@ def _last_in_a_row(chunk: Chunk) -> Chunk:
     gaps = np.flatnonzero(np.diff(chunk.step) > 1)
     start = int(gaps[-1]) + 1 if len(gaps) else 0
     columns: dict[str, Any] = {field.name: getattr(chunk, field.name) for field in fields(chunk)}
-    cut = {name: a[start:] for name, a in columns.items() if isinstance(a, np.ndarray)}
-    return replace(chunk, **cut)
+    columns = {name: a[start:] for name, a in columns.items() if isinstance(a, np.ndarray)}
+    return replace(chunk, **columns)
 
 
 class _Spikes:

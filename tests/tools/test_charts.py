@@ -51,7 +51,7 @@ def test_marks_of_several_that_would_hide_the_norm_are_left_out():
     assert [len(found[name][0]) for name in ("many", "few")] == [0, 5]
 
 
-@pytest.mark.parametrize("names", [["zclip.yaml"], ["$a_{.yaml", "b" * 60]])
+@pytest.mark.parametrize("names", [["zclip.yaml"], ["$a_{$.yaml", "b" * 60]])
 @pytest.mark.parametrize(
     "norms",
     [
@@ -68,7 +68,7 @@ def test_a_picture_of_any_run_is_drawn(tmp_path, names, norms):
     limits = {name: curve(np.where(steps < 1, np.inf, 0.9)) for name in names}
     some = dict.fromkeys(names, steps[::2])
     counts = dict.fromkeys(names, Counts(len(steps), len(steps[::2]), 1))
-    plot_png(path, "100 $ of <b>norms</b>", norm, limits, some, some, counts=counts)
+    plot_png(path, "$x_{$ of <b>norms</b>", norm, limits, some, some, counts=counts)
     picture = imread(path)
     assert picture.shape[:2] == (550, 1100)
     assert np.ptp(picture[..., :3]) > 0.5
