@@ -147,7 +147,13 @@ def _facts(report: Report) -> list[tuple[str, str, str]]:
     if clipped is None:
         facts.append(("clipped", "unknown", "the log doesn't say"))
     else:
-        facts.append(("clipped", f"{clipped / max(1, steps):.2%}", f"{clipped:,} steps"))
+        facts.append(
+            (
+                "clipped",
+                f"{clipped / max(1, steps):.2%}",
+                f"{clipped:,} {'step' if clipped == 1 else 'steps'}",
+            )
+        )
     facts.append(("withheld", f"{skipped:,}", ""))
     facts.append(("not finite", f"{nonfinite:,}", ""))
     if largest := report.largest:

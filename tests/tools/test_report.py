@@ -60,7 +60,7 @@ def test_text_tells_the_same(call, tmp_path):
     code, out, _ = call(trace)
     assert code == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert "clipped 1.00% 1 steps" in lines
+    assert "clipped 1.00% 1 step" in lines
     assert f"40 80 10 2 scaled by 0.2 64.0% {MARKUP}, 36.0% {BOLD}" in lines
     assert f"70 140 withheld {SCRIPT}, embed.weight" in lines
     assert lines[-1] == "Wrote report.html"
