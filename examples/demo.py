@@ -69,6 +69,10 @@ def report(runs: Mapping[str, Run], folder: Path) -> None:
     (folder / "runs.json").write_text(json.dumps(numbers), encoding="utf-8")
     draw(runs, "ZClip", folder / "clipping.png")
     Console().print(f"Picture: {folder / 'clipping.png'}")
+    page = folder / "report.html"
+    gradclip = [sys.executable, "-m", "gradclip.tools.main"]
+    trace = str(folder / "zclip.trace.jsonl")
+    subprocess.run([*gradclip, "report", trace, "--out", str(page)], check=True)
 
 
 def main() -> None:
@@ -86,7 +90,8 @@ def main() -> None:
     runs: dict[str, Run] = {}
     for name, config in RUNS.items():
         Console().rule(name)
-        runs[name] = lightning_gpt.train(str(CONFIGS / config), setting)
+        trace = arguments.folder / "zclip.trace.jsonl" if name == "ZClip" else None
+        runs[name] = lightning_gpt.train(str(CONFIGS / config), setting, trace)
     Console().rule(ACCELERATE)
     lines = arguments.folder.resolve() / "accelerate.jsonl"
     runs[ACCELERATE] = run_accelerate(setting, arguments.small, lines)

@@ -18,6 +18,7 @@ from text import Sample, Text
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gradclip import RecorderConfig, load_yaml
 from lightning_clip import GradientClip
 
 
@@ -62,11 +63,16 @@ class History(L.Callback):
             self.run.add(float(out["plain"]), bool(out["scale"] > 1), self.clip.last_record)
 
 
-def train(config: str, setting: Setting) -> Run:
-    """Train with the policy of a YAML file and validate."""
+def train(config: str, setting: Setting, trace: Path | None = None) -> Run:
+    """Train with the policy of a YAML file and validate; the flight record goes to the trace."""
     L.seed_everything(SEED, verbose=False)
     text = Text()
-    clip = GradientClip(config)
+    policy = load_yaml(config)
+    if trace is not None:
+        trace.unlink(missing_ok=True)
+        recorder = RecorderConfig(steps=setting.steps, file=str(trace.resolve()))
+        policy = policy.model_copy(update={"recorder": recorder})
+    clip = GradientClip(policy)
     history = History(clip)
     trainer = L.Trainer(
         max_epochs=1,
