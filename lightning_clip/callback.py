@@ -203,13 +203,13 @@ class GradientClip(Callback):
         self._reporter.end(trainer)
 
     def teardown(self, *_: object, **__: object) -> None:
-        """Give the module its own `lr_scheduler_step` back."""
+        """Give the module its own `lr_scheduler_step` back, and write the flight record."""
         self._release_schedule()
+        self._reporter.close()
 
-    def on_exception(self, trainer: Trainer, *_: object) -> None:
+    def on_exception(self, *_: object) -> None:
         """As at the end of fitting, which doesn't come then."""
-        self._release_schedule()
-        self._reporter.end(trainer)
+        self.teardown()
 
     def _release_schedule(self) -> None:
         if self._schedule_undo is not None:

@@ -82,8 +82,11 @@ class Reporter:
         self._write(trainer, due)
 
     def end(self, trainer: Trainer) -> None:
-        """Write what no entry holds yet, and the flight record."""
+        """Write what no entry holds yet."""
         self._write(trainer, [True] * len(self.steps))
+
+    def close(self) -> None:
+        """Write the flight record, also of a run that raised."""
         for clipper in self._clippers:
             clipper.recorder.close()
 
