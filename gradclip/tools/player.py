@@ -1,0 +1,149 @@
+"""A configuration that decides on norms alone, step after step, as the engine would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gradclip.config import ClipConfig
+from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
+from gradclip.policies import ElementPolicy, Policy, Rule, decide_all
+from gradclip.stops import is_withheld
+from gradclip.tools.trace import TraceHeader
+
+__all__ = ["Decisions", "Player", "refuse_unplayable"]
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What one configuration decided on n steps in a row.
+
+    Attributes:
+        limit: Shape (n,), the tightest limit; inf for none.
+        coef: Shape (n, slots), what gradients are multiplied by; 1 where the step is withheld.
+        skipped: Shape (n,), whether the step is withheld.
+        stopped: Why training would have ended at the step after these; None if it would not.
+    """
+
+    limit: Floats
+    coef: Floats
+    skipped: Bools
+    stopped: str | None
+
+
+class Player:
+    """A configuration and what it remembers: decides step after step, as in training.
+
+    Args:
+        config: Without groups, of policies that need only the one norm (`refuse_unplayable`).
+        norm_type: p of the norms that it is going to be given.
+        slots: In how many slots each norm is looked at, each with a state of its own.
+    """
+
+    def __init__(self, config: ClipConfig, norm_type: float, slots: int = 1) -> None:
+        names = tuple(str(slot) for slot in range(slots))
+        owner = torch.arange(slots)
+        self._rules = [Rule(p, names, tuple(range(slots)), None, owner) for p in config.policies]
+        self._states = [policy.init(slots, _CPU) for policy in config.policies]
+        self._on_nonfinite = config.on_nonfinite
+        self._watches_loss = any(policy.watches_loss for policy in config.policies)
+        self._norm_type, self._slots = norm_type, slots
+        self._not_taken = 0
+
+    def decide(self, step: NDArray[np.int64], norms: Floats, loss: Floats) -> Decisions:
+        """Decide on steps that follow those before.
+
+        Args:
+            step: Shape (n,), their numbers, which schedules go by.
+            norms: Shape (n,), before clipping; NaN where not finite.
+            loss: Shape (n,), for policies that watch it.
+        """
+        limits, coefs, skips = [], [], []
+        stopped: str | None = None
+        raises = self._on_nonfinite == "raise"
+        with torch.inference_mode():
+            for at, norm, one_loss in zip(*map(_unbound, (step, norms, loss)), strict=True):
+                number = int(at)
+
+                def where(number: int = number) -> str:
+                    return f"step {number}: a gradient is NaN or infinite."
+
+                verdict, states = decide_all(
+                    self._rules,
+                    {self._norm_type: norm.expand(self._slots)},
+                    self._states,
+                    step=at - self._not_taken,
+                    loss=one_loss if self._watches_loss else None,
+                    skip_nonfinite=self._on_nonfinite == "skip",
+                )
+                try:
+                    skipped = is_withheld(verdict, self._rules, where, raises=raises)
+                except (NonFiniteError, SkipLimitError) as error:
+                    stopped = str(error)
+                    break
+                self._states = states
+                self._not_taken += skipped or not bool(verdict.finite) or not bool(norm)
+                limits.append(verdict.limit)
+                coefs.append(verdict.coef)
+                skips.append(skipped)
+        skipped_at = np.array(skips, dtype=np.bool_)
+        coef = torch.stack(coefs).numpy() if coefs else np.empty((0, self._slots))
+        return Decisions(
+            limit=torch.stack(limits).numpy() if limits else np.empty(0),
+            coef=np.where(skipped_at[:, None], 1.0, coef),
+            skipped=skipped_at,
+            stopped=stopped,
+        )
+
+
+def refuse_unplayable(config: ClipConfig, header: TraceHeader, name: str) -> None:
+    """Refuse what one norm a step can't tell.
+
+    Raises:
+        ConfigError: If there is such a policy; says which, and what to do.
+    """
+    if config.groups:
+        msg = (
+            f"{name}: groups can't be replayed; a trace holds one norm a step, that of all "
+            "parameters together. Remove groups to replay the main list of policies."
+        )
+        raise ConfigError(msg)
+    for index, policy in enumerate(config.policies):
+        if (lacks := _lacks(policy, header)) is not None:
+            msg = f"{name}: policies[{index}], {policy.type!r}, can't be replayed: {lacks}"
+            raise ConfigError(msg)
+
+
+def _unbound(values: NDArray[Any]) -> tuple[torch.Tensor, ...]:
+    return torch.from_numpy(values.astype(np.float64)).unbind()
+
+
+def _lacks(policy: Policy, header: TraceHeader) -> str | None:
+    """What a policy would need that a trace hasn't, and the way out; None if nothing."""
+    scope, norm_type = policy.measured
+    if isinstance(policy, ElementPolicy):
+        return "it changes elements one by one, and a trace holds none. Leave it out."
+    if policy.uses_weights:
+        return "it needs the norms of the parameters themselves. Leave it out."
+    if scope != "global":
+        return (
+            f"its scope is {scope!r}, and a trace holds one norm a step, that of all parameters "
+            "together; allowed: scope 'global'. Set that, or leave the policy out."
+        )
+    if policy.uses_sizes:
+        return "it needs the number of elements, which a trace hasn't. Leave it out."
+    if norm_type not in (None, header.norm_type):
+        return (
+            f"its norm_type is {norm_type:g}, and the norms of the trace are of p = "
+            f"{header.norm_type:g}; allowed: that. Set norm_type to it, or take another trace."
+        )
+    return None
