@@ -37,6 +37,14 @@ app = typer.Typer(
 )
 
 
+_TraceFile = Annotated[
+    Path,
+    typer.Argument(exists=True, dir_okay=False, help="A recorder's file, or one made by import."),
+]
+_StepRange = Annotated[str, typer.Option(help="Take steps from A up to but without B, as A:B.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
 @app.callback()
 def _gradclip() -> None:
     """See what gradient clipping did, and choose how to clip."""
@@ -180,6 +188,123 @@ def report(
     else:
         Console().print(describe_as_text(summary))
         typer.echo(f"Wrote {out}")
+
+
+@app.command(
+    epilog=_examples(
+        "gradclip replay run.trace.jsonl --config zclip.yaml --config fixed_norm.yaml",
+        "gradclip replay run.trace.jsonl -c zclip.yaml --plot replay.png --html replay.html",
+        "gradclip replay run.trace.jsonl -c zclip.yaml --steps 1000:2000 --json",
+    )
+)
+def replay(
+    trace: _TraceFile,
+    config: Annotated[
+        list[Path],
+        typer.Option(
+            "--config", "-c", exists=True, dir_okay=False, help="A configuration; may be repeated."
+        ),
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw norms and limits to this PNG file.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page that needs no network to this file.")
+    ] = None,
+    steps: _StepRange = ":",
+    as_json: _AsJson = False,
+) -> None:
+    """Run configurations over the norms of a trace and compare them side by side.
+
+    Each decides as it would have in training, on these norms, beginning with nothing learnt.
+    """
+    from rich.console import Console
+
+    from gradclip.config import load_yaml
+    from gradclip.tools.progress import show_progress
+    from gradclip.tools.replay import name_files, parse_steps
+    from gradclip.tools.replay import replay as replayed
+    from gradclip.tools.show_replay import draw_replay, replay_as_json, replay_as_text
+    from gradclip.tools.trace import Trace
+
+    _refuse_lost_folder(plot, html)
+    start, stop = parse_steps(steps)
+    configs = {name: load_yaml(path) for name, path in name_files(config).items()}
+    opened = Trace.open(trace)
+    with show_progress(f"Replaying {trace.name}") as progress:
+        found = replayed(opened, configs, start=start, stop=stop, progress=progress)
+    draw_replay(found, trace.name, png=plot, html=html)
+    if as_json:
+        typer.echo(replay_as_json(found))
+        return
+    Console().print(replay_as_text(found))
+    for path in filter(None, (plot, html)):
+        typer.echo(f"Wrote {path}")
+
+
+@app.command(
+    epilog=_examples(
+        "gradclip recommend run.trace.jsonl",
+        "gradclip recommend run.trace.jsonl --clip-rate 0.1 --out clip.yaml",
+        "gradclip recommend run.trace.jsonl --json",
+    )
+)
+def recommend(
+    trace: _TraceFile,
+    clip_rate: Annotated[
+        float, typer.Option(help="The share of steps to clip, above 0 and at most 0.5.")
+    ] = 0.05,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the settings to take to this YAML file."),
+    ] = None,
+    steps: _StepRange = ":",
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Only a fixed threshold and a percentile of recent norms."),
+    ] = False,
+    as_json: _AsJson = False,
+) -> None:
+    """Propose a threshold, and settings of adaptive policies, that clip a share of the steps.
+
+    Says how sure it is and why, and prints YAML that is ready to paste.
+    """
+    from rich.console import Console
+
+    from gradclip.tools.progress import show_progress
+    from gradclip.tools.recommend import recommend as recommended
+    from gradclip.tools.replay import parse_steps
+    from gradclip.tools.show_replay import (
+        recommendation_as_json,
+        recommendation_as_text,
+        recommendation_as_yaml,
+    )
+    from gradclip.tools.trace import Trace
+
+    _refuse_lost_folder(out)
+    start, stop = parse_steps(steps)
+    opened = Trace.open(trace)
+    with show_progress(f"Fitting to {trace.name}") as progress:
+        found = recommended(
+            opened, clip_rate, start=start, stop=stop, quick=quick, progress=progress
+        )
+    if out is not None:
+        out.write_text(found.taken.yaml, encoding="utf-8")
+    if as_json:
+        typer.echo(recommendation_as_json(found))
+        return
+    Console().print(recommendation_as_text(found))
+    typer.echo(f"\n{recommendation_as_yaml(found)}", nl=False)
+    if out is not None:
+        typer.echo(f"Wrote {out}")
+
+
+def _refuse_lost_folder(*paths: Path | None) -> None:
+    """Before long work whose outcome couldn't be written."""
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            msg = f"{path}: the folder {path.parent} doesn't exist. Make it, or name another file."
+            raise ConfigError(msg)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

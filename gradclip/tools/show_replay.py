@@ -1,0 +1,162 @@
+"""A replay and a recommendation, as text for a terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gradclip.tools.charts import Counts, plot_png
+from gradclip.tools.curves import Curve
+from gradclip.tools.options import Option
+from gradclip.tools.page import replay_html
+from gradclip.tools.recommend import Recommendation
+from gradclip.tools.replay import Outcome, Replay
+
+__all__ = [
+    "draw_replay",
+    "recommendation_as_json",
+    "recommendation_as_text",
+    "recommendation_as_yaml",
+    "replay_as_json",
+    "replay_as_text",
+]
+
+
+def replay_as_text(replay: Replay) -> RenderableType:
+    """Configurations side by side, to print with rich."""
+    rows = _rows(replay)
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*map(Text, row.values()))
+    ended = (
+        Text(f"{o.name}: training would have ended at step {o.stopped_at}: {o.why_stopped}")
+        for o in replay.outcomes
+        if o.stopped_at is not None
+    )
+    return Group(Text(_extent(replay)), "", table, "", *ended, *map(Text, replay.notes))
+
+
+def replay_as_json(replay: Replay) -> str:
+    """Everything but the curves; null is no limit, or no such step."""
+    shown = [f.name for f in fields(Outcome) if f.repr]
+    outcomes = [{name: _known(getattr(o, name)) for name in shown} for o in replay.outcomes]
+    content = {
+        "first_step": replay.first,
+        "last_step": replay.last,
+        "steps": replay.steps,
+        "nonfinite": replay.nonfinite,
+        "outcomes": outcomes,
+        "notes": list(replay.notes),
+    }
+    return json.dumps(content, indent=2, allow_nan=False)
+
+
+def draw_replay(replay: Replay, title: str, *, png: Path | None, html: Path | None) -> None:
+    """Draw norms and limits to a PNG, a page, or both.
+
+    Args:
+        replay: What to draw.
+        title: Plain text.
+        png: The picture to write; None for none.
+        html: The page to write; None for none.
+    """
+    made = replay.outcomes
+    limits: dict[str, Curve] = {o.name: o.limit for o in made}
+    clipped = {o.name: o.clipped_steps for o in made}
+    skipped = {o.name: o.skipped_steps for o in made}
+    counts = {o.name: Counts(o.steps, o.clipped, o.skipped) for o in made}
+    if png is not None:
+        plot_png(png, title, replay.norm, limits, clipped, skipped, counts=counts)
+    if html is not None:
+        rows, notes = _rows(replay), [_extent(replay), *replay.notes]
+        replay_html(
+            html, title, replay.norm, limits, clipped, skipped, rows, counts=counts, notes=notes
+        )
+
+
+def recommendation_as_text(found: Recommendation) -> RenderableType:
+    """The options side by side, to print with rich."""
+    table = _table("option", "sure", "clips", "eighths clip", "on steps")
+    for option in found.options:
+        mark = "> " if option == found.taken else "  "
+        table.add_row(
+            Text(mark + option.name),
+            option.confidence,
+            f"{option.rate:.1%}",
+            f"{min(option.parts):.1%} to {max(option.parts):.1%}",
+            f"{option.first} to {option.last}",
+        )
+    return Group(*map(Text, found.facts), "", table)
+
+
+def recommendation_as_yaml(found: Recommendation) -> str:
+    """The option to take, ready to paste, then the others; all else as comments."""
+    others = (option for option in found.options if option != found.taken)
+    lead = f"To clip {found.clip_rate * 100:.3g} % of the steps take"
+    blocks = [_block(found.taken, lead, [found.why, *found.taken.reasons])]
+    blocks += [_block(option, "Or", option.reasons) for option in others]
+    return "\n".join(blocks)
+
+
+def recommendation_as_json(found: Recommendation) -> str:
+    """Everything, with the settings of each option as YAML."""
+    shown = [f.name for f in fields(Option) if f.name != "config"]
+    options = [
+        {**{name: getattr(o, name) for name in shown}, "yaml": o.yaml} for o in found.options
+    ]
+    content = {**asdict(found), "options": options, "taken": found.taken.name}
+    return json.dumps(content, indent=2, allow_nan=False)
+
+
+def _block(option: Option, lead: str, reasons: Sequence[str]) -> str:
+    """An option as a YAML document of its own."""
+    lines = [f"{lead} {option.name} (how sure: {option.confidence}).", *reasons]
+    comments = [
+        textwrap.fill(line, 98, initial_indent="# ", subsequent_indent="#   ") for line in lines
+    ]
+    return "\n".join(["---", *comments, option.yaml])
+
+
+def _table(first: str, *heads: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for head in heads:
+        table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
+    return table
+
+
+def _extent(replay: Replay) -> str:
+    lost = f", {replay.nonfinite:,} not finite" if replay.nonfinite else ""
+    return f"Steps {replay.first} to {replay.last}: {replay.steps:,} with a norm{lost}."
+
+
+def _rows(replay: Replay) -> Sequence[dict[str, str]]:
+    return [dict(_cells(outcome)) for outcome in replay.outcomes]
+
+
+def _cells(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    yield "configuration", outcome.name
+    yield "clipped", f"{outcome.clip_rate:.2%}"
+    yield "withheld", f"{outcome.skipped:,}"
+    yield "first limit", _limit(outcome.limit_first)
+    yield "median limit", _limit(outcome.limit_median)
+    yield "last limit", _limit(outcome.limit_last)
+    yield "mean coef", f"{outcome.mean_coef:.4f}"
+    yield "ended at", "-" if outcome.stopped_at is None else str(outcome.stopped_at)
+
+
+def _limit(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "none"
+
+
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
