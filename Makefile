@@ -27,8 +27,9 @@ test: lint
 schema: setup  ## Write configs/schema.json anew from the models.
 	$(BIN)/gradclip schema --out configs/schema.json
 
-pictures: setup  ## Draw docs/images anew: policies over one recorded run, a report (Chromium).
+pictures: setup  ## Draw docs/images anew: policies over one recorded run, a replay, a report (Chromium).
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/replay_picture.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/report_picture.py
 
 bench: setup  ## Times against torch, as ratios within one run.
