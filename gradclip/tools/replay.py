@@ -77,7 +77,7 @@ class Replay:
     """Configurations side by side, over the same steps.
 
     Attributes:
-        first: Number of the first step; None if there was none.
+        first: Number of the first step.
         last: Number of the last step.
         steps: How many steps were replayed.
         nonfinite: How many of them weren't finite.
@@ -86,8 +86,8 @@ class Replay:
         outcomes: One for each configuration.
     """
 
-    first: int | None
-    last: int | None
+    first: int
+    last: int
     steps: int
     nonfinite: int
     notes: tuple[str, ...]
@@ -129,7 +129,7 @@ def replay(
             _refuse_lost_loss(chunk, watching[0])
         for score in scores:
             score.add(chunk)
-    if survey.first is None:
+    if not survey.steps:
         end = "the end" if stop is None else str(stop)
         msg = f"{trace.path}: no step from {start} to {end} has a norm. Choose other steps."
         raise ConfigError(msg)
@@ -230,8 +230,7 @@ class _Survey:
     """What the steps themselves are like."""
 
     def __init__(self) -> None:
-        self.first: int | None = None
-        self.last: int | None = None
+        self.first = self.last = -1
         self.steps = self.nonfinite = self._left_out = 0
         self.norm = CurveBuilder("grad_norm")
 
@@ -239,7 +238,7 @@ class _Survey:
         self._left_out += count
 
     def add(self, chunk: Chunk) -> None:
-        self.first = int(chunk.step[0]) if self.first is None else self.first
+        self.first = int(chunk.step[0]) if self.first < 0 else self.first
         self.last = int(chunk.step[-1])
         self.steps += len(chunk)
         self.nonfinite += int(np.isnan(chunk.grad_norm).sum())
@@ -250,8 +249,6 @@ class _Survey:
             "This is what would have happened to these gradients; a run that is clipped otherwise "
             "goes another way and has other gradients."
         )
-        assert self.first is not None
-        assert self.last is not None
         if self.first > 0:
             yield f"Policies begin at step {self.first} with nothing learnt."
         yield from sparseness(self.first, self.last, self.steps)
