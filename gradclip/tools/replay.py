@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ __all__ = [
     "name_files",
     "parse_steps",
     "replay",
+    "select",
     "sparseness",
 ]
 
@@ -194,16 +196,19 @@ def kept_steps(
         unknown(int((inside & ~known).sum()))
         taken = inside & known
         if taken.any():
-            norms = np.where(chunk.finite, chunk.grad_norm, np.nan)[taken]
-            yield replace(
-                chunk,
-                step=chunk.step[taken],
-                grad_norm=norms,
-                loss=chunk.loss[taken],
-                finite=chunk.finite[taken],
-            )
+            norms = np.where(chunk.finite, chunk.grad_norm, np.nan)
+            yield select(replace(chunk, grad_norm=norms), taken)
         if stop is not None and len(chunk) and chunk.step[-1] >= stop:
             return
+
+
+def select(chunk: Chunk, which: slice | NDArray[np.bool_]) -> Chunk:
+    """Some of the steps of a chunk."""
+    columns = {f.name: getattr(chunk, f.name) for f in fields(chunk)}
+    chosen: dict[str, Any] = {
+        name: v[which] for name, v in columns.items() if isinstance(v, np.ndarray)
+    }
+    return replace(chunk, **chosen)
 
 
 def _after_last_gap(trace: Trace) -> int:

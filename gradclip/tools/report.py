@@ -5,9 +5,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from gradclip.culprits import not_finite, shares
 from gradclip.tools.charts import Counts, Steps
 from gradclip.tools.curves import Curve, CurveBuilder, Thinned
 from gradclip.tools.imports import import_log
+from gradclip.tools.replay import select
 from gradclip.tools.trace import Chunk, Trace, TraceHeader
 from gradclip.trace_file import FORMAT
 
@@ -213,9 +213,7 @@ def _last_in_a_row(chunk: Chunk) -> Chunk:
     """Without the steps that a flight record keeps of the time before its last ones."""
     gaps = np.flatnonzero(np.diff(chunk.step) > 1)
     start = int(gaps[-1]) + 1 if len(gaps) else 0
-    columns: dict[str, Any] = {field.name: getattr(chunk, field.name) for field in fields(chunk)}
-    columns = {name: a[start:] for name, a in columns.items() if isinstance(a, np.ndarray)}
-    return replace(chunk, **columns)
+    return select(chunk, slice(start, None))
 
 
 class _Spikes:
