@@ -88,7 +88,7 @@ class Recorder:
         logged = [f"grad_norm/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
             logged += [f"grad_norm/group/{name}" for name in plan.group_names]
-        self._window = Window(logged, keeps=log.histograms)
+        self._window = Window(logged, keeps=log.histograms and self._is_first)
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=home)
         self._worst: WorstSteps | None = None
         if flight is not None:
@@ -148,7 +148,7 @@ class Recorder:
         """What to log of the steps since the last call; see `GradientClipper.flush`."""
         self._drain()
         metrics, self.norms = self._window.metrics(), self._window.norms
-        self._window = Window(self._window.names, keeps=self._config.log.histograms)
+        self._window = self._window.next()
         return metrics
 
     def give_histogram(self, writer: Any, key: str, step: int) -> None:

@@ -64,6 +64,10 @@ class Window:
         self._clip_rate = float(_column(rows, "clip_rate")[-1])
         self._sums += sums
 
+    def next(self) -> Window:
+        """An empty one like this."""
+        return Window(self.names, keeps=self._keeps)
+
     def metrics(self) -> dict[str, float]:
         """What to log; empty without a step. Means are over finite steps, NaN if there is none."""
         if not self.rows:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gradclip import ClipRecord, GradientClipper
-from lightning_clip.framework import LightningModule, Trainer, logger_step, logs_in_step
+from lightning_clip.framework import (
+    LightningModule,
+    Trainer,
+    is_mlflow,
+    logger_step,
+    logs_in_step,
+)
 
 __all__ = ["Reporter"]
 
@@ -28,6 +34,7 @@ class Reporter:
         self._progress_bar = progress_bar
         self._clippers: Sequence[GradientClipper] = ()
         self._written: list[int] = []
+        self._filed: list[int] = []
         self._stepped = False
         self.steps: list[int] = []
 
@@ -42,7 +49,7 @@ class Reporter:
             steps: Those each optimizer has made.
         """
         self._clippers = clippers
-        self.steps, self._written = list(steps), list(steps)
+        self.steps, self._written, self._filed = list(steps), list(steps), list(steps)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         for index, clipper in enumerate(clippers):
             clipper.recorder.folder = folder
@@ -60,6 +67,7 @@ class Reporter:
             record: What was done.
         """
         self.steps[index] += 1
+        self._filed[index] = logger_step(trainer)
         self._stepped = True
         if trainer.barebones:
             return
@@ -91,23 +99,32 @@ class Reporter:
             clipper.recorder.close()
 
     def _write(self, trainer: Trainer, due: Sequence[bool]) -> None:
-        for index, (clipper, now) in enumerate(zip(self._clippers, due, strict=True)):
+        for index, now in enumerate(due):
             if now:
                 self._written[index] = self.steps[index]
                 if trainer.is_global_zero:
-                    self._give(trainer, clipper, self._suffix(index))
+                    self._give(trainer, index)
 
-    def _give(self, trainer: Trainer, clipper: GradientClipper, suffix: str) -> None:
-        metrics = {key + suffix: value for key, value in clipper.flush().items()}
+    def _give(self, trainer: Trainer, index: int) -> None:
+        clipper, suffix, step = self._clippers[index], self._suffix(index), self._filed[index]
+        metrics = clipper.flush()
         if not metrics:
             return
-        step = logger_step(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
-            if self._histograms:
+            if self._histograms:  # first: to W&B it is part of the row that metrics complete
                 key = "clip/grad_norm_histogram" + suffix
                 clipper.recorder.give_histogram(logger.experiment, key, step)
+            logger.log_metrics(_named(metrics, suffix, logger), step=step)
             logger.save()
 
     def _suffix(self, index: int) -> str:
         return f"/optimizer{index}" if len(self._clippers) > 1 else ""
+
+
+def _named(metrics: Mapping[str, float], suffix: str, logger: object) -> dict[str, float]:
+    """Metrics under the keys that a logger can take.
+
+    MLflow's file store keeps a metric as a file, so none can be named like the folder of others.
+    """
+    norm = "clip/grad_norms/" if is_mlflow(logger) else "clip/grad_norm/"
+    return {key.replace("clip/grad_norm/", norm, 1) + suffix: v for key, v in metrics.items()}

@@ -1,85 +1,148 @@
 """What the Trainer's loggers wrote, read back, against norms that torch alone computed."""
 
-import csv
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from support.lit import After, Before, Pair, Small, trainer_of
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils._python_dispatch import TorchDispatchMode
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from support.lit import NAN, NOTHING, After, Before, Pair, Small, adamw, trainer_of
+from support.logged import (
+    board_entries,
+    expected_entries,
+    mlflow_entries,
+    ours,
+    table_entries,
+    wandb_entries,
+)
+from torch.overrides import TorchFunctionMode
 
 from lightning_clip import GradientClip
 from lightning_clip.framework import logger_step
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning"
+    "ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning",
+    "ignore:.*training_step. returned .None.:UserWarning",
 )
 
 MAX_NORM = 6.0
-KEYS = ("grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "clip_rate")
+STEPS = 100
+NAMES = ("net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias")
+PARTS = {name: slice(i, i + 1) for i, name in enumerate(NAMES)}
+GROUPS = {"group/body": slice(0, 2), "group/head": slice(2, 4)}
+HISTOGRAM = "clip/grad_norm_histogram"
 
 
-def run(loggers, *, every=None, module=None, log=None, batches=range(12), **options):
+def run(loggers, *, module=None, log=None, batches=range(12), ckpt_path=None, **options):
     config = {"policies": [{"type": "norm", "max_norm": MAX_NORM}], "log": log or {}}
-    config["log"]["every_n_steps"] = every
-    clip = GradientClip(config, progress_bar=options.pop("progress_bar", False))
-    before, after = Before(), After(clip)
-    trainer = trainer_of(before, clip, after, logger=loggers, **options)
-    trainer.fit(module or Small(), batches)
-    return trainer, before, after
+    clip, before = GradientClip(config), Before()
+    trainer = trainer_of(before, clip, logger=loggers, **options)
+    trainer.fit(module or Small(), batches, ckpt_path=ckpt_path)
+    return trainer, before
 
 
-def rows_of(logger):
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    return [{key: float(value) for key, value in row.items() if value} for row in rows]
+def grouped(parameters):
+    held = list(parameters)
+    return adamw([{"params": held[:2], "name": "body"}, {"params": held[2:], "name": "head"}])
 
 
-def expected(before, after, step):
-    """Every metric of a step, from the captured gradients alone."""
-    norms = before.norms[: step + 1]
-    norm = norms[-1]
-    clipped = norm > MAX_NORM
-    return {
-        "clip/grad_norm": norm,
-        "clip/limit": MAX_NORM,
-        "clip/coef": MAX_NORM / (norm + 1e-6) if clipped else 1.0,
-        "clip/clipped_norm": after.norms[step],
-        "clip/clipped": float(clipped),
-        "clip/skipped": 0.0,
-        "clip/clip_rate": sum(n > MAX_NORM for n in norms) / (step + 1),
+CADENCES = {
+    "the Trainer's": ({"log_every_n_steps": 10}, None, range(9, STEPS, 10)),
+    "its own": ({"log_every_n_steps": 50}, 7, [*range(6, STEPS, 7), STEPS - 1]),
+}
+
+
+@pytest.fixture(scope="module", params=CADENCES)
+def written(request, tmp_path_factory):
+    """One run of 100 steps into four loggers, two of its gradients not finite, one nothing."""
+    options, every, ends = CADENCES[request.param]
+    folder = tmp_path_factory.mktemp("run")
+    batches = [NAN if i in (30, 31) else NOTHING if i == 44 else i for i in range(STEPS)]
+    log = dict.fromkeys(("per_parameter", "per_group", "histograms"), True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_X_DISABLE_STATS", "true")
+        table, board = CSVLogger(folder), TensorBoardLogger(folder)
+        flow = MLFlowLogger(tracking_uri=f"file:{folder}/mlruns")
+        sweep = WandbLogger(save_dir=folder, offline=True)
+        log["every_n_steps"] = every
+        try:
+            loggers = [table, board, flow, sweep]
+            _, before = run(loggers, module=Small(grouped), log=log, batches=batches, **options)
+        finally:
+            sweep.experiment.finish()
+    wanted = expected_entries(padded(before.grads), ends, MAX_NORM, PARTS | GROUPS)
+    return SimpleNamespace(folder=folder, table=table, board=board, ends=list(ends), wanted=wanted)
+
+
+def padded(grads):
+    """A step without gradients is one of zeros."""
+    return [step or [torch.zeros_like(g) for g in grads[0]] for step in grads]
+
+
+def assert_same(found, wanted):
+    assert list(found) == list(wanted)
+    for step, row in wanted.items():
+        assert found[step] == pytest.approx(row, rel=1e-6), step
+
+
+def test_the_reference_has_steps_of_every_kind(written):
+    rows = written.wanted.values()
+    assert sum(row["clip/nonfinite"] for row in rows) == 2
+    assert 10 < sum(row["clip/clipped"] for row in rows) < 90
+    assert written.wanted[STEPS - 1]["clip/clip_rate"] < 1
+
+
+def test_a_table(written):
+    entries = table_entries(written.table.log_dir)
+    assert_same(ours(entries), written.wanted)
+    assert not any("histogram" in key for row in entries.values() for key in row)
+
+
+def test_tensorboard(written):
+    scalars, histograms = board_entries(written.board.log_dir)
+    assert_same(ours(scalars), written.wanted)
+    assert histograms == {step: {HISTOGRAM: n} for step, n in steps_of(written).items()}
+
+
+def test_wandb(written):
+    rows = [row for row in wandb_entries(written.folder) if "clip/grad_norm" in row]
+    by_step = {row["trainer/global_step"]: row for row in rows}
+    numbers = {
+        step: {k: v for k, v in row.items() if not k.startswith(HISTOGRAM)}
+        for step, row in by_step.items()
     }
+    assert_same(ours(numbers), written.wanted)
+    counts = {step: sum(row[f"{HISTOGRAM}>values"]) for step, row in by_step.items()}
+    assert counts == steps_of(written)
 
 
-def test_both_loggers_have_every_metric(tmp_path):
-    table, board = CSVLogger(tmp_path), TensorBoardLogger(tmp_path)
-    _, before, after = run([table, board], log_every_n_steps=3)
-    rows = rows_of(table)
-    assert [row["step"] for row in rows] == [2, 5, 8, 11]
-    assert 0 < rows[-1]["clip/clip_rate"] < 1
-    events = EventAccumulator(board.log_dir)
-    events.Reload()
-    for row in rows:
-        step = int(row["step"])
-        wanted = expected(before, after, step)
-        assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
-        for key, value in wanted.items():
-            [written] = [e.value for e in events.Scalars(key) if e.step == step]
-            assert written == pytest.approx(value, rel=1e-6)
+def test_mlflow(written):
+    found = dict(sorted(mlflow_entries(written.folder / "mlruns").items()))
+    wanted = {
+        step: {key.replace("grad_norm/", "grad_norms/"): value for key, value in row.items()}
+        for step, row in written.wanted.items()
+    }
+    assert_same(found, wanted)
+
+
+def steps_of(written):
+    """How many finite steps with a gradient each entry is of: all but 30, 31 and 44."""
+    starts = [0, *(end + 1 for end in written.ends)]
+    spans = zip(starts, written.ends, strict=False)
+    return {end: len(set(range(start, end + 1)) - {30, 31, 44}) for start, end in spans}
 
 
 def test_an_interval_of_its_own_is_kept_exactly(tmp_path):
     table = CSVLogger(tmp_path)
-    trainer, before, after = run(table, every=5, log_every_n_steps=2)
-    rows = [row for row in rows_of(table) if "clip/grad_norm" in row]
-    assert [row["step"] for row in rows] == [4, 9]
-    for row in rows:
-        wanted = expected(before, after, int(row["step"]))
-        assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
-    assert float(trainer.callback_metrics["clip/grad_norm"]) == pytest.approx(before.norms[-1])
+    trainer, before = run(table, log={"every_n_steps": 5}, log_every_n_steps=2)
+    wanted = expected_entries(before.grads, [4, 9, 11], MAX_NORM)
+    assert_same(ours(table_entries(table.log_dir)), wanted)
+    last = expected_entries(before.grads[-1:], [0], MAX_NORM)[0]
+    for key in ("clip/grad_norm", "clip/clipped", "clip/coef"):
+        assert float(trainer.callback_metrics[key]) == pytest.approx(last[key], rel=1e-6)
 
 
 class LogsToo(Small):
@@ -89,20 +152,21 @@ class LogsToo(Small):
         return loss
 
 
+@pytest.mark.parametrize("every", [None, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_interval_of_its_own_files_under_the_trainers_steps(tmp_path, accumulate):
+def test_entries_are_filed_under_the_trainers_steps(tmp_path, accumulate, every):
     table = CSVLogger(tmp_path)
-    run(
+    _, before = run(
         table,
-        every=2,
+        log={"every_n_steps": every},
         module=LogsToo(),
         log_every_n_steps=2,
         accumulate_grad_batches=accumulate,
     )
-    rows = rows_of(table)
-    ours = [row["step"] for row in rows if "clip/grad_norm" in row]
-    assert ours == [row["step"] for row in rows if "own" in row]
-    assert len(ours) == 6 // accumulate
+    entries = table_entries(table.log_dir)
+    wanted = expected_entries(before.grads, range(1, 12 // accumulate, 2), MAX_NORM)
+    assert_same(ours(entries), wanted)
+    assert [step for step, row in entries.items() if "own" in row] == list(wanted)
 
 
 def test_the_step_read_from_the_trainer_is_the_one_it_logs_under(tmp_path):
@@ -112,33 +176,36 @@ def test_the_step_read_from_the_trainer_is_the_one_it_logs_under(tmp_path):
 
     table = CSVLogger(tmp_path)
     trainer_of(Step(None), logger=table, log_every_n_steps=1).fit(Small(), range(3))
-    assert [row["step_seen"] for row in rows_of(table)] == [row["step"] for row in rows_of(table)]
+    assert {k: row["step_seen"] for k, row in table_entries(table.log_dir).items()} == {
+        step: step for step in range(3)
+    }
 
 
-def test_per_parameter_norms(tmp_path):
+def test_a_resumed_run_goes_on_with_clip_rate_and_interval(tmp_path):
+    first, second = CSVLogger(tmp_path / "first"), CSVLogger(tmp_path / "second")
+    log = {"every_n_steps": 5}
+    trainer, before = run(first, log=log, log_every_n_steps=3)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    _, after = run(second, log=log, max_epochs=2, log_every_n_steps=3, ckpt_path=tmp_path / "last.ckpt")
+    wanted = expected_entries(before.grads + after.grads, [4, 9, 11, 14, 19, 23], MAX_NORM)
+    rows = ours(table_entries(first.log_dir)) | ours(table_entries(second.log_dir))
+    assert_same(rows, wanted)
+
+
+@pytest.mark.parametrize("every", [None, 5])
+def test_several_optimizers_have_keys_of_their_own(tmp_path, every):
     table = CSVLogger(tmp_path)
-    _, before, _ = run(table, log={"per_parameter": True}, log_every_n_steps=4)
-    row = rows_of(table)[0]
-    names = ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
-    for name, grad in zip(names, before.grads[3], strict=True):
-        norm = math.sqrt(float(grad.double().square().sum()))
-        assert row[f"clip/grad_norm/{name}"] == pytest.approx(norm, rel=1e-6)
-
-
-@pytest.mark.parametrize("every", [None, 4])
-def test_keys_of_several_optimizers_are_distinct(tmp_path, every):
-    table = CSVLogger(tmp_path)
-    _, before, _ = run(table, module=Pair(), every=every, log_every_n_steps=4)
-    rows = [row for row in rows_of(table) if any(key.startswith("clip/") for key in row)]
-    merged = {}
-    for row in rows:
-        merged.setdefault(row["step"], {}).update(row)
-    assert list(merged) == [3, 7, 11]
-    for step, row in merged.items():
-        assert "clip/grad_norm" not in row
-        for index in (0, 1):
-            norm = before.norms[2 * int(step) + index]
-            assert row[f"clip/grad_norm/optimizer{index}"] == pytest.approx(norm, rel=1e-6)
+    log = {"every_n_steps": every, "per_parameter": True}
+    _, before = run(table, module=Pair(), log=log, log_every_n_steps=4)
+    ends = [3, 7, 11] if every is None else [4, 9, 11]
+    wanted = {end: {} for end in ends}
+    for index, names in enumerate((NAMES[:2], NAMES[2:])):
+        parts = {name: slice(i, i + 1) for i, name in enumerate(names)}
+        suffix = f"/optimizer{index}"
+        own = expected_entries(before.grads[index::2], ends, MAX_NORM, parts, suffix)
+        for end in ends:
+            wanted[end] |= own[end]
+    assert_same(ours(table_entries(table.log_dir)), wanted)
 
 
 class Bar(TQDMProgressBar):
@@ -162,12 +229,37 @@ def test_progress_bar_on_request(asked):
         assert bar.shown[2]["clip/grad_norm"] == pytest.approx(before.norms[2], rel=1e-6)
 
 
-class HostReads(TorchDispatchMode):
-    count = 0
+class HostReads(TorchFunctionMode):
+    """Notes every way to a value on the host; of a clipper's flush only until rows are there."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+    WAYS = frozenset(
+        {"cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"}
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.between, self.flushes = 0, []
+        self._inside = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.WAYS and self._inside:
+            self.flushes[-1].append(name)
+        self.between += name in self.WAYS and not self._inside
         return func(*args, **(kwargs or {}))
+
+    def watch(self, clipper):
+        flush = clipper.flush
+
+        def watched():
+            self.flushes.append([])
+            self._inside = True
+            try:
+                return flush()
+            finally:
+                self._inside = False
+
+        clipper.flush = watched
 
 
 class WithoutClipper(GradientClip):
@@ -175,30 +267,40 @@ class WithoutClipper(GradientClip):
         pass
 
 
-def reads(kind, tmp_path, **options):
-    """Host reads of a run whose clipper itself reads nothing (the accelerator path)."""
-    clip = kind({"policies": [{"type": "norm", "max_norm": 1.0}], "on_nonfinite": "ignore"})
-    table = CSVLogger(tmp_path)
-    with HostReads() as spy:
-        trainer_of(ForceAccelerator(clip), clip, logger=table, **options).fit(Small(), range(12))
-    return spy.count
-
-
 class ForceAccelerator(After):
     """Gives the clipper the kernel that accelerators get."""
 
-    def on_train_start(self, trainer, _):
+    def __init__(self, clip, spy):
+        super().__init__(clip)
+        self.spy = spy
+
+    def on_train_start(self, trainer, module):
+        named = list(module.named_parameters())
         for clipper in self.clip.clippers:
-            clipper.__init__(clipper.config, None, trainer.optimizers[0], kernel="accelerator")
+            clipper.__init__(clipper.config, named, trainer.optimizers[0], kernel="accelerator")
+            self.spy.watch(clipper)
 
 
-def test_logging_reads_the_host_only_when_the_trainer_logs(tmp_path):
-    options = {"log_every_n_steps": 12}
-    own = reads(GradientClip, tmp_path, **options) - reads(WithoutClipper, tmp_path, **options)
-    assert own == len(KEYS)
-    options = {"log_every_n_steps": 4}
-    own = reads(GradientClip, tmp_path, **options) - reads(WithoutClipper, tmp_path, **options)
-    assert own == 3 * len(KEYS)
+def reads(kind, logger, **options):
+    """What a run reads whose policy itself reads nothing."""
+    log = {"per_parameter": True, "histograms": True}
+    policies = [{"type": "norm", "max_norm": 1.0}]
+    clip = kind({"policies": policies, "on_nonfinite": "ignore", "log": log})
+    spy = HostReads()
+    with spy:
+        trainer = trainer_of(clip, ForceAccelerator(clip, spy), logger=logger, **options)
+        trainer.fit(Small(), range(12))
+    return spy
+
+
+@pytest.mark.parametrize(("every", "flushes"), [(12, 1), (4, 3), (5, 3)])
+def test_the_host_is_read_once_an_entry_and_never_between(tmp_path, every, flushes):
+    of_trainer = reads(WithoutClipper, CSVLogger(tmp_path), log_every_n_steps=every)
+    with_clips = reads(GradientClip, CSVLogger(tmp_path), log_every_n_steps=every)
+    assert with_clips.between == of_trainer.between
+    full = [names for names in with_clips.flushes if names]
+    assert len(full) == flushes
+    assert all(names[0] == "cpu" and names.count("cpu") == 1 for names in full)
 
 
 def test_barebones_logs_nothing_and_warns_of_nothing():
