@@ -1,0 +1,124 @@
+"""One layer goes wrong on one rank: the first rank's file says which, and when."""
+
+import functools
+import math
+
+import pytest
+import torch
+from support.cuts import CPU, loss, network
+from support.nets import uneven_net
+from support.ranks import run_on_ranks
+from support.spikes import culprits, flight, spike_in
+from support.zero_engines import backward, start
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gradclip import GradientClipper
+
+SPIKE, NAN, STEPS = 9, 14, 20
+CONFIG = {"policies": [{"type": "norm", "max_norm": 1.0}], "recorder": {"worst": 3}}
+
+
+class Fault:
+    """What the gradients of a layer are multiplied by on the last rank."""
+
+    def __init__(self, last, at, factor):
+        self.step, self.last, self.at, self.factor = 0, last, at, factor
+
+    def __call__(self):
+        return self.factor if self.last and self.step == self.at else 1.0
+
+
+def ddp(net, world):
+    return DistributedDataParallel(net)
+
+
+def fsdp1(net, world):
+    wrap = functools.partial(FullyShardedDataParallel, device_id=CPU, use_orig_params=True)
+    for index in (0, 1):
+        net[index] = wrap(net[index])
+    return wrap(net)
+
+
+def fsdp2(net, world):
+    mesh = init_device_mesh("cpu", (world,))
+    for module in (net[0], net[1], net):
+        fully_shard(module, mesh=mesh)
+    return net
+
+
+WRAPS = {"DDP": ddp, "FSDP1": fsdp1, "FSDP2": fsdp2}
+LAYERS = dict.fromkeys(WRAPS, ("1.up", "0.down")) | {"ZeRO-2": ("2", "0")}
+
+
+def faults_in(net, layers, last):
+    faults = Fault(last, SPIKE, 1000.0), Fault(last, NAN, math.nan)
+    for layer, fault in zip(layers, faults, strict=True):
+        spike_in(net.get_submodule(layer), fault)
+    return faults
+
+
+def train(rank, world, name, folder):
+    net = network()
+    faults = faults_in(net, LAYERS[name], rank == world - 1)
+    wrapped = WRAPS[name](net, world)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+    clipper = GradientClipper(CONFIG, wrapped.named_parameters(), optimizer)
+    clipper.recorder.folder = folder
+    clipper.attach(optimizer)
+    for step in range(STEPS):
+        for fault in faults:
+            fault.step = step
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(step * world + rank)
+        loss(wrapped(torch.randn(4, 8, generator=generator))).backward()
+        optimizer.step()
+    clipper.recorder.close()
+
+
+def train_engine(rank, world, folder):
+    net = uneven_net(1)
+    faults = faults_in(net, LAYERS["ZeRO-2"], rank == world - 1)
+    engine = start("zero 2", net)
+    clipper = GradientClipper(CONFIG, optimizer=engine)
+    clipper.recorder.folder = folder
+    clipper.attach(engine)
+    for step in range(STEPS):
+        for fault in faults:
+            fault.step = step
+        backward(engine, rank, step)
+        engine.step()
+    clipper.recorder.close()
+
+
+def on_rank(rank, world, folder):
+    for name in WRAPS:
+        train(rank, world, name, folder / name / str(rank))
+    train_engine(rank, world, folder / "ZeRO-2" / str(rank))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    run_on_ranks(on_rank, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_layer_and_the_step_are_named_by_the_first_rank_alone(name, folder):
+    files = [path for path in (folder / name).rglob("*") if path.is_file()]
+    assert files == [folder / name / "0" / "gradclip.trace.jsonl"]
+    header, steps = flight(files[0])
+    assert list(steps) == list(range(STEPS))
+    assert header["counts"]["nonfinite"] == header["counts"]["skipped"] == 1
+    worst = max((row["grad_norm"], step) for step, row in steps.items() if row["finite"])
+    assert worst[1] == SPIKE
+    assert [step for step, row in steps.items() if not row["finite"]] == [NAN]
+    spiked, broken = LAYERS[name]
+    share, odd = culprits(steps[SPIKE], spiked)
+    assert share > 0.99
+    assert not odd
+    assert culprits(steps[NAN], spiked)[1] == {f"{broken}.weight", f"{broken}.bias"}
+    others = [step for step, row in steps.items() if row["finite"] and "per_parameter" in row]
+    assert all(culprits(steps[step], spiked)[0] < 0.9 for step in others if step != SPIKE)
