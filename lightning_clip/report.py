@@ -49,7 +49,8 @@ class Reporter:
             steps: Those each optimizer has made.
         """
         self._clippers = clippers
-        self.steps, self._written, self._filed = list(steps), list(steps), list(steps)
+        self.steps, self._written = list(steps), list(steps)
+        self._filed = [0] * len(steps)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         for index, clipper in enumerate(clippers):
             clipper.recorder.folder = folder

@@ -18,6 +18,7 @@ from gradclip import GradientClipper
 
 SPIKE, NAN, STEPS = 9, 14, 20
 CONFIG = {"policies": [{"type": "norm", "max_norm": 1.0}], "recorder": {"worst": 3}}
+CONFIG["log"] = {"histograms": True}
 
 
 class Fault:
@@ -75,6 +76,8 @@ def train(rank, world, name, folder):
         loss(wrapped(torch.randn(4, 8, generator=generator))).backward()
         optimizer.step()
     clipper.recorder.close()
+    clipper.flush()
+    return len(clipper.recorder.norms)
 
 
 def train_engine(rank, world, folder):
@@ -93,20 +96,24 @@ def train_engine(rank, world, folder):
 
 
 def on_rank(rank, world, folder):
-    for name in WRAPS:
-        train(rank, world, name, folder / name / str(rank))
+    kept = {train(rank, world, name, folder / name / str(rank)) for name in WRAPS}
     train_engine(rank, world, folder / "ZeRO-2" / str(rank))
+    return kept
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(on_rank, 2, folder)
-    return folder
+    return folder, run_on_ranks(on_rank, 2, folder)
+
+
+def test_norms_for_histograms_are_kept_on_the_first_rank_alone(ran):
+    assert ran[1] == [{STEPS - 1}, {0}]
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_layer_and_the_step_are_named_by_the_first_rank_alone(name, folder):
+def test_the_layer_and_the_step_are_named_by_the_first_rank_alone(name, ran):
+    folder = ran[0]
     files = [path for path in (folder / name).rglob("*") if path.is_file()]
     assert files == [folder / name / "0" / "gradclip.trace.jsonl"]
     header, steps = flight(files[0])

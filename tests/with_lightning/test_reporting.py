@@ -186,7 +186,9 @@ def test_a_resumed_run_goes_on_with_clip_rate_and_interval(tmp_path):
     log = {"every_n_steps": 5}
     trainer, before = run(first, log=log, log_every_n_steps=3)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    _, after = run(second, log=log, max_epochs=2, log_every_n_steps=3, ckpt_path=tmp_path / "last.ckpt")
+    _, after = run(
+        second, log=log, max_epochs=2, log_every_n_steps=3, ckpt_path=tmp_path / "last.ckpt"
+    )
     wanted = expected_entries(before.grads + after.grads, [4, 9, 11, 14, 19, 23], MAX_NORM)
     rows = ours(table_entries(first.log_dir)) | ours(table_entries(second.log_dir))
     assert_same(rows, wanted)
