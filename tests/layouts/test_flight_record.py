@@ -8,7 +8,7 @@ import torch
 from support.cuts import CPU, loss, network
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
-from support.spikes import culprits, flight, spike_in
+from support.spikes import blamed, flight, spike_in
 from support.zero_engines import backward, start
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -123,9 +123,9 @@ def test_the_layer_and_the_step_are_named_by_the_first_rank_alone(name, ran):
     assert worst[1] == SPIKE
     assert [step for step, row in steps.items() if not row["finite"]] == [NAN]
     spiked, broken = LAYERS[name]
-    share, odd = culprits(steps[SPIKE], spiked)
+    share, odd = blamed(header, steps[SPIKE], spiked)
     assert share > 0.99
     assert not odd
-    assert culprits(steps[NAN], spiked)[1] == {f"{broken}.weight", f"{broken}.bias"}
+    assert blamed(header, steps[NAN], spiked)[1] == {f"{broken}.weight", f"{broken}.bias"}
     others = [step for step, row in steps.items() if row["finite"] and "per_parameter" in row]
-    assert all(culprits(steps[step], spiked)[0] < 0.9 for step in others if step != SPIKE)
+    assert all(blamed(header, steps[step], spiked)[0] < 0.9 for step in others if step != SPIKE)

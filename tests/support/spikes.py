@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradclip.culprits import not_finite, shares
+
 
 def spike_in(layer: nn.Module, factor: Callable[[], float]) -> None:
     """Multiply the gradients of a layer's own parameters; layers before it don't see it.
@@ -41,12 +43,9 @@ def flight(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     return header, {row["step"]: row for row in rows}
 
 
-def culprits(step: dict[str, Any], layer: str) -> tuple[float, set[str]]:
-    """Which share of a step's squared norm is a layer's, and whose gradients weren't finite."""
-    norms = step["per_parameter"]
-    odd = {name for name, norm in norms.items() if norm is None}
-    whole = sum(norm**2 for norm in norms.values() if norm is not None)
-    own = sum(
-        norm**2 for name, norm in norms.items() if name.startswith(f"{layer}.") and norm is not None
-    )
-    return own / whole, odd
+def blamed(header: dict[str, Any], step: dict[str, Any], layer: str) -> tuple[float, set[str]]:
+    """Which share of a step's norm is a layer's, and whose gradients weren't finite."""
+    norms = {k: math.nan if v is None else v for k, v in step["per_parameter"].items()}
+    parts = shares(norms, header["norm_type"])
+    own = sum(part for name, part in parts if name.startswith(f"{layer}."))
+    return own, set(not_finite(norms))

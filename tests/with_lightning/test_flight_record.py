@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from support.lit import NAN, Before, Pair, Small, trainer_of
 from support.lit_layouts import STRATEGIES
 from support.ranks import run_on_ranks
-from support.spikes import culprits, flight, spike_in
+from support.spikes import blamed, flight, spike_in
 
 from gradclip import NonFiniteError
 from lightning_clip import GradientClip
@@ -190,12 +190,12 @@ def folder(tmp_path_factory):
 def test_a_layer_that_goes_wrong_on_one_rank_is_named_by_the_first(folder, name):
     root = folder / name
     assert files_below(root) == {f"0/{NAME}"}
-    _, steps = flight(root / "0" / NAME)
+    header, steps = flight(root / "0" / NAME)
     assert len(steps) == 12
     norms = {step: row["grad_norm"] for step, row in steps.items() if row["finite"]}
     assert max(norms, key=norms.get) == SPIKE
-    share, odd = culprits(steps[SPIKE], "net.2")
+    share, odd = blamed(header, steps[SPIKE], "net.2")
     assert share > 0.99
     assert not odd
     assert set(steps) - set(norms) == {ODD}
-    assert culprits(steps[ODD], "net.2")[1] == {"net.4.weight", "net.4.bias"}
+    assert blamed(header, steps[ODD], "net.2")[1] == {"net.4.weight", "net.4.bias"}
