@@ -1,11 +1,12 @@
-"""One layer goes wrong on one rank: the first rank's file says which, and when."""
+"""Parameters that ranks share: their norms in log entries, and who went wrong on one rank."""
 
 import functools
 import math
 
 import pytest
 import torch
-from support.cuts import CPU, loss, network
+from support.comms import CountComms
+from support.cuts import CPU, build, loss, network
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from support.spikes import blamed, flight, spike_in
@@ -95,10 +96,37 @@ def train_engine(rank, world, folder):
     clipper.recorder.close()
 
 
+def entry(rank, world, name):
+    """A log entry with every norm, those norms by whole gradients, and what a step sent."""
+    cell = build(name, rank, world)
+    values = [p for _, p in cell.named]
+    groups = [{"params": values[:5], "name": "early"}, {"params": values[5:], "name": "late"}]
+    optimizer = torch.optim.SGD(groups)
+    norms = {name: float(grad.norm()) for name, grad in cell.whole().items()}
+    numbers = list(norms.values())
+    wanted = norms | {
+        "group/early": math.hypot(*numbers[:5]),
+        "group/late": math.hypot(*numbers[5:]),
+    }
+    sent = []
+    for log in ({}, {"per_parameter": True, "per_group": True}):
+        config = {"policies": [{"type": "norm", "max_norm": 1e9}], "log": log}
+        clipper = GradientClipper(config, cell.named, optimizer, **cell.options)
+        clipper.clip()  # the first step also agrees on a few things
+        comms = CountComms()
+        with comms:
+            clipper.clip()
+            metrics = clipper.flush()
+        sent.append(len(comms.messages))
+    key = "clip/grad_norm/"
+    found = {k.removeprefix(key): v for k, v in metrics.items() if k.startswith(key)}
+    return found, wanted, sent
+
+
 def on_rank(rank, world, folder):
     kept = {train(rank, world, name, folder / name / str(rank)) for name in WRAPS}
     train_engine(rank, world, folder / "ZeRO-2" / str(rank))
-    return kept
+    return kept, {name: entry(rank, world, name) for name in WRAPS}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +136,15 @@ def ran(tmp_path_factory):
 
 
 def test_norms_for_histograms_are_kept_on_the_first_rank_alone(ran):
-    assert ran[1] == [{STEPS - 1}, {0}]
+    assert [kept for kept, _ in ran[1]] == [{STEPS - 1}, {0}]
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_an_entry_has_whole_norms_and_no_message_more(name, ran):
+    for _, entries in ran[1]:
+        found, wanted, (without, with_norms) = entries[name]
+        assert found == pytest.approx(wanted, rel=1e-6)
+        assert with_norms == without == (name != "DDP")
 
 
 @pytest.mark.parametrize("name", LAYERS)
