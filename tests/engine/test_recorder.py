@@ -261,4 +261,4 @@ def test_withheld_steps_in_a_row_are_said_once(caplog):
         step(clipper, params, [math.nan if i % 4 else 1.0, 0.0, 0.0])
     clipper.flush()
     [said] = warnings_of(caplog)
-    assert "withheld 3 steps in a row" in said
+    assert "3 steps in a row were withheld" in said
