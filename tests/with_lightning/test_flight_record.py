@@ -6,7 +6,8 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from support.lit import NAN, Before, Pair, Small, trainer_of
-from support.lit_layouts import STRATEGIES
+from support.lit_layouts import STRATEGIES, Plain
+from support.logged import table_entries
 from support.ranks import run_on_ranks
 from support.spikes import blamed, flight, spike_in
 
@@ -171,18 +172,30 @@ def on_rank(rank, world, name, folder):
     trainer_of(clip(), **options).fit(module, range(12))
 
 
+def logged(module, strategy, world, root):
+    """A run without a fault, its log entries and its file in one folder."""
+    logger = CSVLogger(root, name="", version="")
+    options = {"logger": logger, "log_every_n_steps": 5, "strategy": strategy, "devices": world}
+    log = {"per_parameter": True, "per_group": True}
+    trainer_of(clip(log=log), **options).fit(module, range(12))
+
+
 def on_rank_all(rank, world, names, folder):
     for name in names:
         on_rank(rank, world, name, folder)
+    for name in WHOLE:
+        module, strategy, _ = STRATEGIES[name]
+        logged(module(), strategy(), world, folder / "logged" / name / str(rank))
 
 
 NAMES = ("ddp", "fsdp1", "fsdp2")
+WHOLE = [name for name, (*_, world) in STRATEGIES.items() if world == 2 and "flat" not in name]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(on_rank_all, 2, NAMES, folder)
+    run_on_ranks(on_rank_all, 2, NAMES, folder, timeout=180)
     return folder
 
 
@@ -199,3 +212,26 @@ def test_a_layer_that_goes_wrong_on_one_rank_is_named_by_the_first(folder, name)
     assert not odd
     assert set(steps) - set(norms) == {ODD}
     assert blamed(header, steps[ODD], "net.2")[1] == {"net.4.weight", "net.4.bias"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    logged(Plain(), "auto", 1, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_entries_and_file_are_those_of_one_process(folder, alone, name):
+    root = folder / "logged" / name
+    assert files_below(root) == {f"0/{NAME}"}
+    _, wanted = flight(alone / NAME)
+    _, found = flight(root / "0" / NAME)
+    assert list(found) == list(wanted)
+    for step, row in wanted.items():
+        assert found[step].pop("per_parameter") == pytest.approx(row.pop("per_parameter"), rel=1e-5)
+        assert found[step] == pytest.approx(row, rel=1e-5)
+    entries, reference = table_entries(root / "0"), table_entries(alone)
+    assert list(entries) == list(reference) == [4, 9, 11]
+    for step, row in reference.items():
+        assert entries[step] == pytest.approx(row, rel=1e-5)
