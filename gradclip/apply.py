@@ -55,6 +55,7 @@ class Effect:
         plan: The parameters and how they are cut.
         optimizer: Whose step follows, if one was given.
         waits: Reading a value on the host waits for a device, as the kernel says.
+        one_by_one: Each backward's gradients are clipped before they join the others.
         before: The effect that this one replaces, of the same optimizer.
 
     Attributes:
@@ -74,17 +75,20 @@ class Effect:
         optimizer: Any | None,
         *,
         waits: bool,
+        one_by_one: bool = False,
         before: Effect | None = None,
     ) -> None:
         no_flag = _why_no_flag(plan, optimizer)
         why_not = no_flag
         if plan.split_by is not None:
             why_not = f"policy {plan.split_by!r} asks for more than one coefficient"
+        if one_by_one:
+            why_not = "stage is 'after_backward', which clips before the step"
         if mode == "fold" and why_not is not None:
             msg = (
                 f"apply is 'fold', and {why_not}; allowed: a fused Adam, AdamW, SGD or Adagrad of "
-                "torch, all of whose parameters are held to one coefficient. Set apply to 'auto' "
-                "or 'in_place'."
+                "torch, all of whose parameters are held to one coefficient at stage 'step'. Set "
+                "apply to 'auto' or 'in_place'."
             )
             raise ConfigError(msg)
         self._mode = mode
@@ -138,6 +142,15 @@ class Effect:
         if flag is not None:  # gradients of a step that won't be taken stay as they are
             verdict = replace(verdict, coef=torch.where(flag, 1.0, verdict.coef))
         apply(verdict, grads, plan, kernel, memory, grad_scale)
+
+    def withhold(self, skip: Tensor | None, plan: Plan, *, scaler_follows: bool) -> None:
+        """Withhold the step if `skip`, 0-d bool, says so, and do nothing to gradients else."""
+        flag = skip if self.withholds_on_device else None
+        if flag is not None or self._step is not None:
+            self._fused().ask(None, flag, scaler_follows=scaler_follows)
+        if flag is None and skip is not None and bool(skip):
+            for parameter in plan.parameters.values():
+                parameter.grad = None
 
     def _fused(self) -> FusedStep:
         if self._step is None:

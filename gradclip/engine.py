@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,14 +18,15 @@ from gradclip.apply import apply
 from gradclip.config import ClipConfig, PolicyLike, RecorderConfig, as_config
 from gradclip.errors import ClipError, ConfigError
 from gradclip.hooks import clip_before_step
-from gradclip.in_backward import has_hooks, refuse_lost_gradients
+from gradclip.in_backward import refuse_lost_gradients
 from gradclip.kernels import KernelName
 from gradclip.lay_out import LaidOut
 from gradclip.layouts import Groups
-from gradclip.layouts.zero import ZeroLayout, is_engine
+from gradclip.layouts.zero import ZeroLayout
 from gradclip.layouts.zero_step import Halves, clip_inside_step
 from gradclip.loss_scale import LossScale
 from gradclip.measure_step import measure_each, measure_step
+from gradclip.micro_batches import MicroBatches
 from gradclip.policies import decide_all
 from gradclip.recorder import Recorder
 from gradclip.records import ClipRecord, Tally
@@ -91,16 +93,13 @@ class GradientClipper:
         scaler: GradScaler | None = None,
     ) -> None:
         self.config: ClipConfig = as_config(policy)
-        self._zero = ZeroLayout(optimizer) if is_engine(optimizer) else None
+        self._zero = ZeroLayout.of(optimizer, layout)
         if self._zero is not None:
-            if layout is not None:
-                msg = "layout is given with a DeepSpeed engine, which has its own; leave it out."
-                raise ConfigError(msg)
-            layout = self._zero
+            layout, optimizer = self._zero, self._zero.groups
             named_parameters = named_parameters or self._zero.engine.module.named_parameters()
-            optimizer = self._zero.groups
         named = None if named_parameters is None else list(named_parameters)
-        self._loss_scale = LossScale.of(scaler, optimizer, in_engine=self._zero is not None)
+        self._micro_batches = MicroBatches(self)
+        self._loss_scale = LossScale(scaler, optimizer, in_engine=self._zero is not None)
         self._on = LaidOut(self.config, named, optimizer, process_group, layout, kernel)
         self._finds_hooks = layout is None
         rules, home = self._on.plan.rules, self._on.home
@@ -109,8 +108,7 @@ class GradientClipper:
         self.recorder = Recorder(self.config, self._tally, owner=self)
         self.recorder.lay(self._on.plan, home, waits=self._on.kernel.waits)
         self.batch: int | None = None
-        watches = any(rule.policy.watches_loss for rule in rules)
-        self._losses = Losses() if watches else None
+        self._losses = Losses() if any(rule.policy.watches_loss for rule in rules) else None
         self._latch = Latch(self.config.log.every_n_steps or 10)
         self._before = (self._states, self._tally.taken)
         self.last_record: ClipRecord | None = None
@@ -157,11 +155,12 @@ class GradientClipper:
         if not 0 < share <= 1:
             msg = f"clip: share is {share}; allowed: above 0, and 1 for a full window."
             raise ConfigError(msg)
+        if self._micro_batches.at_step(grad_scale, loss, repeat=repeat):
+            return self._micro_batches.end_step()
         if loss is not None:
             self.observe_loss(loss)
-        rule = self.config.on_nonfinite
-        scaled = self._loss_scale is not None and self._loss_scale.is_live
-        if self._loss_scale is not None and scaled:
+        rule, scaled = self.config.on_nonfinite, self._loss_scale.is_live
+        if scaled:
             rule = "skip"  # an overflow is how the scaler finds its scale, and it skips the step
             if grad_scale is None:
                 grad_scale = self._loss_scale.settle(leave=self._on.effect.unscales)
@@ -170,6 +169,25 @@ class GradientClipper:
         self._on.effect.carry_out(verdict, grads.all, *how, scaler_follows=scaled)
         return record
 
+    def micro_batch(
+        self, *, loss: Tensor | float | None = None, share: float = 1.0
+    ) -> AbstractContextManager[None]:
+        """Around one backward, for `stage: after_backward`: clip it before it joins the others.
+
+        Every rank enters it for every backward. After it `.grad` holds the sum of what was
+        clipped so far, without what isn't finite or a policy withholds; `clip` ends the step.
+
+        Args:
+            loss: 0-d, as for `clip`, of this micro-batch.
+            share: What the loss was multiplied by, 1/4 where four micro-batches make a step;
+                norms and limits are of the gradient without it.
+
+        Raises:
+            ConfigError: If `stage` is "step", or `share` is out of range.
+            NonFiniteError: As `clip`; `.grad` then holds the sum of those before.
+        """
+        return self._micro_batches.one(loss, share)
+
     def _decide(
         self,
         grad_scale: Tensor | None,
@@ -177,6 +195,7 @@ class GradientClipper:
         *,
         share: float = 1.0,
         repeat: bool = False,
+        micro: bool = False,
     ) -> tuple[Collected, Verdict, ClipRecord]:
         """Everything but the writing, for which DeepSpeed has a moment of its own."""
         on = self._now()
@@ -188,11 +207,10 @@ class GradientClipper:
         probes = on.memory.probes(grads.counted, grad_scale)
         loss = self._losses.mean(on.home) if self._losses is not None else None
         norms, probed, weights = measure_step(plan, grads, probes, on.layout, on.kernel)
-        if not any(grads.all):
-            self._stop_if_lost(norms[plan.recorded])
+        if self._finds_hooks and not any(grads.all):
+            refuse_lost_gradients(plan.parameters, norms[plan.recorded], self._tally.counts[0])
         if grad_scale is not None:
             norms = {p: norm / grad_scale for p, norm in norms.items()}
-        skips = on_nonfinite == "skip"
         verdict, states = decide_all(
             plan.rules,
             norms,
@@ -202,18 +220,20 @@ class GradientClipper:
             weights=weights,
             loss=loss,
             watched=plan.watched,
-            skip_nonfinite=skips,
+            skip_nonfinite=on_nonfinite == "skip",
             held=self._latch.reached,
             share=share,
         )
         each = partial(measure_each, plan, on.layout, on.kernel, grad_scale)
         seen = (norms[plan.recorded], self.batch, loss, each)
         raises = on_nonfinite == "raise"
-        if on.effect.withholds_on_device and not raises:
+        on_device = on.kernel.waits if micro else on.effect.withholds_on_device
+        if on_device and not raises:
             self._latch.look(verdict, plan.rules)
         else:
+            where = partial(where_not_finite, plan.parameters, on.layout, on.kernel)
             try:
-                withheld = is_withheld(verdict, plan.rules, self._where_not_finite, raises=raises)
+                withheld = is_withheld(verdict, plan.rules, where, raises=raises)
             except ClipError:
                 self.recorder.witness(verdict, *seen)
                 raise
@@ -222,6 +242,8 @@ class GradientClipper:
             edits = [replace(e, learns=torch.zeros_like(e.learns)) for e in verdict.edits]
             return grads, replace(verdict, edits=tuple(edits)), self.last_record
         self._states = states
+        if micro:
+            return grads, verdict, self._micro_batches.record(verdict, *seen)
         self.last_record = self.recorder.record(verdict, *seen)
         return grads, verdict, self.last_record
 
@@ -231,9 +253,9 @@ class GradientClipper:
         Returns:
             `clip/grad_norm`, `clip/limit`, `clip/coef`, `clip/clipped_norm`: means over the steps
             that were finite; `clip/grad_norm_max`; `clip/clipped`, `clip/skipped`,
-            `clip/nonfinite`: how many were; `clip/clip_rate` of all steps so far and
-            `clip/clip_rate_window` of these; `clip/grad_norm/<parameter>` and
-            `clip/grad_norm/group/<name>`, means, where configured. Empty without a step.
+            `clip/nonfinite`, where configured `clip/dropped`: how many were; `clip/clip_rate` of
+            all steps so far and `clip/clip_rate_window` of these; `clip/grad_norm/<parameter>`,
+            `clip/grad_norm/group/<name>`: means, where configured. Empty without a step.
         """
         return self.recorder.flush()
 
@@ -300,10 +322,7 @@ class GradientClipper:
         What policies remember of single elements (`spam`, `uclip`) is put together from all
         ranks, so every rank must call this where there is such a policy.
         """
-        on = self._now()
-        rules = on.plan.rules
-        elements = [on.memory.saved(rule, on.layout) for rule in rules]
-        return pack(rules, self._states, self._tally, elements)
+        return pack(self._now(), self._states, self._tally)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved at any world size.
@@ -313,15 +332,9 @@ class GradientClipper:
                 changed then.
         """
         on = self._now()
-        rules = on.plan.rules
-        states, counts = unpack(state, rules, self._states, on.home)
-        own = [
-            on.memory.loaded(rule, entry.get("elements", {}), on.home)
-            for rule, entry in zip(rules, state["policies"], strict=True)
-        ]
-        self._states, self._tally.counts = states, counts
-        self.recorder.begin(int(state.get("step", counts[0])))
-        on.memory.replace({key: one for found in own for key, one in found.items()})
+        self._states, self._tally.counts, elements = unpack(state, on, self._states)
+        self.recorder.begin(int(state.get("step", self._tally.counts[0])))
+        on.memory.replace(elements)
 
     def _now(self) -> LaidOut:
         """How things lie; state is carried over when parameters were added or moved."""
@@ -331,12 +344,3 @@ class GradientClipper:
             self._states = carry_over(before.plan.rules, self._states, rules, home)
             self.recorder.lay(self._on.plan, home, waits=self._on.kernel.waits)
         return self._on
-
-    def _stop_if_lost(self, norms: Tensor) -> None:
-        """Without hooks a step without gradients is a step like any other."""
-        held, hooked = self._on.plan.parameters, self._finds_hooks
-        if hooked and has_hooks(held) and not bool(norms.any()) and not bool(self._tally.counts[0]):
-            refuse_lost_gradients(held)
-
-    def _where_not_finite(self) -> str:
-        return where_not_finite(self._on.plan.parameters, self._on.layout, self._on.kernel)

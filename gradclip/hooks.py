@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradclip.errors import ConfigError
 from gradclip.layouts.zero import is_engine
+from gradclip.micro_batches import refuse_closures
 from gradclip.parameters import refuse_differentiable
 from gradclip.types import Handle
 
@@ -60,8 +61,7 @@ class _Attached:
         # Where the step is compiled, this stays outside of the graph.
         hook = torch.compiler.disable(self._before_step)
         self._undo: list[Callable[[], None]] = [optimizer.register_step_pre_hook(hook).remove]
-        if clipper._loss_scale is not None:
-            self._undo.append(clipper._loss_scale.around_step(self._around_scaler_step))
+        self._undo.append(clipper._loss_scale.around_step(self._around_scaler_step))
 
     def remove(self) -> None:
         """Clip no more."""
@@ -90,6 +90,8 @@ class _Attached:
         if closure is None:
             self._clip(getattr(self._optimizer, "grad_scale", None))
             return None
+        if self._clipper.config.stage == "after_backward":
+            refuse_closures()
         rest = {name: value for name, value in kwargs.items() if name != "closure"}
         return (args[0], self._then_clip(closure), *args[2:]), rest
 

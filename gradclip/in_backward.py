@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip.errors import ConfigError
 
-__all__ = ["has_hooks", "refuse_lost_gradients", "refuse_steps_in_backward"]
+__all__ = ["refuse_lost_gradients", "refuse_steps_in_backward"]
 
 _WAY_OUT = (
     "Clipping needs every gradient before any is applied: step after backward, with one "
@@ -50,17 +51,23 @@ def refuse_steps_in_backward(parameters: Mapping[str, Parameter]) -> None:
         raise ConfigError(msg)
 
 
-def has_hooks(parameters: Mapping[str, Parameter]) -> bool:
-    """Whether anything may happen to a gradient before clipping sees it."""
-    return any(map(_hooks, parameters.values()))
-
-
-def refuse_lost_gradients(parameters: Mapping[str, Parameter]) -> None:
+def refuse_lost_gradients(
+    parameters: Mapping[str, Parameter], norms: Tensor, steps: Tensor
+) -> None:
     """Explain why no rank has ever had a gradient, where hooks may have taken them.
+
+    Without hooks a step without gradients is a step like any other, and nothing is read.
+
+    Args:
+        parameters: None of which has a gradient on this rank.
+        norms: Of all ranks' gradients.
+        steps: 0-d, those so far that had one.
 
     Raises:
         ConfigError: If a parameter has hooks that run in backward, whatever their code.
     """
+    if not any(map(_hooks, parameters.values())) or bool(norms.any()) or bool(steps):
+        return
     refuse_steps_in_backward(parameters)
     if hooked := [name for name, parameter in parameters.items() if _hooks(parameter)]:
         code = _code(_hooks(parameters[hooked[0]])[0])

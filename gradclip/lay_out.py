@@ -63,7 +63,10 @@ class LaidOut:
         effect: Effect | None = None if before is None else before.effect
         stepped = None if layout is not None else optimizer
         waits = self.kernel.waits
-        self.effect: Effect = Effect(config.apply, self.plan, stepped, waits=waits, before=effect)
+        one_by_one = config.stage == "after_backward"
+        self.effect: Effect = Effect(
+            config.apply, self.plan, stepped, waits=waits, one_by_one=one_by_one, before=effect
+        )
         self._signature = self._what_may_change()
 
     @property

@@ -27,36 +27,37 @@ class LossScale:
     """A scaler and the optimizer whose gradients it scales.
 
     Args:
-        scaler: The one that scales the loss and makes the optimizer's steps.
+        scaler: The one that scales the loss and makes the optimizer's steps; None for none.
         optimizer: The one that is handed to `scaler.step`.
+        in_engine: It is a DeepSpeed engine's.
+
+    Raises:
+        ConfigError: If there is a scaler and no optimizer, or a DeepSpeed engine, which scales by
+            itself.
     """
 
-    def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
-        self._scaler = scaler
+    def __init__(self, scaler: GradScaler | None, optimizer: Any, *, in_engine: bool) -> None:
+        # A scaler that isn't enabled stands for none.
+        self._scaler = GradScaler(enabled=False) if scaler is None else scaler
+        self._is_given = scaler is not None
         self._optimizer = optimizer
-
-    @classmethod
-    def of(cls, scaler: GradScaler | None, optimizer: Any, *, in_engine: bool) -> LossScale | None:
-        """One for a scaler that was given; None without.
-
-        Raises:
-            ConfigError: If there is no optimizer, or a DeepSpeed engine, which scales by itself.
-        """
-        if scaler is None:
-            return None
-        if in_engine or optimizer is None:
+        if scaler is not None and (in_engine or optimizer is None):
             found = "a DeepSpeed engine, which scales by itself" if in_engine else "no optimizer"
             msg = (
                 f"scaler is given with {found}; allowed: a GradScaler and the optimizer that its "
                 "step() is called with. Give that optimizer, or leave scaler out."
             )
             raise ConfigError(msg)
-        return cls(scaler, optimizer)
 
     @property
     def is_live(self) -> bool:
         """Whether it scales anything."""
         return self._scaler.is_enabled()
+
+    @property
+    def factor(self) -> Tensor:
+        """What backward's gradients are multiplied by, 0-d float32, without a host read."""
+        return self._scaler.scale(torch.ones((), device=self._device))
 
     def settle(self, *, leave: bool) -> Tensor | None:
         """Unscale the gradients, unless that was done in this step.
@@ -71,7 +72,7 @@ class LossScale:
             return None
         # A sharded scaler tells all ranks of an overflow only while it unscales.
         if leave and type(self._scaler).unscale_ is GradScaler.unscale_:
-            return self._scaler.scale(torch.ones((), device=self._device))
+            return self.factor
         self._scaler.unscale_(self._optimizer)
         return None
 
@@ -81,6 +82,8 @@ class LossScale:
         Returns:
             What undoes it.
         """
+        if not self._is_given:
+            return lambda: None
         wrapped = vars(self._scaler).get("step")
         clips: dict[int, Around] | None = getattr(wrapped, "gradclip_clips", None)
         if clips is None:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ class Recorder:
         logged = [f"grad_norm/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
             logged += [f"grad_norm/group/{name}" for name in plan.group_names]
-        self._window = Window(logged, keeps=log.histograms and self._is_first)
+        drops = self._config.stage == "after_backward"
+        keeps = log.histograms and self._is_first
+        self._window = Window(logged, keeps=keeps, drops=drops)
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=home)
         self._worst: WorstSteps | None = None
         if flight is not None:
@@ -112,18 +115,53 @@ class Recorder:
             loss: 0-d, if known.
             measure: Gives the norm of each parameter, float64 of shape (parameters,).
         """
-        plan, log = self._plan, self._config.log
+        record, slots = self.describe(verdict, norms)
+        each = measure if self._plan.each else slots
+        return self.note(record, slots, each, batch, loss)
+
+    @property
+    def keeps_worst(self) -> bool:
+        """Whether the norm of each parameter is kept for some steps."""
+        return self._worst is not None
+
+    def describe(self, verdict: Verdict, norms: Tensor) -> tuple[ClipRecord, Callable[[], Tensor]]:
+        """What happened, not counted, and what gives the norm of each slot."""
+        plan = self._plan
         grad_norm = combine(norms, plan.recorded)
         clipped_norm = combine(norms * verdict.coef, plan.recorded)
-        named = ByName(self._places, plan.by_slot(norms)) if log.per_parameter else {}
-        of = (grad_norm, clipped_norm, verdict, named, plan.recorded)
-        record = self._tally.append(*of, batch=batch, loss=loss)
+        slots = partial(plan.by_slot, norms)
+        named = self.named(slots)
+        return self._tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded), slots
+
+    def named(self, slots: Callable[[], Tensor]) -> Mapping[str, Tensor]:
+        """The norm of each parameter by name, where they are logged."""
+        return ByName(self._places, slots()) if self._config.log.per_parameter else {}
+
+    def note(
+        self,
+        record: ClipRecord,
+        slots: Callable[[], Tensor],
+        each: Callable[[], Tensor],
+        batch: int | None,
+        loss: Tensor | None,
+        sound: Tensor | None = None,
+    ) -> ClipRecord:
+        """Count a step that was described, and keep what is asked for of it.
+
+        Args:
+            record: What happened.
+            slots: Gives the norm of each slot.
+            each: Gives the norm of each parameter.
+            batch: Index of the step's last batch, if known.
+            loss: 0-d, if known.
+            sound: As for `Tally.count`.
+        """
+        record = self._tally.count(record, batch=batch, loss=loss, sound=sound)
         row = self._last(1).select(0, 0)
         if self._worst is not None:
-            each = measure if plan.each else lambda: plan.by_slot(norms)
             self._worst.note(row, each)
         if len(self._sums) > 1:
-            self._add(row, plan.by_slot(norms))
+            self._add(row, slots())
         if self._is_due(row):
             self._drain()
         return record

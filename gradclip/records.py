@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ __all__ = ["COLUMNS", "ByName", "ClipRecord", "Tally"]
 
 COLUMNS = (
     *("step", "batch", "loss", "grad_norm", "limit", "coef", "clipped_norm", "clip_rate"),
-    *("some", "clipped", "skipped", "nonfinite", "taken"),
+    *("some", "clipped", "skipped", "nonfinite", "taken", "dropped"),
 )
 """What a row of the last steps holds. Batch is -1 and loss NaN where nobody told."""
 _NUMBERS, _FLAGS = COLUMNS.index("loss"), COLUMNS.index("some")
@@ -40,6 +40,8 @@ class ClipRecord:
         clip_rate: Float64. Share of the steps so far that were clipped.
         per_parameter: Norm before clipping by parameter name; empty unless asked for.
         norm_type: p of these norms, that of the first policy that has one.
+        dropped: Float64. Micro-batches that were left out; None but for `stage: after_backward`,
+            whose steps are described by their worst micro-batch (docs/step.md).
     """
 
     grad_norm: Tensor
@@ -52,16 +54,20 @@ class ClipRecord:
     clip_rate: Tensor
     per_parameter: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     norm_type: float = 2.0
+    dropped: Tensor | None = None
 
     def as_metrics(self) -> dict[str, Tensor]:
         """Float 0-d tensors by metric key, still on the device.
 
         Returns:
             `clip/grad_norm`, `clip/limit`, `clip/coef`, `clip/clipped_norm`, `clip/clipped`,
-            `clip/skipped`, `clip/clip_rate`, and `clip/grad_norm/<parameter>` where recorded.
+            `clip/skipped`, `clip/clip_rate`, and where recorded `clip/dropped` and
+            `clip/grad_norm/<parameter>`.
         """
         keys = ("grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "clip_rate")
         metrics = {f"clip/{key}": getattr(self, key).double() for key in keys}
+        if self.dropped is not None:
+            metrics["clip/dropped"] = self.dropped
         norms = {f"clip/grad_norm/{name}": norm for name, norm in self.per_parameter.items()}
         return metrics | norms
 
@@ -111,6 +117,7 @@ class Tally:
         self.rows = self.counts.new_zeros(length, len(COLUMNS))
         self.made = self.first = 0
         self._unknown = self.counts.new_full((), math.nan)
+        self._clip_rate = self.counts.new_zeros(())
 
     @property
     def taken(self) -> Tensor:
@@ -122,21 +129,15 @@ class Tally:
         self.counts, self.rows = self.counts.to(device), self.rows.to(device)
         self._unknown = self._unknown.to(device)
 
-    def append(
+    def describe(
         self,
         grad_norm: Tensor,
         clipped_norm: Tensor,
         verdict: Verdict,
         per_parameter: Mapping[str, Tensor],
         norm_type: float = 2.0,
-        *,
-        batch: int | None = None,
-        loss: Tensor | None = None,
     ) -> ClipRecord:
-        """Count a step and describe it.
-
-        A step without any gradient (norm 0) is not counted.
-        """
+        """What happened, before it is counted; `clip_rate` is of the steps before."""
         skipped = torch.zeros_like(verdict.finite) if verdict.skip is None else verdict.skip
         coef = torch.where(skipped, 1.0, verdict.coef.min())
         clipped = coef < 1
@@ -144,14 +145,45 @@ class Tally:
             edited = verdict.edited & skipped.logical_not()
             clipped = clipped | edited
             clipped_norm = torch.where(edited, torch.nan, clipped_norm)
-        clipped_norm = torch.where(skipped, grad_norm, clipped_norm)
-        some = grad_norm != 0
-        taken = some & verdict.finite & skipped.logical_not()
-        happened = torch.stack([some, clipped, skipped, verdict.finite.logical_not(), taken])
+        return ClipRecord(
+            grad_norm=grad_norm,
+            limit=verdict.limit,
+            coef=coef,
+            clipped_norm=torch.where(skipped, grad_norm, clipped_norm),
+            clipped=clipped,
+            skipped=skipped,
+            finite=verdict.finite,
+            clip_rate=self._clip_rate,
+            per_parameter=per_parameter,
+            norm_type=norm_type,
+        )
+
+    def count(
+        self,
+        record: ClipRecord,
+        *,
+        batch: int | None = None,
+        loss: Tensor | None = None,
+        sound: Tensor | None = None,
+    ) -> ClipRecord:
+        """Count a step, make its row, and say how many were clipped up to it.
+
+        A step without any gradient (norm 0) is not counted.
+
+        Args:
+            record: What happened.
+            batch: Index of the step's last batch, if known.
+            loss: 0-d, if known.
+            sound: 0-d bool, what the optimizer steps with is finite; `record.finite` if None.
+        """
+        some, clean = record.grad_norm != 0, record.finite if sound is None else sound
+        taken = some & clean & record.skipped.logical_not()
+        flags = (some, record.clipped, record.skipped, record.finite.logical_not(), taken)
+        happened = torch.stack(flags)
         self.counts = self.counts + happened
         steps, total = self.counts.narrow(0, 0, 2).unbind()
-        clip_rate = total / steps.clamp(min=1)
-        numbers = (grad_norm, verdict.limit, coef, clipped_norm, clip_rate)
+        self._clip_rate = rate = total / steps.clamp(min=1)
+        numbers = (record.grad_norm, record.limit, record.coef, record.clipped_norm, rate)
         row = self.rows.select(0, self.made % len(self.rows))
         row.select(0, 0).fill_(self.first + self.made)
         row.select(0, 1).fill_(-1 if batch is None else batch)
@@ -159,16 +191,7 @@ class Tally:
         # Not `copy_`, which fake tensors of a device that isn't there don't have.
         row.narrow(0, _NUMBERS, _FLAGS - _NUMBERS).zero_().add_(torch.stack((loss, *numbers)))
         row.narrow(0, _FLAGS, len(happened)).zero_().add_(happened)
+        if record.dropped is not None:
+            row.select(0, COLUMNS.index("dropped")).zero_().add_(record.dropped)
         self.made += 1
-        return ClipRecord(
-            grad_norm=grad_norm,
-            limit=verdict.limit,
-            coef=coef,
-            clipped_norm=clipped_norm,
-            clipped=clipped,
-            skipped=skipped,
-            finite=verdict.finite,
-            clip_rate=clip_rate,
-            per_parameter=per_parameter,
-            norm_type=norm_type,
-        )
+        return replace(record, clip_rate=rate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,20 +11,20 @@ from torch import Tensor
 from gradclip.errors import ConfigError
 from gradclip.policies import ElementPolicy, Rule
 from gradclip.records import Tally
-from gradclip.types import State
+from gradclip.types import Memory, State
+
+if TYPE_CHECKING:
+    from gradclip.lay_out import LaidOut
 
 __all__ = ["carry_over", "pack", "unpack"]
 
 FORMAT = 2
 
 
-def pack(
-    rules: Sequence[Rule],
-    states: Sequence[State],
-    tally: Tally,
-    elements: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+def pack(on: LaidOut, states: Sequence[State], tally: Tally) -> dict[str, Any]:
     """Plain tensors, numbers and strings; loads with `torch.load(weights_only=True)`."""
+    rules = on.plan.rules
+    elements = [on.memory.saved(rule, on.layout) for rule in rules]
     policies = [
         {
             "type": rule.policy.type,
@@ -43,16 +43,14 @@ def pack(
 
 
 def unpack(
-    saved: Mapping[str, Any],
-    rules: Sequence[Rule],
-    states: Sequence[State],
-    device: torch.device,
-) -> tuple[list[State], Tensor]:
-    """The states and counts of a `state_dict`, checked against this clipper.
+    saved: Mapping[str, Any], on: LaidOut, states: Sequence[State]
+) -> tuple[list[State], Tensor, dict[tuple[int, str], Memory]]:
+    """The states, counts and memory of elements of a `state_dict`, checked against this clipper.
 
     Raises:
         ConfigError: If policies, slots or shapes are others.
     """
+    rules, device = on.plan.rules, on.home
     if saved.get("format") != FORMAT:
         msg = (
             f"Saved clip state has format {saved.get('format')!r}; this version reads {FORMAT}. "
@@ -88,7 +86,10 @@ def unpack(
             continue
         loaded.append({n: v.to(device, torch.float64).clone() for n, v in entry["state"].items()})
     counts = [torch.as_tensor(saved["counts"][name]).to(device) for name in Tally.NAMES]
-    return loaded, torch.stack(counts).to(torch.float64)
+    elements: dict[tuple[int, str], Memory] = {}
+    for rule, entry in zip(rules, saved["policies"], strict=True):
+        elements |= on.memory.loaded(rule, entry.get("elements", {}), device)
+    return loaded, torch.stack(counts).to(torch.float64), elements
 
 
 def carry_over(

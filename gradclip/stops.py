@@ -13,7 +13,7 @@ from gradclip.policies import Rule, SkipNonfinite
 from gradclip.policies.skip import SkipPolicy
 from gradclip.types import Kernel, Layout, Verdict
 
-__all__ = ["Latch", "Losses", "is_withheld", "where_not_finite"]
+__all__ = ["Latch", "Losses", "is_withheld", "not_finite", "where_not_finite"]
 
 
 class Losses:
@@ -157,13 +157,18 @@ def _bounds(policies: Iterable[SkipNonfinite | SkipPolicy]) -> str:
 
 
 def where_not_finite(parameters: Mapping[str, Tensor], layout: Layout, kernel: Kernel) -> str:
-    """Which parameters on this rank have a gradient that isn't finite."""
-
-    def is_finite(part: Tensor) -> bool:
-        return not part.numel() or bool(kernel.peaks([[part]]).isfinite())
-
-    bad = [name for name, p in parameters.items() if not all(map(is_finite, layout.held(p)))]
+    """Where gradients aren't finite, for an error."""
+    bad = not_finite(parameters, layout, kernel)
     where = f"on this rank in {', '.join(bad[:5])}" if bad else "on another rank"
     if len(bad) > 5:
         where += f" and {len(bad) - 5} more"
     return f"clip: a gradient is NaN or infinite, {where}; gradients are unchanged."
+
+
+def not_finite(parameters: Mapping[str, Tensor], layout: Layout, kernel: Kernel) -> list[str]:
+    """Which parameters on this rank have a gradient that isn't finite; read on the host."""
+
+    def is_finite(part: Tensor) -> bool:
+        return not part.numel() or bool(kernel.peaks([[part]]).isfinite())
+
+    return [name for name, p in parameters.items() if not all(map(is_finite, layout.held(p)))]

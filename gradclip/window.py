@@ -25,17 +25,19 @@ class Window:
     Args:
         names: Keys of the norms that are summed beside the rows.
         keeps: Keep the norm of every step, for a histogram.
+        drops: Count micro-batches that were left out.
 
     Attributes:
         norms: Those that are kept, of finite steps.
     """
 
-    def __init__(self, names: Sequence[str], *, keeps: bool = False) -> None:
+    def __init__(self, names: Sequence[str], *, keeps: bool = False, drops: bool = False) -> None:
         self.names = names
         self.norms: list[float] = []
-        self._keeps = keeps
+        self._keeps, self._drops = keeps, drops
         self.rows = 0
-        self._counts = torch.zeros(len(_COUNTS), dtype=torch.float64)
+        self._counted = (*_COUNTS, "dropped") if drops else _COUNTS
+        self._counts = torch.zeros(len(self._counted), dtype=torch.float64)
         self._means = torch.zeros(2, len(_MEANS), dtype=torch.float64)
         self._largest = math.nan
         self._clip_rate = 0.0
@@ -52,7 +54,7 @@ class Window:
         if not len(rows):
             return
         self.rows += len(rows)
-        self._counts += rows[:, [COLUMNS.index(name) for name in _COUNTS]].sum(0)
+        self._counts += rows[:, [COLUMNS.index(name) for name in self._counted]].sum(0)
         steady = (_column(rows, "some") != 0) & (_column(rows, "nonfinite") == 0)
         kept = rows[steady][:, [COLUMNS.index(name) for name in _MEANS]]
         known = torch.isfinite(kept)  # a limit may be none, a clipped norm may be unknown
@@ -66,7 +68,7 @@ class Window:
 
     def next(self) -> Window:
         """An empty one like this."""
-        return Window(self.names, keeps=self._keeps)
+        return Window(self.names, keeps=self._keeps, drops=self._drops)
 
     def metrics(self) -> dict[str, float]:
         """What to log; empty without a step. Means are over finite steps, NaN if there is none."""
@@ -79,7 +81,8 @@ class Window:
             means["limit"] = math.inf
         metrics = {f"clip/{name}": mean for name, mean in means.items()}
         metrics["clip/grad_norm_max"] = self._largest
-        metrics |= {f"clip/{n}": count for n, count in zip(_COUNTS[1:], counts, strict=True)}
+        named = zip(self._counted[1:], counts, strict=True)
+        metrics |= {f"clip/{name}": count for name, count in named}
         metrics["clip/clip_rate"] = self._clip_rate
         metrics["clip/clip_rate_window"] = counts[0] / max(steps, 1)
         number, *totals = self._sums.tolist()

@@ -62,7 +62,7 @@ class RecorderConfig(BaseModel):
     model_config = STRICT
 
     steps: Annotated[int, Field(ge=1)] = 512
-    """How many of the last steps the file holds; 104 bytes each on the device."""
+    """How many of the last steps the file holds; 112 bytes each on the device."""
     worst: Annotated[int, Field(ge=1)] = 16
     """How many of the steps whose norm stood out most keep the norm of every parameter, beside the
     first 8 that weren't finite."""
@@ -127,6 +127,9 @@ class ClipConfig(BaseModel):
     """Applied in order, each to the gradients as those before it leave them."""
     on_nonfinite: Literal["skip", "raise", "ignore"] = "skip"
     """A NaN or infinite gradient: withhold the step, stop with an error, or let it pass."""
+    stage: Literal["step", "after_backward"] = "step"
+    """When: once, on what was accumulated for the step, or each backward's own contribution before
+    it joins the others (micro-batch clipping: `GradientClipper.micro_batch`)."""
     apply: Literal["auto", "in_place", "fold"] = "auto"
     """How: write the gradients (in_place), hand the coefficient to a fused optimizer's step, which
     multiplies while it reads and withholds on the device (fold), or what is right and fastest."""

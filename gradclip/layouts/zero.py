@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from gradclip.errors import LayoutError
+from gradclip.errors import ConfigError, LayoutError
 from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.zero_refuse import refuse_engine
 from gradclip.types import Collected, Place
@@ -82,6 +82,21 @@ class ZeroLayout(LocalLayout):
     Raises:
         LayoutError: If the engine can't be clipped exactly; says why.
     """
+
+    @classmethod
+    def of(cls, optimizer: object, layout: object) -> ZeroLayout | None:
+        """One for an engine in an optimizer's place; None for others.
+
+        Raises:
+            ConfigError: If another layout was given with it.
+            LayoutError: If the engine can't be clipped exactly.
+        """
+        if not is_engine(optimizer):
+            return None
+        if layout is not None:
+            msg = "layout is given with a DeepSpeed engine, which has its own; leave it out."
+            raise ConfigError(msg)
+        return cls(optimizer)
 
     def __init__(self, engine: Any) -> None:
         refuse_engine(engine)

@@ -1,0 +1,473 @@
+"""`stage: after_backward`: each backward's own contribution is clipped before it joins the sum."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from support.gradients import POLICIES, small_model
+from support.ranks import run_on_ranks
+from torch.amp.grad_scaler import GradScaler
+
+from gradclip import (
+    ClipByNorm,
+    ClipByValue,
+    ClipConfig,
+    ConfigError,
+    GradientClipper,
+    NonFiniteError,
+    SkipLarge,
+    SkipNonfinite,
+    SkipSpike,
+    ZClip,
+)
+
+INF = float("inf")
+LIMIT = 0.05
+WINDOW = 4
+
+
+def config_of(*policies, **options):
+    return ClipConfig(policies=list(policies), stage="after_backward", **options)
+
+
+class Program:
+    def __init__(self, config, make=torch.optim.SGD, scaler=None, **options):
+        self.model = small_model()
+        self.optimizer = make(self.model.parameters(), lr=0.1)
+        self.scaler = scaler
+        self.clipper = GradientClipper(
+            config, self.model.named_parameters(), self.optimizer, scaler=scaler, **options
+        )
+
+    def loss(self, seed, size=1.0):
+        inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+        loss = self.model(inputs).square().mean() * size
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def window(self, seeds, sizes=None):
+        for seed, size in zip(seeds, sizes or [1.0] * len(seeds), strict=True):
+            loss, share = self.loss(seed, size), 1 / len(seeds)
+            with self.clipper.micro_batch(loss=loss.detach(), share=share):
+                (loss * share).backward()
+
+    def step(self, *window):
+        self.optimizer.zero_grad()
+        self.window(*window)
+        record = self.clipper.clip()
+        self.optimizer.step()
+        return record
+
+    def alone(self, seed, size=1.0):
+        """The gradient of one micro-batch by its own loss."""
+        model = copy.deepcopy(self.model)
+        inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+        loss = model(inputs).square().mean() * size
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    @property
+    def grads(self):
+        return [p.grad for p in self.model.parameters()]
+
+    @property
+    def params(self):
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+def norm(grads):
+    return float(sum(g.double().square().sum() for g in grads).sqrt())
+
+
+def held(grads, limit=LIMIT):
+    factor = min(1.0, limit / (norm(grads) + 1e-6))
+    return [g * factor for g in grads]
+
+
+def mean(contributions, count):
+    return [sum(parts) / count for parts in zip(*contributions, strict=True)]
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator", "reference"])
+def test_each_contribution_is_held_to_the_limit_by_itself(kernel):
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT)), kernel=kernel)
+    sizes = [1.0, 0.01, 40.0, 1.0]
+    alone = [program.alone(seed, size) for seed, size in enumerate(sizes)]
+    program.window(range(WINDOW), sizes)
+    record = program.clipper.clip()
+    wanted = mean(map(held, alone), WINDOW)
+    for grad, other in zip(program.grads, wanted, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-8)
+    norms = list(map(norm, alone))
+    assert min(norms) < LIMIT < max(norms)
+    assert float(record.grad_norm) == pytest.approx(max(norms), rel=1e-5)
+    assert float(record.coef) == pytest.approx(LIMIT / max(norms), rel=1e-4)
+    assert float(record.clipped_norm) == pytest.approx(norm(wanted), rel=1e-5)
+    assert float(record.limit) == LIMIT
+    assert record.clipped
+    assert record.finite
+    assert not record.skipped
+    assert record.dropped == 0
+    assert "clip/dropped" in record.as_metrics()
+    counts = program.clipper.state_dict()["counts"]
+    assert (counts["steps"], counts["clipped"], counts["taken"]) == (1, 1, 1)
+
+
+def train(config, make, micro, steps=5, window=1):
+    program = Program(config, make)
+    for step in range(steps):
+        seeds = range(step * window, (step + 1) * window)
+        if micro:
+            program.step(seeds)
+            continue
+        program.optimizer.zero_grad()
+        for seed in seeds:
+            (program.loss(seed) / window).backward()
+        program.clipper.clip()
+        program.optimizer.step()
+    return program
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_without_a_limit_training_is_as_at_stage_step(make):
+    policy = ClipByNorm(max_norm=INF)
+    for window in (1, 4):
+        one = train(ClipConfig(policies=[policy]), make, micro=False, window=window)
+        other = train(config_of(policy), make, micro=True, window=window)
+        for p, q in zip(one.params, other.params, strict=True):
+            if window == 1:
+                assert torch.equal(p, q)
+            else:
+                torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_a_window_of_one_clips_as_stage_step_does():
+    policies = [ZClip(warmup_steps=2), ClipByNorm(max_norm=LIMIT)]
+    one = train(ClipConfig(policies=policies), torch.optim.SGD, micro=False)
+    other = train(config_of(*policies), torch.optim.SGD, micro=True)
+    assert all(map(torch.equal, one.params, other.params))
+    assert one.clipper.last_record.coef < 1
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+@pytest.mark.parametrize("bad", [0, 2, 3])
+def test_a_micro_batch_that_is_not_finite_is_left_out_and_named(bad, kernel, caplog):
+    sizes = [NAN if index == bad else 1.0 for index in range(WINDOW)]
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT)), kernel=kernel)
+    alone = [held(program.alone(s)) for s in range(WINDOW) if s != bad]
+    with caplog.at_level(logging.WARNING, "gradclip"):
+        record = program.step(range(WINDOW), sizes)
+    for grad, other in zip(program.grads, mean(alone, WINDOW), strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-8)
+    assert record.dropped == 1
+    assert not record.finite
+    assert not record.skipped
+    counts = program.clipper.state_dict()["counts"]
+    assert (counts["nonfinite"], counts["skipped"], counts["taken"]) == (1, 0, 1)
+    assert all(p.isfinite().all() for p in program.params)
+    if kernel == "cpu":
+        assert len(caplog.messages) == 1
+        assert f"1 of 4 micro-batches of a step were left out: number {bad + 1}" in caplog.text
+        assert "0.weight" in caplog.text
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_without_any_micro_batch_left_is_withheld(kernel, fused):
+    def make(params, lr):
+        return torch.optim.AdamW(params, lr=lr, fused=fused)
+
+    config = config_of(SkipLarge(limit=1e3), ClipByNorm(max_norm=LIMIT))
+    program = Program(config, make, kernel=kernel)
+    program.step(range(2))
+    before = program.params
+    state = copy.deepcopy(program.optimizer.state_dict()["state"])
+    record = program.step(range(2), [NAN, 1e9])
+    assert record.skipped
+    assert record.dropped == 2
+    assert all(map(torch.equal, before, program.params))
+    for index, values in program.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, state[index][name]) for name, value in values.items())
+    program.step(range(2))
+    assert not all(map(torch.equal, before, program.params))
+    assert program.clipper.state_dict()["counts"]["taken"] == 2
+
+
+def test_what_a_policy_withholds_is_left_out(caplog):
+    program = Program(config_of(SkipLarge(limit=1e3)))
+    alone = program.alone(1)
+    program.step(range(2), [1e9, 1.0])
+    for grad, other in zip(program.grads, alone, strict=True):
+        torch.testing.assert_close(grad, other / 2, rtol=1e-6, atol=1e-9)
+    assert "number 1 (a policy withholds it)" in caplog.text
+
+
+def test_raise_names_the_micro_batch_and_keeps_the_sum_of_those_before():
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT), on_nonfinite="raise"))
+    program.window(range(2))
+    before = [g.clone() for g in program.grads]
+    with pytest.raises(NonFiniteError, match=r"micro-batch 3 .* in 0\.weight"):
+        program.window([2], [NAN])
+    assert all(map(torch.equal, before, program.grads))
+    program.window([3])
+    program.clipper.clip()
+    assert all(g.isfinite().all() for g in program.grads)
+
+
+def test_a_backward_that_fails_leaves_the_sum():
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT)))
+    program.window([0])
+    before = [g.clone() for g in program.grads]
+    with pytest.raises(ZeroDivisionError), program.clipper.micro_batch():
+        program.loss(1).backward()
+        1 / 0  # noqa: B018
+    assert all(map(torch.equal, before, program.grads))
+    program.window([1])
+    assert program.clipper.clip().dropped == 0
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_adaptive_state_takes_each_micro_batch_as_one_sample(kernel):
+    program = Program(config_of(ZClip(warmup_steps=6, max_norm=None)), kernel=kernel)
+    norms = []
+    for step in range(3):
+        sizes = [1.0, NAN, 1.0, 1.0]
+        norms += [norm(program.alone(10 * step + s)) for s in (0, 2, 3)]
+        program.step(range(10 * step, 10 * step + 4), sizes)
+    state = program.clipper.state_dict()["policies"][0]["state"]
+    assert state["seen"] == 9
+    lean = ZClip(warmup_steps=6, max_norm=None)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    reference = GradientClipper(lean, [("w", weight)])
+    for value in norms:
+        weight.grad = torch.full((1,), value)
+        reference.clip()
+    for name, value in reference.state_dict()["policies"][0]["state"].items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_every_policy_ends_alike_on_both_kernels(policy):
+    ends = []
+    for kernel in ("cpu", "accelerator"):
+        if getattr(policy, "exclude", None):
+            policy = policy.model_copy(update={"exclude": ["0.*"]})
+        program = Program(config_of(policy), torch.optim.AdamW, kernel=kernel)
+        for step in range(3):
+            program.step(range(step * 3, step * 3 + 3), [1.0, NAN if step == 1 else 30.0, 2.0])
+        ends.append((program.params, program.clipper.state_dict()))
+    for p, q in zip(*(params for params, _ in ends), strict=True):
+        assert p.isfinite().all()
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert ends[0][1]["counts"] == ends[1][1]["counts"]
+
+
+def test_elements_are_clamped_as_those_of_the_undivided_gradient():
+    program = Program(config_of(ClipByValue(clip_value=0.01)))
+    alone = [[g.clamp(-0.01, 0.01) for g in program.alone(seed)] for seed in range(WINDOW)]
+    program.window(range(WINDOW))
+    record = program.clipper.clip()
+    for grad, other in zip(program.grads, mean(alone, WINDOW), strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-9)
+    assert float(record.clipped_norm) == pytest.approx(norm(program.grads), rel=1e-6)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_changes_nothing_and_still_backs_off(fused, attached):
+    ends = []
+    for scale in (1.0, 2.0**16):
+        scaler = GradScaler("cpu", init_scale=scale)
+        config = config_of(ZClip(warmup_steps=4), ClipByNorm(max_norm=LIMIT), on_nonfinite="raise")
+        options = {"fused": True} if fused else {}
+        program = Program(
+            config, lambda p, lr, o=options: torch.optim.SGD(p, lr=lr, **o), scaler=scaler
+        )
+        if attached:
+            program.clipper.attach(program.optimizer)
+        for step in range(4):
+            program.optimizer.zero_grad()
+            bad = step == 2
+            before = program.params
+            program.window(range(step * 2, step * 2 + 2), [1.0, INF if bad else 3.0])
+            if not attached:
+                program.clipper.clip()
+            scaler.step(program.optimizer)
+            scaler.update()
+            assert bool(program.clipper.last_record.skipped) is bad
+            if bad:
+                assert scaler.get_scale() == scale / 2
+                assert all(map(torch.equal, before, program.params))
+        ends.append(program)
+    for p, q in zip(*(program.params for program in ends), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    saved = ends[0].clipper.state_dict()
+    assert saved["policies"][0]["state"]["seen"] == 7  # 8 without the overflow
+    assert saved["counts"]["skipped"] == 1
+
+
+def test_a_window_whose_gradients_were_zeroed_is_forgotten():
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT)))
+    program.window(range(2), [1e6, NAN])
+    record = program.step(range(2))
+    assert record.dropped == 0
+    assert float(record.grad_norm) < 1e3
+
+
+def test_a_policy_watches_the_loss_of_each_micro_batch():
+    config = config_of(SkipSpike(watch="loss", window=6, warmup_steps=3, z_threshold=4.0))
+    program = Program(config)
+    program.optimizer.param_groups[0]["lr"] = 0.0
+    program.step(range(4))
+    assert program.step(range(2), [1.0, 100.0]).dropped == 1
+
+
+def test_an_attached_clipper_ends_the_step_by_itself():
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT)), torch.optim.AdamW)
+    program.clipper.attach(program.optimizer)
+    program.window(range(WINDOW), [1.0, NAN, 1.0, 1.0])
+    program.optimizer.step()
+    assert program.clipper.last_record.dropped == 1
+    program.optimizer.zero_grad()
+    program.optimizer.step()  # without a backward: a step like any other
+
+
+def test_sparse_and_complex_gradients_join_the_sum():
+    embed = torch.nn.Embedding(8, 3, sparse=True)
+    wave = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    named = [("embed", embed.weight), ("wave", wave)]
+    clipper = GradientClipper(config_of(ClipByNorm(max_norm=INF)), named)
+    for rows in ([0, 1], [1, 2], [5, 5]):
+        with clipper.micro_batch():
+            (embed(torch.tensor(rows)).sum() + wave.abs().sum()).backward()
+    record = clipper.clip()
+    counted = embed.weight.grad.to_dense()[:, 0]
+    assert counted.tolist() == [1, 2, 1, 0, 0, 2, 0, 0]
+    whole = [embed.weight.grad.to_dense(), torch.view_as_real(wave.grad)]
+    assert float(record.clipped_norm) == pytest.approx(norm(whole), rel=1e-6)
+
+
+def test_a_bound_on_withheld_micro_batches_stops_the_run():
+    program = Program(config_of(SkipNonfinite(max_consecutive=2)))
+    program.window([0])
+    with pytest.raises(NonFiniteError, match="max_consecutive 2"):
+        program.window([1, 2, 3], [NAN, NAN, NAN])
+
+
+REFUSED = {
+    "gradients from outside": (lambda p: p.loss(0).backward() or p.clipper.clip(), "outside"),
+    "grad_scale": (lambda p: p.clipper.clip(grad_scale=torch.ones(())), "scaler=scaler"),
+    "loss": (lambda p: p.clipper.clip(loss=1.0), r"micro_batch\(loss=loss\)"),
+    "repeat": (lambda p: p.clipper.clip(repeat=True), "closure"),
+    "share": (lambda p: p.clipper.micro_batch(share=0.0).__enter__(), "share is 0.0"),
+}
+
+
+@pytest.mark.parametrize(("call", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_would_not_be_clipped_rightly_is_refused(call, says):
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT)))
+    with pytest.raises(ConfigError, match=says):
+        call(program)
+
+
+def test_contexts_stand_one_after_the_other():
+    clipper = Program(config_of(ClipByNorm(max_norm=LIMIT))).clipper
+    with pytest.raises(ConfigError, match="open already"):
+        with clipper.micro_batch(), clipper.micro_batch():
+            pass
+    with pytest.raises(ConfigError, match="a micro_batch is open"), clipper.micro_batch():
+        clipper.clip()
+
+
+def test_stage_step_has_no_micro_batches():
+    clipper = Program(ClipByNorm(max_norm=LIMIT)).clipper
+    with pytest.raises(ConfigError, match="stage is 'step'"), clipper.micro_batch():
+        pass
+
+
+def test_folding_and_closures_are_refused():
+    def fused(params, lr):
+        return torch.optim.AdamW(params, lr=lr, fused=True)
+
+    with pytest.raises(ConfigError, match="stage is 'after_backward', which clips before"):
+        Program(config_of(ClipByNorm(max_norm=LIMIT), apply="fold"), fused)
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT)), torch.optim.LBFGS)
+    program.clipper.attach(program.optimizer)
+    with pytest.raises(ConfigError, match="closure"):
+        program.optimizer.step(lambda: program.loss(0))
+
+
+def on_ranks(rank, world):
+    """Parameters after two steps of two micro-batches, with one spike, under each layout."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    mesh = init_device_mesh("cpu", (world,))
+    wraps = {
+        "DDP": DistributedDataParallel,
+        "DDP views": lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True),
+        "FSDP2": lambda m: fully_shard(m, mesh=mesh),
+        "FSDP1": lambda m: FullyShardedDataParallel(
+            m, use_orig_params=True, device_id=torch.device("cpu")
+        ),
+    }
+    found = {}
+    for name, wrap in wraps.items():
+        model = small_model()
+        wrapped = wrap(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+        config = config_of(ClipByNorm(max_norm=LIMIT))
+        clipper = GradientClipper(config, wrapped.named_parameters(), optimizer)
+        count = 1 if name == "FSDP1" else 2
+        records = []
+        for step in range(2):
+            optimizer.zero_grad()
+            for micro in range(count):
+                size = NAN if (step, micro, rank) == (1, 1, 1) else 1.0 + 5 * micro
+                seed = 10 * step + micro + 100 * (rank if count == 2 else 0)
+                inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed))
+                loss = wrapped(inputs).square().mean() * size / count
+                with clipper.micro_batch(share=1 / count):
+                    loss.backward()
+            record = clipper.clip()
+            optimizer.step()
+            records += [float(record.clipped_norm), float(record.dropped)]
+        if name == "FSDP1":
+            try:
+                with clipper.micro_batch():
+                    wrapped(inputs).sum().backward()
+            except ConfigError as error:
+                found["refused"] = str(error)
+        found[name] = records
+        if name != "FSDP1":
+            whole = [getattr(p, "full_tensor", p.clone)().detach() for p in model.parameters()]
+            found[name] = (records, whole)
+    return found
+
+
+def test_ranks_that_reduce_each_backward_agree_with_one_process():
+    first, second = run_on_ranks(on_ranks, 2)
+    records, wanted = first["DDP"]
+    assert records[1::2] == [0, 1]
+    for found in (first, second):
+        for name in ("DDP", "DDP views", "FSDP2"):
+            assert found[name][0] == pytest.approx(records, rel=1e-5), name
+            for p, q in zip(found[name][1], wanted, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
+        assert "FSDP2" in found["refused"]
+        assert found["FSDP1"][1::2] == [0, 0]
+    one = Program(config_of(ClipByNorm(max_norm=LIMIT)))
+    for step in range(2):
+        one.optimizer.zero_grad()
+        for micro in range(2 - step):
+            parts = [one.alone(10 * step + micro + 100 * r, 1.0 + 5 * micro) for r in range(2)]
+            with one.clipper.micro_batch(share=0.5):
+                for p, *grads in zip(one.model.parameters(), *parts, strict=True):
+                    p.grad = sum(grads) / 2 / 2
+        one.clipper.clip()
+        one.optimizer.step()
+    for p, q in zip(one.params, wanted, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
