@@ -21,11 +21,11 @@ from accelerate_clip.groups import configs_of, named_parameters
 from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import (
     refuse_lomo,
-    refuse_loss_of_several,
+    refuse_several,
     refuse_stale,
 )
 from accelerate_clip.report import Clipper, Reporter, describe, is_same_rule
-from accelerate_clip.step import StepClipper, accumulated_norm, unwrapped
+from accelerate_clip.step import StepClipper, accumulated_norm, apart, unwrapped
 from gradclip import (
     ClipConfig,
     ClipRecord,
@@ -44,6 +44,10 @@ class AcceleratorClip:
     Args:
         accelerator: Whose optimizers to clip.
         config: What to do.
+
+    Attributes:
+        divided_by: By how many batches the script itself divides the loss that it hands to
+            `accelerator.backward`: 1, and a window under transformers' `Trainer`.
     """
 
     def __init__(self, accelerator: Accelerator, config: ClipConfig) -> None:
@@ -54,6 +58,7 @@ class AcceleratorClip:
         self._last_record: ClipRecord | None = None
         self._said: set[str] = set()
         self._watched = False
+        self.divided_by: Callable[[], int] = lambda: 1
         self._preparing = 0
         self._adopt()
         accelerator.backward = self._watch(accelerator.backward)
@@ -224,7 +229,7 @@ class AcceleratorClip:
             for prepared, config in zip(optimizers, configs, strict=True):
                 known = before.get(id(prepared))
                 now.append(known or self._build(config, prepared, models))
-            refuse_loss_of_several(now)
+            refuse_several(now)
         except Exception:
             for clipper in now:
                 if clipper not in self._clippers:
@@ -273,7 +278,8 @@ class AcceleratorClip:
             self._watched = True
             loss = kwargs["loss"] if "loss" in kwargs else args[0] if args else None
             marks = [(clipper, clipper.before_backward(loss)) for clipper in self._clippers]
-            result = backward(*args, **kwargs)
+            with apart(self._accelerator, self._clippers, self.divided_by()):
+                result = backward(*args, **kwargs)
             for clipper, mark in marks:
                 clipper.after_backward(mark)
             return result

@@ -16,8 +16,9 @@ from gradclip import ConfigError, GradientClipper, LayoutError
 __all__ = [
     "refuse_closure",
     "refuse_lomo",
-    "refuse_loss_of_several",
+    "refuse_several",
     "refuse_stale",
+    "refuse_unreduced",
     "refuse_unsupported",
     "warn_if_alone",
 ]
@@ -67,8 +68,8 @@ def refuse_lomo(accelerator: Accelerator) -> None:
         raise ConfigError(msg)
 
 
-def refuse_loss_of_several(clippers: Sequence[GradientClipper]) -> None:
-    """Raise if a policy watches the loss and several optimizers have losses of their own.
+def refuse_several(clippers: Sequence[GradientClipper]) -> None:
+    """Raise if several optimizers share what only one can use: a loss, or each backward.
 
     Raises:
         ConfigError: If so.
@@ -79,6 +80,32 @@ def refuse_loss_of_several(clippers: Sequence[GradientClipper]) -> None:
             "are prepared whose losses accelerator.backward(loss) doesn't tell apart; allowed: one "
             "optimizer. Set watch to 'norm', or give each optimizer a gradclip.GradientClipper "
             "and call clipper.clip(loss=...) yourself."
+        )
+        raise ConfigError(msg)
+    if len(clippers) > 1 and clippers[0].config.stage == "after_backward":
+        msg = (
+            f"accelerate_clip: stage is 'after_backward', and {len(clippers)} optimizers are "
+            "prepared whose backward calls accelerator.backward(loss) doesn't tell apart; "
+            "allowed: one optimizer. Set stage to 'step', or give each optimizer a "
+            "gradclip.GradientClipper and use its micro_batch yourself."
+        )
+        raise ConfigError(msg)
+
+
+def refuse_unreduced(accelerator: Accelerator) -> None:
+    """Raise if this backward's gradients stay on each process, to be reduced with later ones.
+
+    Raises:
+        ConfigError: If so.
+    """
+    each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    if accelerator.num_processes > 1 and not accelerator.sync_gradients and not each:
+        msg = (
+            f"accelerate_clip: stage is 'after_backward', and {accelerator.num_processes} "
+            "processes accumulate gradients before they reduce them, so that none is a batch's "
+            "own; allowed: Accelerator(gradient_accumulation_plugin="
+            "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True)), no accumulation, "
+            "or one process. Set stage to 'step' otherwise."
         )
         raise ConfigError(msg)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -24,10 +25,10 @@ from accelerate_clip.private import (
     unscaled,
     versions,
 )
-from accelerate_clip.refuse import refuse_closure
+from accelerate_clip.refuse import refuse_closure, refuse_unreduced
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
 
-__all__ = ["StepClipper", "accumulated_norm", "unwrapped"]
+__all__ = ["StepClipper", "accumulated_norm", "apart", "unwrapped"]
 
 
 class StepClipper(GradientClipper):
@@ -185,6 +186,29 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+@contextmanager
+def apart(
+    accelerator: Accelerator, clippers: Sequence[StepClipper | EngineClipper], divided_by: int
+) -> Iterator[None]:
+    """Around one backward, which is clipped by itself if `stage` says so.
+
+    Args:
+        accelerator: Whose backward it is.
+        clippers: Of its optimizers.
+        divided_by: By how many batches the loss was divided before Accelerate does so.
+
+    Raises:
+        ConfigError: If this backward's gradients aren't reduced over processes.
+    """
+    with ExitStack() as stack:
+        for clipper in clippers:
+            if clipper.config.stage == "after_backward":
+                refuse_unreduced(accelerator)
+                share = 1 / (accelerator.gradient_accumulation_steps * divided_by)
+                stack.enter_context(clipper.micro_batch(share=share))
+        yield
 
 
 def accumulated_norm(

@@ -99,6 +99,7 @@ def _bind(trainer: Trainer) -> None:
     clip = _clip_of(trainer)
     if clip is not None:
         clip.place_record(trainer.args.output_dir)
+        clip.divided_by = lambda: trainer.current_gradient_accumulation_steps
 
 
 def _log(trainer: Trainer, logs: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,12 @@ from lightning_clip.framework import (
     live_scaler,
     unscaled,
 )
-from lightning_clip.refuse import refuse_optimizers, refuse_setup
+from lightning_clip.refuse import (
+    refuse_micro_batches,
+    refuse_optimizers,
+    refuse_setup,
+    refuse_unreduced,
+)
 from lightning_clip.report import Reporter
 from lightning_clip.schedule import hold_schedule
 
@@ -91,6 +97,7 @@ class GradientClip(Callback):
         self._zeroed = False
         self._batches = self._backwards = 0
         self._evaluated: set[int] = set()
+        self._micro_batch = ExitStack()
         self._engine: Any | None = None
         self._undo: list[Callable[[], None]] = []
         self._schedule_undo: Callable[[], None] | None = None
@@ -157,19 +164,28 @@ class GradientClip(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Let a policy see the loss of each micro-batch, as `training_step` gave it."""
+        """Let a policy see the loss as `training_step` gave it; put earlier gradients aside.
+
+        The latter for `stage: after_backward`, at which this backward's are clipped by themselves.
+        """
         for clipper in self._clippers:
             if clipper.watches_loss:
                 loss = unscaled(trainer, pl_module, loss)
                 clipper.observe_loss(loss, first=self._zeroed)
                 self._zeroed = False
+        if self.config.stage == "after_backward":
+            refuse_unreduced(trainer)
+            automatic = pl_module.automatic_optimization
+            share = 1 / trainer.accumulate_grad_batches if automatic else 1.0
+            self._micro_batch.enter_context(self._clippers[0].micro_batch(share=share))
 
     def on_before_zero_grad(self, *_: object) -> None:
         """What follows is the first batch of a step."""
         self._zeroed = True
 
     def on_after_backward(self, *_: object) -> None:
-        """This batch has gradients."""
+        """This batch has gradients; clip them now if they are to be clipped by themselves."""
+        self._micro_batch.close()
         self._backward_ran = True
         self._backwards += 1
 
@@ -209,6 +225,7 @@ class GradientClip(Callback):
 
     def on_exception(self, *_: object) -> None:
         """As at the end of fitting, which doesn't come then."""
+        self._micro_batch = ExitStack()
         self.teardown()
 
     def _release_schedule(self) -> None:
@@ -252,6 +269,8 @@ class GradientClip(Callback):
             clipper = GradientClipper(self.config, named, self._engine)
             self._undo.append(clipper.attach(self._engine).remove)
             self._clippers = [clipper]
+        if self.config.stage == "after_backward":
+            refuse_micro_batches(trainer)
         self._reporter.begin(trainer, self._clippers, [0] * len(self._clippers))
         if len(self._clippers) > 1 and any(clipper.watches_loss for clipper in self._clippers):
             msg = (

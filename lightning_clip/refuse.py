@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from gradclip import ConfigError
 from lightning_clip.framework import (
@@ -17,7 +17,7 @@ from lightning_clip.framework import (
     is_lightning,
 )
 
-__all__ = ["refuse_optimizers", "refuse_setup"]
+__all__ = ["refuse_micro_batches", "refuse_optimizers", "refuse_setup", "refuse_unreduced"]
 
 _CLIPPING = {"clip_gradients", "clip_grad_norm_", "clip_grad_norm", "clip_grad_value_"}
 
@@ -68,6 +68,42 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
                 "it from self.parameters() in configure_optimizers."
             )
             raise ConfigError(msg)
+
+
+def refuse_micro_batches(trainer: Trainer) -> None:
+    """Check that each backward's gradients can be clipped by themselves, once optimizers exist.
+
+    Raises:
+        ConfigError: If several optimizers share a backward, one evaluates a closure several times,
+            or ranks accumulate before they reduce.
+    """
+    kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+    if len(kinds) > 1 or any(isinstance(o, LBFGS) for o in trainer.optimizers):
+        msg = (
+            f"GradientClip: stage is 'after_backward', and the optimizers are {', '.join(kinds)}; "
+            "allowed: one, other than LBFGS, as a backward doesn't say which optimizer's step it "
+            "is for. Set stage to 'step', or in manual optimization use micro_batch of a "
+            "gradclip.GradientClipper of your own."
+        )
+        raise ConfigError(msg)
+    refuse_unreduced(trainer)
+
+
+def refuse_unreduced(trainer: Trainer) -> None:
+    """Check that every backward's gradients are those of all ranks.
+
+    Raises:
+        ConfigError: If ranks accumulate their own batches before they reduce.
+    """
+    window = trainer.accumulate_grad_batches
+    if trainer.world_size > 1 and window > 1:
+        msg = (
+            f"GradientClip: stage is 'after_backward', and {trainer.world_size} processes reduce "
+            f"gradients only after {window} batches (accumulate_grad_batches), so that none is a "
+            "batch's own; allowed: accumulate_grad_batches=1, or one process. Set stage to 'step', "
+            "or accumulate in manual optimization."
+        )
+        raise ConfigError(msg)
 
 
 def _refuse_own_clipping(module: LightningModule) -> None:
