@@ -96,6 +96,48 @@ def test_training_with_a_fused_optimizer_reads_nothing_between_flushes(policy):
     assert clipper.state_dict()["counts"]["steps"] == 9
 
 
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_micro_batches_and_a_fused_optimizer_read_nothing_between_flushes(policy):
+    params = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
+    values = list(params.values())
+    optimizer = torch.optim.AdamW([{"params": values[:2]}, {"params": values[2:]}], fused=True)
+    log = {"every_n_steps": 10, "per_parameter": True}
+    config = ClipConfig(policies=[policy], stage="after_backward", log=log)
+    clipper = GradientClipper(config, params.items(), optimizer, kernel="accelerator")
+    clipper.attach(optimizer)
+    with Reads() as reads:
+        for step in range(3):
+            optimizer.zero_grad()
+            for micro in range(3):
+                loss = sum((p * p).sum() for p in values) * (10.0 if step + micro == 3 else 1.0)
+                with clipper.micro_batch(loss=loss.detach(), share=1 / 3):
+                    (loss / 3).backward()
+            optimizer.step()
+            metrics = clipper.last_record.as_metrics()
+    assert reads.count == 0
+    assert len(metrics) > 8
+    assert clipper.state_dict()["counts"]["steps"] == 3
+
+
+def test_micro_batches_on_fake_cuda_tensors_neither_sync_nor_copy():
+    with FakeTensorMode():
+        params = {
+            name: torch.nn.Parameter(torch.empty(shape, device="cuda"))
+            for name, shape in SHAPES.items()
+        }
+        optimizer = torch.optim.SGD(params.values(), lr=0.1)
+        config = ClipConfig(policies=[FREE["zclip"]], stage="after_backward", on_nonfinite="ignore")
+        clipper = GradientClipper(config, params.items(), optimizer)
+        with Copies() as copies:
+            for _ in range(2):
+                with clipper.micro_batch(share=0.5):
+                    for parameter in params.values():
+                        parameter.grad = torch.empty_like(parameter)
+            record = clipper.clip()
+        assert copies.seen == []
+        assert record.grad_norm.device.type == "cuda"
+
+
 @pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "ignore"])
 def test_a_loss_and_a_bound_add_no_read(on_nonfinite):
     params = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}

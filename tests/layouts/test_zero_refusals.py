@@ -8,7 +8,7 @@ from support.gradients import NORM, small_model
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 
-from gradclip import ClipByNorm, ConfigError, GradientClipper, LayoutError
+from gradclip import ClipByNorm, ClipConfig, ConfigError, GradientClipper, LayoutError
 from gradclip.layouts import LocalLayout
 
 pytest.importorskip("deepspeed")
@@ -52,6 +52,8 @@ def refused(rank, world):
     with pytest.raises(LayoutError, match="Muon"):
         GradientClipper(NORM, optimizer=engine)
     del engine.optimizer.param_groups[0]["use_muon"]
+    with pytest.raises(ConfigError, match="stage is 'after_backward' with a DeepSpeed engine"):
+        GradientClipper(ClipConfig(policies=[NORM], stage="after_backward"), optimizer=engine)
     GradientClipper(NORM, optimizer=engine)
 
     whole = engine.optimizer
