@@ -16,7 +16,14 @@ from gradclip.config import (
     load_yaml,
 )
 from gradclip.engine import GradientClipper
-from gradclip.errors import ClipError, ConfigError, LayoutError, NonFiniteError, SkipLimitError
+from gradclip.errors import (
+    ClipError,
+    ConfigError,
+    DebugError,
+    LayoutError,
+    NonFiniteError,
+    SkipLimitError,
+)
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
 from gradclip.noise_scale import NoiseScale
 from gradclip.parameters import configs_for
@@ -51,6 +58,7 @@ __all__ = [
     "ClipError",
     "ClipRecord",
     "ConfigError",
+    "DebugError",
     "EmaClip",
     "GradientClipper",
     "GroupConfig",

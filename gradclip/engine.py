@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from gradclip.apply import apply
+from gradclip.checks import Checks
 from gradclip.config import ClipConfig, PolicyLike, RecorderConfig, as_config
 from gradclip.errors import ClipError, ConfigError
 from gradclip.hooks import clip_before_step
@@ -99,6 +100,7 @@ class GradientClipper:
             named_parameters = named_parameters or self._zero.engine.module.named_parameters()
         named = None if named_parameters is None else list(named_parameters)
         self._micro_batches = MicroBatches(self)
+        self._checks = Checks(self, optimizer)
         self._loss_scale = LossScale(scaler, optimizer, in_engine=self._zero is not None)
         self._on = LaidOut(self.config, named, optimizer, process_group, layout, kernel)
         self._finds_hooks = layout is None
@@ -164,9 +166,11 @@ class GradientClipper:
             rule = "skip"  # an overflow is how the scaler finds its scale, and it skips the step
             if grad_scale is None:
                 grad_scale = self._loss_scale.settle(leave=self._on.effect.unscales)
+        self._checks.before(grad_scale, told=grad_scale is not None)
         grads, verdict, record = self._decide(grad_scale, rule, share=share, repeat=repeat)
         how = (self._on.plan, self._on.kernel, self._on.memory, grad_scale)
         self._on.effect.carry_out(verdict, grads.all, *how, scaler_follows=scaled)
+        self._checks.after(verdict)
         return record
 
     def micro_batch(

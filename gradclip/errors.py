@@ -1,6 +1,13 @@
 """What can be wrong: what was asked, what was found, what came out."""
 
-__all__ = ["ClipError", "ConfigError", "LayoutError", "NonFiniteError", "SkipLimitError"]
+__all__ = [
+    "ClipError",
+    "ConfigError",
+    "DebugError",
+    "LayoutError",
+    "NonFiniteError",
+    "SkipLimitError",
+]
 
 
 class ClipError(Exception):
@@ -13,6 +20,10 @@ class ConfigError(ClipError, ValueError):
 
 class LayoutError(ClipError, RuntimeError):
     """Something found in the model or the process groups can't be clipped rightly."""
+
+
+class DebugError(ClipError, AssertionError):
+    """With `debug: true`: something that has to hold around a clipping step doesn't."""
 
 
 class NonFiniteError(ClipError, RuntimeError):

@@ -7,9 +7,11 @@ touches what is private there.
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch.optim import Optimizer
 
 from gradclip.errors import ConfigError
 
-__all__ = ["LossScale"]
+__all__ = ["LossScale", "Scalers"]
 
 Around = Callable[[], AbstractContextManager[None]]
 
@@ -102,6 +104,32 @@ class LossScale:
     def _device(self) -> torch.device:
         parameters = self._optimizer.param_groups[0]["params"]
         return parameters[0].device if parameters else torch.device("cpu")
+
+
+class Scalers:
+    """Every scaler of this process, also those a clipper wasn't told of."""
+
+    def __init__(self) -> None:
+        self._found: WeakSet[GradScaler] | None = None
+
+    def scale_of(self, optimizer: object) -> float | None:
+        """What a scaler multiplies losses by that didn't unscale this optimizer's gradients.
+
+        Read on the host. Scalers are looked for once, as that takes a while.
+
+        Returns:
+            The scale of the first that is in use and isn't 1; None if there is none.
+        """
+        if self._found is None:
+            gc.collect()
+            every = gc.get_objects()
+            self._found = WeakSet(one for one in every if issubclass(type(one), GradScaler))
+        for scaler in self._found:
+            known = scaler._per_optimizer_states.get(id(optimizer), {"stage": OptState.READY})
+            in_use = scaler.is_enabled() and scaler._scale is not None
+            if in_use and known["stage"] is OptState.READY and scaler.get_scale() != 1:
+                return scaler.get_scale()
+        return None
 
 
 def _wrap_step(scaler: GradScaler) -> dict[int, Around]:

@@ -173,6 +173,7 @@ class MicroBatches:
         of = (lambda: window.slots, lambda: window.each, clipper.batch, window.loss)
         clipper.last_record = record = recorder.note(record, *of, window.sound)
         on.effect.withhold(skipped if self._may_withhold else None, on.plan, scaler_follows=scaled)
+        clipper._checks.remember()
         if window.names:
             _logger.warning(
                 "gradclip: %d of %d micro-batches of a step were left out: %s.",
@@ -190,6 +191,8 @@ class MicroBatches:
 
     def _set_aside(self, parameters: list[Parameter]) -> dict[Parameter, Tensor]:
         """Take the sum so far out of `.grad`, where the next backward would add to it."""
+        if self._window is None:
+            self._clipper._checks.refuse_stale()
         sums = {p: p.grad for p in parameters if p.grad is not None}
         window = self._window
         if window is not None and window.any_sum and not sums:  # zeroed, and no step came
@@ -216,6 +219,7 @@ class MicroBatches:
             factor = shared if factor is None else factor * shared
         number = 1 if self._window is None else self._window.count + 1
         rule = "skip" if scaled else clipper.config.on_nonfinite
+        clipper._checks.before(factor, told=scaled)
         try:
             grads, verdict, _ = clipper._decide(factor, rule, micro=True)
         except NonFiniteError as error:
@@ -231,6 +235,7 @@ class MicroBatches:
             one.names = [f"number {number} ({self._why(verdict)})"]
         elif not verdict.withheld:
             self._clip(verdict, drop, grads, factor)
+        clipper._checks.after(verdict)
         if self._window is None:
             self._window = one
         else:

@@ -142,6 +142,9 @@ class ClipConfig(BaseModel):
     """Logging."""
     recorder: RecorderConfig | None = None
     """The flight recorder; null, the default, writes no file."""
+    debug: bool = False
+    """Check around each step that gradients are unscaled, new, and within the limit after clipping;
+    costs two reads of the gradients, a message more for each, and reads on the host."""
 
     @property
     def lists(self) -> Sequence[Sequence[Policy]]:
