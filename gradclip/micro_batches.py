@@ -197,10 +197,10 @@ class MicroBatches:
         window = self._window
         if window is not None and window.any_sum and not sums:  # zeroed, and no step came
             self._window = None
-        if sums and any(is_flattened(p) for p in sums):
+        if self._window is not None and any(map(is_flattened, parameters)):
             msg = (
-                "micro_batch: parameters of FSDP1 hold the gradients of an earlier backward, and "
-                "FSDP1 adds them up where they can't be told apart; allowed: one micro-batch a "
+                "micro_batch: this is the second of a step, and FSDP1 adds up gradients where they "
+                "can't be told apart; allowed: one micro-batch a "
                 "step. Use fully_shard (FSDP2) or DDP, or set stage to 'step'."
             )
             raise ConfigError(msg)

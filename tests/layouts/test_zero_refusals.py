@@ -54,6 +54,8 @@ def refused(rank, world):
     del engine.optimizer.param_groups[0]["use_muon"]
     with pytest.raises(ConfigError, match="stage is 'after_backward' with a DeepSpeed engine"):
         GradientClipper(ClipConfig(policies=[NORM], stage="after_backward"), optimizer=engine)
+    with pytest.raises(ConfigError, match="debug is true with a DeepSpeed engine"):
+        GradientClipper(ClipConfig(policies=[NORM], debug=True), optimizer=engine)
     GradientClipper(NORM, optimizer=engine)
 
     whole = engine.optimizer

@@ -2,9 +2,22 @@
 
 import pytest
 import torch
-from support.lit import NAN, After, Before, Pair, Small, inputs, norm_of, scaled, trainer_of
+from lightning.fabric import Fabric
+from support.lit import (
+    NAN,
+    After,
+    Before,
+    Pair,
+    Small,
+    inputs,
+    norm_of,
+    scaled,
+    small_net,
+    trainer_of,
+)
 from support.ranks import run_on_ranks
 
+import lightning_clip
 from gradclip import ClipByNorm, ClipConfig, ConfigError, ZClip
 from lightning_clip import GradientClip
 
@@ -103,6 +116,20 @@ def test_a_backward_that_raises_leaves_nothing_open():
         trainer_of(clip, accumulate_grad_batches=3).fit(module, range(3))
     trainer_of(clip, accumulate_grad_batches=3).fit(module, range(3))
     assert clip.last_record.dropped == 0
+
+
+def test_a_fabric_loop_clips_each_backward():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net = small_net()
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    clipper = lightning_clip.enable(fabric, model, optimizer, CONFIG)
+    for batch in (0, 6):
+        loss = model(inputs(batch)).square().mean()
+        with clipper.micro_batch(share=0.5):
+            fabric.backward(loss / 2)
+    optimizer.step()
+    for p, *parts in zip(net.parameters(), alone(0), alone(6), strict=True):
+        torch.testing.assert_close(p.grad, sum(parts) / 2, rtol=1e-5, atol=1e-7)
 
 
 REFUSED = {
