@@ -125,9 +125,10 @@ class Scalers:
             every = gc.get_objects()
             self._found = WeakSet(one for one in every if issubclass(type(one), GradScaler))
         for scaler in self._found:
+            if not scaler.is_enabled() or scaler._scale is None:
+                continue
             known = scaler._per_optimizer_states.get(id(optimizer), {"stage": OptState.READY})
-            in_use = scaler.is_enabled() and scaler._scale is not None
-            if in_use and known["stage"] is OptState.READY and scaler.get_scale() != 1:
+            if known["stage"] is OptState.READY and scaler.get_scale() != 1:
                 return scaler.get_scale()
         return None
 
