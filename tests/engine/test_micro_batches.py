@@ -1,7 +1,9 @@
 """`stage: after_backward`: each backward's own contribution is clipped before it joins the sum."""
 
 import copy
+import json
 import logging
+import weakref
 
 import pytest
 import torch
@@ -355,6 +357,41 @@ def test_a_bound_on_withheld_micro_batches_stops_the_run():
     program.window([0])
     with pytest.raises(NonFiniteError, match="max_consecutive 2"):
         program.window([1, 2, 3], [NAN, NAN, NAN])
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_logs_and_the_flight_record_are_of_the_worst_micro_batch(kernel, tmp_path):
+    path = tmp_path / "run.jsonl"
+    log = {"per_parameter": True, "every_n_steps": 1}
+    recorder = {"file": str(path)}
+    config = config_of(ClipByNorm(max_norm=LIMIT), log=log, recorder=recorder)
+    program = Program(config, kernel=kernel)
+    alone = [program.alone(seed, size) for seed, size in enumerate([1.0, 9.0])]
+    program.step(range(2), [1.0, 9.0])
+    metrics = program.clipper.flush()
+    assert metrics["clip/grad_norm"] == pytest.approx(max(map(norm, alone)), rel=1e-5)
+    largest = max(norm([grads[0]]) for grads in alone)
+    assert metrics["clip/grad_norm/0.weight"] == pytest.approx(largest, rel=1e-5)
+    assert metrics["clip/dropped"] == 0
+    for _ in range(2):
+        program.step(range(3), [1.0, NAN, NAN])
+    metrics = program.clipper.flush()
+    assert metrics["clip/dropped"] == 4
+    assert metrics["clip/nonfinite"] == 2
+    assert metrics["clip/skipped"] == 0
+    program.clipper.recorder.write()
+    _, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["finite"] for row in rows] == [True, False, False]
+    assert rows[0]["per_parameter"]["0.weight"] == pytest.approx(largest, rel=1e-5)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_nothing_keeps_a_clipper_that_nobody_uses(debug):
+    program = Program(config_of(ClipByNorm(max_norm=LIMIT), debug=debug))
+    program.step(range(2))
+    gone = weakref.ref(program.clipper)
+    program.clipper = None
+    assert gone() is None
 
 
 REFUSED = {
