@@ -62,7 +62,6 @@ class Checks:
 
             optimizer.register_step_post_hook(torch.compiler.disable(after_step))
 
-    @torch.no_grad()
     def before(self, factor: Tensor | None, *, told: bool) -> None:
         """Check that gradients are new and unscaled, and measure them.
 
@@ -91,7 +90,6 @@ class Checks:
             raise DebugError(msg)
         self._norms, self._factor, self._folded = self._measured(), factor, None
 
-    @torch.no_grad()
     def after(self, verdict: Verdict) -> None:
         """Check what was done to the gradients that `before` measured.
 
@@ -108,7 +106,6 @@ class Checks:
                 self._compare(verdict, self._factor, "gradients were written")
         self.remember()
 
-    @torch.no_grad()
     def refuse_stale(self) -> None:
         """Check that gradients were written to since the last step.
 
