@@ -258,8 +258,8 @@ class GradientClipper:
             `clip/grad_norm`, `clip/limit`, `clip/coef`, `clip/clipped_norm`: means over the steps
             that were finite; `clip/grad_norm_max`; `clip/clipped`, `clip/skipped`,
             `clip/nonfinite`, where configured `clip/dropped`: how many were; `clip/clip_rate` of
-            all steps so far and `clip/clip_rate_window` of these; `clip/grad_norm/<parameter>`,
-            `clip/grad_norm/group/<name>`: means, where configured. Empty without a step.
+            all steps so far and `clip/clip_rate_window` of these; `clip/grad_norms/<parameter>`,
+            `clip/grad_norms/group/<name>`: means, where configured. Empty without a step.
         """
         return self.recorder.flush()
 

@@ -86,9 +86,9 @@ class Recorder:
         self._plan, self._waits = plan, waits
         self._names = list(plan.each or plan.slot_names)
         self._places = {name: place for place, name in enumerate(self._names)}
-        logged = [f"grad_norm/{name}" for name in plan.slot_names if log.per_parameter]
+        logged = [f"grad_norms/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
-            logged += [f"grad_norm/group/{name}" for name in plan.group_names]
+            logged += [f"grad_norms/group/{name}" for name in plan.group_names]
         drops = self._config.stage == "after_backward"
         keeps = log.histograms and self._is_first
         self._window = Window(logged, keeps=keeps, drops=drops)

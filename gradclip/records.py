@@ -62,13 +62,13 @@ class ClipRecord:
         Returns:
             `clip/grad_norm`, `clip/limit`, `clip/coef`, `clip/clipped_norm`, `clip/clipped`,
             `clip/skipped`, `clip/clip_rate`, and where recorded `clip/dropped` and
-            `clip/grad_norm/<parameter>`.
+            `clip/grad_norms/<parameter>`.
         """
         keys = ("grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "clip_rate")
         metrics = {f"clip/{key}": getattr(self, key).double() for key in keys}
         if self.dropped is not None:
             metrics["clip/dropped"] = self.dropped
-        norms = {f"clip/grad_norm/{name}": norm for name, norm in self.per_parameter.items()}
+        norms = {f"clip/grad_norms/{name}": norm for name, norm in self.per_parameter.items()}
         return metrics | norms
 
 

@@ -23,7 +23,6 @@ __all__ = [
     "Trainer",
     "deepspeed_engine",
     "is_lightning",
-    "is_mlflow",
     "is_set_up",
     "live_scaler",
     "logger_step",
@@ -41,11 +40,6 @@ def deepspeed_engine(trainer: Trainer) -> Any | None:
 def is_lightning(cls: type) -> bool:
     """Whether a class is the framework's own, of either package, and not a user's."""
     return cls.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
-
-
-def is_mlflow(logger: object) -> bool:
-    """Whether a logger is the framework's MLFlowLogger, of either package."""
-    return any(cls.__name__ == "MLFlowLogger" and is_lightning(cls) for cls in type(logger).__mro__)
 
 
 def is_set_up(fabric: Fabric, found: object) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from gradclip import ClipRecord, GradientClipper
 from lightning_clip.framework import (
     LightningModule,
     Trainer,
-    is_mlflow,
     logger_step,
     logs_in_step,
 )
@@ -108,24 +107,15 @@ class Reporter:
 
     def _give(self, trainer: Trainer, index: int) -> None:
         clipper, suffix, step = self._clippers[index], self._suffix(index), self._filed[index]
-        metrics = clipper.flush()
+        metrics = {key + suffix: value for key, value in clipper.flush().items()}
         if not metrics:
             return
         for logger in trainer.loggers:
             if self._histograms:  # first: to W&B it is part of the row that metrics complete
                 key = "clip/grad_norm_histogram" + suffix
                 clipper.recorder.give_histogram(logger.experiment, key, step)
-            logger.log_metrics(_named(metrics, suffix, logger), step=step)
+            logger.log_metrics(metrics, step=step)
             logger.save()
 
     def _suffix(self, index: int) -> str:
         return f"/optimizer{index}" if len(self._clippers) > 1 else ""
-
-
-def _named(metrics: Mapping[str, float], suffix: str, logger: object) -> dict[str, float]:
-    """Metrics under the keys that a logger can take.
-
-    MLflow's file store keeps a metric as a file, so none can be named like the folder of others.
-    """
-    norm = "clip/grad_norms/" if is_mlflow(logger) else "clip/grad_norm/"
-    return {key.replace("clip/grad_norm/", norm, 1) + suffix: v for key, v in metrics.items()}

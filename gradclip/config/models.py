@@ -44,10 +44,10 @@ class LogConfig(BaseModel):
     every_n_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two log entries; null takes the trainer's own interval, or 10."""
     per_parameter: bool = False
-    """Also record the norm of each parameter, as `clip/grad_norm/<parameter>`."""
+    """Also record the norm of each parameter, as `clip/grad_norms/<parameter>`."""
     per_group: bool = False
     """Also log the norm of each of the optimizer's parameter groups, as
-    `clip/grad_norm/group/<name>`."""
+    `clip/grad_norms/group/<name>`."""
     histograms: bool = False
     """Also give the norms of the last steps to loggers that have histograms."""
     warn_after: Annotated[int, Field(ge=1)] | None = 1000

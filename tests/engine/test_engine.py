@@ -117,7 +117,7 @@ class TestWhatIsClipped:
     def test_per_parameter_norms_are_recorded_on_request(self):
         params = parameters()
         fill(params, 0, 3.0)
-        expected = {f"clip/grad_norm/{n}": p.grad.double().norm() for n, p in params.items()}
+        expected = {f"clip/grad_norms/{n}": p.grad.double().norm() for n, p in params.items()}
         config = ClipConfig(policies=[NORM], log={"per_parameter": True})
         metrics = GradientClipper(config, params.items()).clip().as_metrics()
         for key, norm in expected.items():

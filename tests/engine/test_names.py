@@ -59,7 +59,7 @@ def test_wrappers_leave_no_trace_in_names(wrapper, given):
     for parameter, original in zip(wrapped.parameters(), plain.parameters(), strict=True):
         parameter.grad = original.grad.clone()
     metrics = clipper.clip().as_metrics()
-    assert {f"clip/grad_norm/{name}" for name in NAMES} < metrics.keys()
+    assert {f"clip/grad_norms/{name}" for name in NAMES} < metrics.keys()
     assert clipper.state_dict()["policies"][0]["slots"] == NAMES[:2]
 
 

@@ -82,9 +82,9 @@ def test_metrics_are_those_of_the_steps_between(every, kernel):
             "clip/nonfinite": float(start <= 3 < start + every),
             "clip/clip_rate": float(clipper.last_record.clip_rate),
             "clip/clip_rate_window": clipped / max(some, 1),
-            **{f"clip/grad_norm/{n}": mean(parts[:, i]) for i, n in enumerate(NAMES)},
-            "clip/grad_norm/group/early": mean(np.sqrt((parts[:, :2] ** 2).sum(1))),
-            "clip/grad_norm/group/late": mean(parts[:, 2]),
+            **{f"clip/grad_norms/{n}": mean(parts[:, i]) for i, n in enumerate(NAMES)},
+            "clip/grad_norms/group/early": mean(np.sqrt((parts[:, :2] ** 2).sum(1))),
+            "clip/grad_norms/group/late": mean(parts[:, 2]),
         }
         assert metrics == pytest.approx(expected, rel=1e-6, nan_ok=True)
     assert clipper.flush() == {}

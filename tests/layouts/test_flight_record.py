@@ -118,7 +118,7 @@ def entry(rank, world, name):
             clipper.clip()
             metrics = clipper.flush()
         sent.append(len(comms.messages))
-    key = "clip/grad_norm/"
+    key = "clip/grad_norms/"
     found = {k.removeprefix(key): v for k, v in metrics.items() if k.startswith(key)}
     return found, wanted, sent
 

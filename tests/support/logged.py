@@ -102,7 +102,7 @@ def expected_entries(
         grads: Per step, one tensor per parameter.
         ends: The last step of each entry.
         max_norm: Of a ClipByNorm.
-        parts: Which parameters are behind each further `clip/grad_norm/<name>`.
+        parts: Which parameters are behind each further `clip/grad_norms/<name>`.
         suffix: Of every key.
     """
     squares = np.array([[float(g.double().square().sum()) for g in step] for step in grads])
@@ -127,7 +127,7 @@ def expected_entries(
             "clip_rate_window": clipped[here].sum() / some[here].sum(),
         }
         for name, part in (parts or {}).items():
-            metrics[f"grad_norm/{name}"] = np.sqrt(squares[here, part].sum(1))[good].mean()
+            metrics[f"grad_norms/{name}"] = np.sqrt(squares[here, part].sum(1))[good].mean()
         found[end] = {f"clip/{key}{suffix}": float(value) for key, value in metrics.items()}
         start = end + 1
     return found
