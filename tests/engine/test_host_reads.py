@@ -6,7 +6,7 @@ from support.gradients import POLICIES, SHAPES
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradclip import ClipConfig, GradientClipper, SkipNonfinite, SkipSpike
+from gradclip import ClipByNorm, ClipConfig, GradientClipper, SkipNonfinite, SkipSpike
 
 
 class Copies(TorchDispatchMode):
@@ -150,6 +150,25 @@ def test_a_loss_and_a_bound_add_no_read(on_nonfinite):
     with Reads() as reads:
         clipper.clip(loss=loss)
     assert reads.count == 1
+
+
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_an_attached_step_of_a_capturable_optimizer_neither_syncs_nor_copies(kind):
+    with FakeTensorMode():
+        params = {
+            name: torch.nn.Parameter(torch.empty(shape, device="cuda"))
+            for name, shape in SHAPES.items()
+        }
+        optimizer = torch.optim.AdamW(params.values(), capturable=True, **kind)
+        rule = "skip" if "fused" in kind else "ignore"
+        config = ClipConfig(policies=[ClipByNorm(max_norm=1.0)], on_nonfinite=rule)
+        GradientClipper(config, params.items(), optimizer).attach(optimizer)
+        for step in range(2):
+            for p in params.values():
+                p.grad = torch.empty_like(p)
+            with Copies() as copies:
+                optimizer.step()
+            assert copies.seen == [] or step == 0  # the first makes the optimizer's state
 
 
 def test_fake_tensors_do_notice_a_read():

@@ -40,19 +40,19 @@ WAYS = [
 ]
 
 
-def trained(how, optimizer="sgd", steps=3, compiled=None, **options):
+def trained(how, optimizer="sgd", steps=3, compiled=None, backend="aot_eager", **options):
     """Parameters after some steps; `clip` is torch's own where `how` is "torch"."""
     cls, more = OPTIMIZERS[optimizer]
     model = small_model()
     stepper = cls(model.parameters(), lr=0.05, **more, **options)
-    net = torch.compile(model, backend="aot_eager") if compiled == "model" else model
+    net = torch.compile(model, backend=backend) if compiled == "model" else model
     clipper = GradientClipper(NORM, net.named_parameters(), stepper)
     if how == "attached":
         clipper.attach(stepper)
     step = stepper.step
     if compiled in ("step", "function"):
         inner = stepper.step if compiled == "step" else lambda: stepper.step()
-        step = torch.compile(inner, backend="aot_eager")
+        step = torch.compile(inner, backend=backend)
     for index in range(steps):
         backward(net, index, size=50)
         if how == "called":
@@ -83,6 +83,14 @@ def test_optimizers_step_with_the_same_gradients(name, options):
 def test_compiled(compiled, how):
     torch._dynamo.reset()
     found = trained(how, "adamw", compiled=compiled)
+    torch.testing.assert_close(found, trained("torch", "adamw"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("compiled", ["model", "step"])
+def test_compiled_to_code(compiled):
+    torch._dynamo.reset()
+    found = trained("attached", "adamw", compiled=compiled, backend="inductor")
     torch.testing.assert_close(found, trained("torch", "adamw"), rtol=1e-4, atol=1e-5)
 
 
@@ -210,6 +218,33 @@ def test_sparse_gradients_under_ddp():
     assert torch.equal(sparse[0][0], sparse[1][0])
     assert torch.equal(sparse[0][1], sparse[1][1])
     torch.testing.assert_close(sparse[0], dense[0])
+
+
+class Wave(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.z = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+
+    def forward(self, x):
+        return (self.z * x).abs().square().sum()
+
+
+def complex_on_ranks(rank, world):
+    model = DistributedDataParallel(Wave())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
+    model(torch.tensor([1.0 + rank, 2.0])).backward()
+    record = clipper.clip()
+    return record.grad_norm, model.module.z.grad.clone()
+
+
+def test_complex_gradients_under_ddp():
+    first, second = run_on_ranks(complex_on_ranks, 2)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    # The mean over ranks of 2 x^2 z, for x of (1, 2) and (2, 2).
+    whole = torch.tensor([5 * (1 + 2j), 8 * (3 - 1j)])
+    assert first[0] == pytest.approx(float(whole.abs().double().norm()), rel=1e-6)
+    torch.testing.assert_close(first[1], whole * (NORM.max_norm / float(first[0])))
 
 
 def complex_parameters(dtype=torch.complex64):
