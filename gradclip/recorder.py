@@ -58,7 +58,7 @@ class Recorder:
         self._tally = tally
         self._is_first = is_first_rank()
         self._runs = Runs(config.log) if self._is_first else None
-        self._read = self._written = 0
+        self._read = self._written = self._alarms = 0
         self._path: Path | None = None
         self._window = Window(())
         self._sums = torch.zeros(1)
@@ -71,6 +71,7 @@ class Recorder:
         self._drain()
         self._tally.first, self._tally.made = step, 0
         self._read = self._written = 0
+        self.lay(self._plan, self._tally.rows.device, waits=self._waits)
 
     def lay(self, plan: Plan, home: torch.device, *, waits: bool) -> None:
         """Follow these parameters from the next step on.
@@ -283,7 +284,10 @@ class Recorder:
             self._runs.follow(rows)
         odd = bool(rows[:, COLUMNS.index("nonfinite")].any())
         if odd and self._config.recorder is not None:
-            self.write()
+            # Ever rarer, since a run may stay so for good.
+            if self._tally.made - self._written >= self._alarms:
+                self._alarms += 1
+                self.write()
 
     def _steps(self) -> list[dict[str, Any]]:
         """What the file has, in rising order."""

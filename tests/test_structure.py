@@ -90,7 +90,10 @@ def public(package):
             yield name, value
 
 
-@pytest.mark.parametrize(("name", "value"), list(public(gradclip)), ids=lambda v: str(v)[:40])
+PUBLIC = dict(public(gradclip))
+
+
+@pytest.mark.parametrize(("name", "value"), PUBLIC.items(), ids=PUBLIC)
 def test_public_names_are_documented_and_args_exist(name, value):
     text = inspect.getdoc(value)
     assert text, name

@@ -145,6 +145,17 @@ def test_the_first_steps_that_are_not_finite_are_kept_and_written(tmp_path, kern
     assert rows[5]["per_parameter"]["b"] is None
 
 
+def test_a_run_that_stays_not_finite_is_not_written_at_every_step(tmp_path, monkeypatch):
+    clipper, params = made(recorder={}, on_nonfinite="ignore")
+    written, write = [], clipper.recorder.write
+    monkeypatch.setattr(clipper.recorder, "write", lambda: written.append(write()))
+    for _ in range(200):
+        step(clipper, params, [math.nan, 1.0, 1.0])
+    assert 10 < len(written) < 25
+    clipper.recorder.close()
+    assert len(lines(tmp_path / "gradclip.trace.jsonl")[1]) == 200
+
+
 def test_an_error_of_ours_leaves_the_step_on_file(tmp_path):
     clipper, params = made(recorder={}, on_nonfinite="raise")
     step(clipper, params, [1.0, 0.0, 0.0], batch=0)
