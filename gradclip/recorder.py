@@ -283,11 +283,11 @@ class Recorder:
         if self._runs is not None:
             self._runs.follow(rows)
         odd = bool(rows[:, COLUMNS.index("nonfinite")].any())
-        if odd and self._config.recorder is not None:
-            # Ever rarer, since a run may stay so for good.
-            if self._tally.made - self._written >= self._alarms:
-                self._alarms += 1
-                self.write()
+        # Ever rarer, since a run may stay so for good.
+        rare = self._tally.made - self._written >= self._alarms
+        if odd and rare and self._config.recorder is not None:
+            self._alarms += 1
+            self.write()
 
     def _steps(self) -> list[dict[str, Any]]:
         """What the file has, in rising order."""
