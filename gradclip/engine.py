@@ -29,7 +29,7 @@ from gradclip.loss_scale import LossScale
 from gradclip.measure_step import measure_each, measure_step
 from gradclip.micro_batches import MicroBatches
 from gradclip.policies import decide_all
-from gradclip.recorder import Recorder
+from gradclip.recorder import Recorder, Seen
 from gradclip.records import ClipRecord, Tally
 from gradclip.state import carry_over, pack, unpack
 from gradclip.stops import Latch, Losses, is_withheld, where_not_finite
@@ -229,7 +229,7 @@ class GradientClipper:
             share=share,
         )
         each = partial(measure_each, plan, on.layout, on.kernel, grad_scale)
-        seen = (norms[plan.recorded], self.batch, loss, each)
+        seen = Seen(norms[plan.recorded], self.batch, loss, each)
         raises = on_nonfinite == "raise"
         on_device = on.kernel.waits if micro else on.effect.withholds_on_device
         if on_device and not raises:
@@ -239,7 +239,7 @@ class GradientClipper:
             try:
                 withheld = is_withheld(verdict, plan.rules, where, raises=raises)
             except ClipError:
-                self.recorder.witness(verdict, *seen)
+                self.recorder.witness(verdict, seen)
                 raise
             verdict = replace(verdict, withheld=withheld)
         if repeat and self.last_record is not None:
@@ -247,8 +247,8 @@ class GradientClipper:
             return grads, replace(verdict, edits=tuple(edits)), self.last_record
         self._states = states
         if micro:
-            return grads, verdict, self._micro_batches.record(verdict, *seen)
-        self.last_record = self.recorder.record(verdict, *seen)
+            return grads, verdict, self._micro_batches.record(verdict, seen)
+        self.last_record = self.recorder.record(verdict, seen)
         return grads, verdict, self.last_record
 
     def flush(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.layouts import is_flattened
 from gradclip.measure import measure
 from gradclip.policies import combine
+from gradclip.recorder import Seen
 from gradclip.records import ClipRecord
 from gradclip.stops import not_finite
 from gradclip.types import Collected, Verdict
@@ -126,24 +127,14 @@ class MicroBatches:
             raise ConfigError(msg)
         return False
 
-    def record(
-        self,
-        verdict: Verdict,
-        norms: Tensor,
-        batch: int | None,
-        loss: Tensor | None,
-        measure: Callable[[], Tensor],
-    ) -> ClipRecord:
+    def record(self, verdict: Verdict, seen: Seen) -> ClipRecord:
         """Describe a micro-batch as `Recorder.record` does a step, to be counted with its step."""
-        del batch
         recorder, each = self._clipper.recorder, self._clipper._on.plan.each
-        record, slots = recorder.describe(verdict, norms)
+        record, slots = recorder.describe(verdict, seen.norms)
         found = slots()
-        parts = found
-        if recorder.keeps_worst and each:
-            parts = measure()
+        parts = seen.measure() if recorder.keeps_worst and each else found
         all_kept, none = torch.ones_like(verdict.finite), torch.zeros_like(record.grad_norm)
-        self._one = Accumulated(record, found, parts, loss, all_kept, verdict.finite, none)
+        self._one = Accumulated(record, found, parts, seen.loss, all_kept, verdict.finite, none)
         return record
 
     def end_step(self) -> ClipRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,24 @@ from gradclip.types import Verdict
 from gradclip.window import Runs, Window
 from gradclip.worst import WorstOnDevice, WorstOnHost, WorstSteps
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "Seen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a step is told by, beside its verdict.
+
+    Attributes:
+        norms: Float64 of shape (measured slots or units,), as recorded.
+        batch: Index of the step's last batch, if known.
+        loss: 0-d, if known.
+        measure: Gives the norm of each parameter, float64 of shape (parameters,).
+    """
+
+    norms: Tensor
+    batch: int | None
+    loss: Tensor | None
+    measure: Callable[[], Tensor]
 
 
 class Recorder:
@@ -99,26 +116,11 @@ class Recorder:
             on_device = (flight.worst, len(self._names), home)
             self._worst = WorstOnDevice(*on_device) if waits else WorstOnHost(flight.worst)
 
-    def record(
-        self,
-        verdict: Verdict,
-        norms: Tensor,
-        batch: int | None,
-        loss: Tensor | None,
-        measure: Callable[[], Tensor],
-    ) -> ClipRecord:
-        """Count a step and describe it.
-
-        Args:
-            verdict: What was decided.
-            norms: Float64 of shape (measured slots or units,), as recorded.
-            batch: Index of the step's last batch, if known.
-            loss: 0-d, if known.
-            measure: Gives the norm of each parameter, float64 of shape (parameters,).
-        """
-        record, slots = self.describe(verdict, norms)
-        each = measure if self._plan.each else slots
-        return self.note(record, slots, each, batch, loss)
+    def record(self, verdict: Verdict, seen: Seen) -> ClipRecord:
+        """Count a step and describe it."""
+        record, slots = self.describe(verdict, seen.norms)
+        each = seen.measure if self._plan.each else slots
+        return self.note(record, slots, each, seen.batch, seen.loss)
 
     @property
     def keeps_worst(self) -> bool:
@@ -167,19 +169,11 @@ class Recorder:
             self._drain()
         return record
 
-    def witness(
-        self,
-        verdict: Verdict,
-        norms: Tensor,
-        batch: int | None,
-        loss: Tensor | None,
-        measure: Callable[[], Tensor],
-    ) -> None:
+    def witness(self, verdict: Verdict, seen: Seen) -> None:
         """Write a step that stops the run to the file, where alone it is counted."""
         if self._config.recorder is not None:
             counts = self._tally.counts
-            withheld = replace(verdict, skip=torch.ones_like(verdict.finite))
-            self.record(withheld, norms, batch, loss, measure)
+            self.record(replace(verdict, skip=torch.ones_like(verdict.finite)), seen)
             self.close()
             self._tally.counts = counts
 

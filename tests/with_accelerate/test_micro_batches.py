@@ -1,5 +1,7 @@
 """`stage: after_backward`: each `accelerator.backward` is clipped before it accumulates."""
 
+import os
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -169,3 +171,22 @@ def test_ranks_reduce_each_batch_or_are_refused():
             p.data -= 0.1 * sum(grads) / 2
     for p, q in zip(first[True], wanted.parameters(), strict=True):
         torch.testing.assert_close(p, q.detach(), rtol=1e-5, atol=1e-6)
+
+
+def train_on_ranks(rank, world, folder):
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    callback = accelerate_clip.GradientClipCallback(config_of())
+    with pytest.raises(ConfigError) as error:
+        trainer(
+            folder,
+            world,
+            callbacks=[callback],
+            gradient_accumulation_steps=2,
+            save_strategy="no",
+        ).train()
+    return str(error.value)
+
+
+def test_a_trainer_of_several_processes_that_accumulates_is_refused(tmp_path):
+    for said in run_on_ranks(train_on_ranks, 2, str(tmp_path)):
+        assert "sync_each_batch" in said
