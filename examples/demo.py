@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import lightning_gpt
@@ -26,7 +27,7 @@ CONFIGS = ROOT / "configs"
 RUNS = {
     "no clipping": "measure_only.yaml",
     "fixed norm 1.0": "fixed_norm.yaml",
-    "ZClip": "zclip.yaml",
+    "ZClip": "recorder.yaml",
 }
 ACCELERATE = "ZClip, Accelerate, 2 processes"
 
@@ -49,13 +50,12 @@ def table_of(runs: Mapping[str, Run]) -> Table:
     for column in ("validation loss", "steps clipped", "worst gradient norm", "seconds"):
         table.add_column(column, justify="right")
     for name, run in runs.items():
-        table.add_row(
-            name,
+        numbers = (
             f"{run.validation_loss:.3f}",
             f"{run.clip_rate:.1%}",
             f"{max(run.grad_norm):.1f}",
-            f"{run.seconds:.0f}",
         )
+        table.add_row(name, *numbers, f"{run.seconds:.0f}")
     return table
 
 
@@ -69,10 +69,9 @@ def report(runs: Mapping[str, Run], folder: Path) -> None:
     (folder / "runs.json").write_text(json.dumps(numbers), encoding="utf-8")
     draw(runs, "ZClip", folder / "clipping.png")
     Console().print(f"Picture: {folder / 'clipping.png'}")
-    page = folder / "report.html"
+    page, logs = str(folder / "report.html"), "demo/lightning_logs"
     gradclip = [sys.executable, "-m", "gradclip.tools.main"]
-    trace = str(folder / "zclip.trace.jsonl")
-    subprocess.run([*gradclip, "report", trace, "--out", str(page)], check=True)
+    subprocess.run([*gradclip, "report", logs, "--out", page], check=True)
 
 
 def main() -> None:
@@ -82,16 +81,14 @@ def main() -> None:
     options.add_argument("--small", action="store_true", help="a tiny model, for a quick try")
     options.add_argument("--folder", type=Path, default=Path("demo"), help="where to write")
     arguments = options.parse_args()
-    base = vars(SMALL if arguments.small else Setting())
-    setting = Setting(**{**base, "steps": arguments.steps})
+    setting = replace(SMALL if arguments.small else Setting(), steps=arguments.steps)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     runs: dict[str, Run] = {}
     for name, config in RUNS.items():
         Console().rule(name)
-        trace = arguments.folder / "zclip.trace.jsonl" if name == "ZClip" else None
-        runs[name] = lightning_gpt.train(str(CONFIGS / config), setting, trace)
+        runs[name] = lightning_gpt.train(str(CONFIGS / config), setting)
     Console().rule(ACCELERATE)
     lines = arguments.folder.resolve() / "accelerate.jsonl"
     runs[ACCELERATE] = run_accelerate(setting, arguments.small, lines)

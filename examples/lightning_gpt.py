@@ -18,7 +18,7 @@ from text import Sample, Text
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gradclip import RecorderConfig, load_yaml
+from gradclip import PolicyLike
 from lightning_clip import GradientClip
 
 
@@ -63,15 +63,10 @@ class History(L.Callback):
             self.run.add(float(out["plain"]), bool(out["scale"] > 1), self.clip.last_record)
 
 
-def train(config: str, setting: Setting, trace: Path | None = None) -> Run:
-    """Train with the policy of a YAML file and validate; the flight record goes to the trace."""
+def train(policy: PolicyLike, setting: Setting) -> Run:
+    """Train with a policy, such as a YAML file, and validate."""
     L.seed_everything(SEED, verbose=False)
     text = Text()
-    policy = load_yaml(config)
-    if trace is not None:
-        trace.unlink(missing_ok=True)
-        recorder = RecorderConfig(steps=setting.steps, file=str(trace.resolve()))
-        policy = policy.model_copy(update={"recorder": recorder})
     clip = GradientClip(policy)
     history = History(clip)
     trainer = L.Trainer(

@@ -23,7 +23,8 @@ FILES = [
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_clips_the_gpt(path):
+def test_clips_the_gpt(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for flight records
     assert path.read_text(encoding="utf-8").splitlines()[1].startswith("# ")
     model = SMALL.model(Text())
     clipper = GradientClipper(path, model.named_parameters())
@@ -39,6 +40,7 @@ def test_named_files_hold_what_their_names_say():
     assert policies["measure_only"] == [ClipByNorm(max_norm=float("inf"))]
     assert policies["fixed_norm"] == [ClipByNorm(max_norm=1.0)]
     assert isinstance(policies["zclip"][0], ZClip)
+    assert policies["recorder"] == policies["zclip"]
     assert policies["zclip_per_parameter"][0].scope == "parameter"
 
 

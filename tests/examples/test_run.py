@@ -87,7 +87,8 @@ def test_demo_leaves_table_and_picture(finished):
     assert picture.startswith(b"\x89PNG")
     assert len(picture) < 200_000
     assert "<svg" in (folder / "demo" / "report.html").read_text(encoding="utf-8")
-    _, *steps = (folder / "demo" / "zclip.trace.jsonl").read_text(encoding="utf-8").splitlines()
+    [trace] = (folder / "demo" / "lightning_logs").rglob("gradclip.trace.jsonl")
+    _, *steps = trace.read_text(encoding="utf-8").splitlines()
     assert [json.loads(step)["batch"] for step in steps] == [0, 1, 2]
     runs = json.loads((folder / "demo" / "runs.json").read_text(encoding="utf-8"))
     assert [len(run["loss"]) for run in runs.values()] == [3, 3, 3, 3]
