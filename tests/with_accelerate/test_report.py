@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support.logged import board_entries, mlflow_entries, wandb_entries
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,23 +97,41 @@ def test_an_entry_holds_the_steps_since_the_last(tmp_path, end):
         first = stop
 
 
+LOGGED = CONFIG.model_copy(update={"log": LogConfig(every_n_steps=10, histograms=True)})
+ENDS = range(10, 101, 10)
+
+
 def test_tensorboard_reads_them_back_with_histograms_and_the_flight_record_beside(tmp_path):
-    config = CONFIG.model_copy(
-        update={"log": LogConfig(every_n_steps=10, histograms=True), "recorder": RecorderConfig()}
-    )
+    config = LOGGED.model_copy(update={"recorder": RecorderConfig()})
     _, norms = run("tensorboard", config, 100, end=True, project_dir=tmp_path)
-    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0})
-    events.Reload()
-    for first in range(0, 100, 10):
-        for key, value in expected(norms, first, first + 10).items():
-            [written] = [e.value for e in events.Scalars(key) if e.step == first + 10]
-            assert written == pytest.approx(value, rel=1e-5)
-    counts = [e.histogram_value.num for e in events.Histograms("clip/grad_norm_histogram")]
-    assert counts == [10] * 10
+    scalars, histograms = board_entries(tmp_path / "run")
+    assert list(scalars) == list(ENDS)
+    for end, row in scalars.items():
+        assert row == pytest.approx(expected(norms, end - 10, end), rel=1e-5)
+    assert histograms == {end: {"clip/grad_norm_histogram": 10} for end in ENDS}
     _, *rows = (tmp_path / "gradclip.trace.jsonl").read_text().splitlines()
     for row, norm in zip(map(json.loads, rows), norms, strict=True):
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert row["batch"] == row["step"]
+
+
+def test_wandb_and_mlflow_read_them_back(tmp_path, monkeypatch):
+    store = tmp_path / "mlruns"
+    given = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": f"file:{store}"}
+    given |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    for name, value in (given | {"WANDB_X_DISABLE_STATS": "true"}).items():
+        monkeypatch.setenv(name, value)
+    log = LOGGED.log.model_copy(update={"per_parameter": True})
+    config = LOGGED.model_copy(update={"log": log})
+    _, norms = run(["mlflow", "wandb"], config, 100, end=True, project_dir=tmp_path)
+    flow, sweep = mlflow_entries(store), wandb_entries(tmp_path)
+    assert sorted(flow) == [row["_step"] for row in sweep] == list(ENDS)
+    for end, row in zip(ENDS, sweep, strict=True):
+        wanted = expected(norms, end - 10, end)
+        assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
+        assert {key: flow[end][key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
+        assert flow[end]["clip/grad_norms/weight"] <= wanted["clip/grad_norm"]
+        assert sum(row["clip/grad_norm_histogram>values"]) == 10
 
 
 def test_every_tenth_step_unless_told_otherwise(tmp_path):
