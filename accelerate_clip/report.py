@@ -42,7 +42,7 @@ class Reporter:
         self._clippers = clippers
         self._folder = self._folder or folder
         for index, clipper in enumerate(clippers):
-            clipper.recorder.folder = Path(self._folder or ".")
+            clipper.recorder.folder = Path(self._folder or Path.cwd()).absolute()
             clipper.recorder.tag = f".optimizer{index}" if len(clippers) > 1 else ""
 
     def step(self, clipper: Clipper) -> None:

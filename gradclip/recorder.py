@@ -62,13 +62,13 @@ class Recorder:
         owner: With whose end the file is written, if not before.
 
     Attributes:
-        folder: Where a file with a relative path goes; the working directory if None.
+        folder: Where a file with a relative path goes; at first the working directory.
         tag: Part of the file's name, to tell clippers apart.
         norms: Those of the finite steps of the last `flush`, with `log.histograms`.
     """
 
     def __init__(self, config: ClipConfig, tally: Tally, owner: object) -> None:
-        self.folder: Path | None = None
+        self.folder: Path = Path.cwd()
         self.tag = ""
         self.norms: list[float] = []
         self._config = config
@@ -295,7 +295,7 @@ class Recorder:
         """The configured file, under a name that no other run's file has."""
         if self._path is None:
             assert self._config.recorder is not None
-            wanted = (self.folder or Path()) / self._config.recorder.file
+            wanted = self.folder / self._config.recorder.file
             stem, dot, rest = wanted.name.partition(".")
             stem += self.tag
             names = (f"{stem}{'' if i == 0 else f'-{i}'}{dot}{rest}" for i in range(10**6))

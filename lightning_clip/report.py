@@ -50,9 +50,10 @@ class Reporter:
         self._clippers = clippers
         self.steps, self._written = list(steps), list(steps)
         self._filed = [0] * len(steps)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = trainer.log_dir or trainer.default_root_dir
+        here = "://" not in folder  # a bucket's, which can't be written to like a file
         for index, clipper in enumerate(clippers):
-            clipper.recorder.folder = folder
+            clipper.recorder.folder = Path(folder).absolute() if here else Path.cwd()
             clipper.recorder.tag = self._suffix(index).replace("/", ".")
 
     def step(

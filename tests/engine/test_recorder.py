@@ -130,6 +130,28 @@ def test_a_file_holds_the_last_steps_and_who_made_the_worst(kernel):
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_a_spike_is_told_from_the_large_norms_that_a_run_begins_with(kernel):
+    clipper, params = made(recorder={"worst": 8}, kernel=kernel)
+    for i in range(300):
+        level = 0.5 + 50 * 0.95**i
+        step(clipper, params, [level, 0.0, 6.0 if i == 200 else 0.0])
+    _, rows = lines(clipper.recorder.write())
+    assert rows[200]["per_parameter"]["c"] == 6.0
+    assert rows[200]["grad_norm"] < rows[40]["grad_norm"]
+
+
+def test_the_worst_steps_are_of_the_run_that_goes_on():
+    clipper, params = made(recorder={})
+    saved = clipper.state_dict()
+    step(clipper, params, [900.0, 0.0, 0.0])
+    clipper.load_state_dict(saved)
+    step(clipper, params, [1.0, 0.0, 0.0])
+    _, rows = lines(clipper.recorder.write())
+    assert [row["grad_norm"] for row in rows] == [1.0]
+    assert rows[0]["per_parameter"]["a"] == 1.0
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
 def test_the_first_steps_that_are_not_finite_are_kept_and_written(tmp_path, kernel):
     clipper, params = made(recorder={"worst": 1}, kernel=kernel)
     path = tmp_path / "gradclip.trace.jsonl"
