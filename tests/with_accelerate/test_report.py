@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from support.logged import board_entries, mlflow_entries, wandb_entries
+from support.ranks import run_on_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,7 +53,7 @@ def run(tracker, config, steps, init=True, end=False, **options):
     norms = []
     for step in range(steps):
         inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) * (1 + step % 3)
-        norms.append(gradient(model, inputs))
+        norms.append(gradient(accelerator.unwrap_model(model), inputs))
         opt.zero_grad()
         accelerator.backward(model(inputs).square().mean())
         opt.step()
@@ -115,16 +117,19 @@ def test_tensorboard_reads_them_back_with_histograms_and_the_flight_record_besid
         assert row["batch"] == row["step"]
 
 
-def test_wandb_and_mlflow_read_them_back(tmp_path, monkeypatch):
-    store = tmp_path / "mlruns"
-    given = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": f"file:{store}"}
-    given |= {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    for name, value in (given | {"WANDB_X_DISABLE_STATS": "true"}).items():
-        monkeypatch.setenv(name, value)
+def into_wandb_and_mlflow(rank, world, folder):
+    given = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": f"file:{folder}/mlruns"}
+    given |= {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true"}
+    os.environ.update(given | {"WANDB_X_DISABLE_STATS": "true"})
     log = LOGGED.log.model_copy(update={"per_parameter": True})
     config = LOGGED.model_copy(update={"log": log})
-    _, norms = run(["mlflow", "wandb"], config, 100, end=True, project_dir=tmp_path)
-    flow, sweep = mlflow_entries(store), wandb_entries(tmp_path)
+    return run(["mlflow", "wandb"], config, 100, end=True, project_dir=folder)[1]
+
+
+def test_wandb_and_mlflow_read_them_back(tmp_path):
+    # A process of their own: both keep what an earlier run in theirs was told.
+    [norms] = run_on_ranks(into_wandb_and_mlflow, 1, str(tmp_path))
+    flow, sweep = mlflow_entries(tmp_path / "mlruns"), wandb_entries(tmp_path)
     assert sorted(flow) == [row["_step"] for row in sweep] == list(ENDS)
     for end, row in zip(ENDS, sweep, strict=True):
         wanted = expected(norms, end - 10, end)
