@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from gradclip import (
     ClipConfig,
@@ -23,9 +23,11 @@ from lightning_clip.framework import (
     Trainer,
     deepspeed_engine,
     live_scaler,
+    skips_backward,
     unscaled,
 )
 from lightning_clip.refuse import (
+    refuse_losses,
     refuse_micro_batches,
     refuse_optimizers,
     refuse_setup,
@@ -33,6 +35,7 @@ from lightning_clip.refuse import (
 )
 from lightning_clip.report import Reporter
 from lightning_clip.schedule import hold_schedule
+from lightning_clip.steps import Steps
 
 __all__ = ["GradientClip"]
 
@@ -92,15 +95,17 @@ class GradientClip(Callback):
         self._optimizers: list[Optimizer] = []
         self._clippers: list[GradientClipper] = []
         self._saved: dict[str, Any] = {}
+        self._saved_before: dict[str, Any] = {}
+        self._saved_for: LightningModule | None = None
         self._last_record: ClipRecord | None = None
         self._backward_ran = False
         self._zeroed = False
         self._batches = self._backwards = 0
-        self._evaluated: set[int] = set()
         self._micro_batch = ExitStack()
         self._engine: Any | None = None
+        self._steps = Steps([])
         self._undo: list[Callable[[], None]] = []
-        self._schedule_undo: Callable[[], None] | None = None
+        self._before_batch: ClipRecord | None = None
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -132,9 +137,12 @@ class GradientClip(Callback):
             self._saved = dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would clip twice or not at all."""
+        """Refuse what would clip twice or not at all; saved state isn't loaded yet."""
         if stage == "fit":
             refuse_setup(trainer, pl_module, GradientClip)
+        if self._saved_for not in (None, pl_module):
+            self._saved = {}
+        self._saved_before, self._saved_for = self._saved, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the clippers; a second fit of the same module goes on with its state."""
@@ -143,9 +151,6 @@ class GradientClip(Callback):
             self._saved = self.state_dict()
         self._module = pl_module
         self._build(trainer, pl_module)
-        self._release_schedule()
-        if self.config.schedule_on_skip == "hold":
-            self._schedule_undo = hold_schedule(trainer, pl_module, self._withheld)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take in saved state, which some strategies load only after `on_fit_start`."""
@@ -158,6 +163,8 @@ class GradientClip(Callback):
         """Nothing of this batch has reached the gradients yet."""
         for clipper in self._clippers:
             clipper.batch = trainer.fit_loop.total_batch_idx
+        self._before_batch = self._clippers[0].last_record
+        self._steps.begin_batch()
         self._backward_ran = False
         self._batches += 1
 
@@ -199,17 +206,17 @@ class GradientClip(Callback):
         share = self._share(trainer)
         if self._engine is not None:
             self._report_engine_step(trainer, pl_module)
-        elif self._step_follows(trainer, pl_module):
-            index = self._index(trainer, pl_module, optimizer)
-            repeat = index in self._evaluated
+            return
+        index = self._index(trainer, pl_module, optimizer)
+        repeat = self._steps.announce(index)
+        if self._has_gradients(trainer, pl_module):
             record = self._clippers[index].clip(share=share, repeat=repeat)
             if not repeat:
                 self._report(trainer, pl_module, index, record)
-            if isinstance(optimizer, LBFGS):
-                self._evaluated.add(index)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Log what is due; a DeepSpeed engine made its step, if any, after the last hook."""
+        self._steps.end_batch()
         if self._engine is not None:
             self._report_engine_step(trainer, pl_module)
         self._reporter.end_batch(trainer)
@@ -218,25 +225,32 @@ class GradientClip(Callback):
         """Log what is left."""
         self._reporter.end(trainer)
 
-    def teardown(self, *_: object, **__: object) -> None:
-        """Give the module its own `lr_scheduler_step` back, and write the flight record."""
-        self._release_schedule()
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give module and optimizers their own steps back, and write the flight record.
+
+        State that `validate` or `test` loaded with a checkpoint is none to go on from.
+        """
+        del trainer
+        if stage != "fit":
+            self._saved = self._saved_before
+        elif self._saved:
+            self._saved_for = pl_module
+        self._release()
         self._reporter.close()
 
-    def on_exception(self, *_: object) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """As at the end of fitting, which doesn't come then."""
         self._micro_batch = ExitStack()
-        self.teardown()
+        self.teardown(trainer, pl_module, trainer.state.fn or "fit")
 
-    def _release_schedule(self) -> None:
-        if self._schedule_undo is not None:
-            self._schedule_undo()
-            self._schedule_undo = None
+    def _release(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
     def _withheld(self) -> bool:
-        """Whether the only optimizer's last step was; read on the host."""
+        """Whether the step of this batch was, if it made one; read on the host."""
         record = self._clippers[0].last_record
-        return record is not None and bool(record.skipped)
+        return record is not None and record is not self._before_batch and bool(record.skipped)
 
     def _report_engine_step(self, trainer: Trainer, module: LightningModule) -> None:
         record = self._clippers[0].last_record
@@ -252,8 +266,7 @@ class GradientClip(Callback):
     def _build(self, trainer: Trainer, module: LightningModule) -> None:
         named = list(module.named_parameters())
         self._optimizers = list(trainer.optimizers)
-        while self._undo:
-            self._undo.pop()()
+        self._release()
         self._engine = deepspeed_engine(trainer)
         if self._engine is None:
             configs = [self.config]
@@ -264,7 +277,8 @@ class GradientClip(Callback):
             self._clippers = [
                 GradientClipper(config, named, opt, scaler=scaler) for config, opt in pairs
             ]
-            self._count_steps_not_closures()
+            self._steps = Steps(self._optimizers)
+            self._undo.append(self._steps.release)
         else:
             clipper = GradientClipper(self.config, named, self._engine)
             self._undo.append(clipper.attach(self._engine).remove)
@@ -272,25 +286,9 @@ class GradientClip(Callback):
         if self.config.stage == "after_backward":
             refuse_micro_batches(trainer)
         self._reporter.begin(trainer, self._clippers, [0] * len(self._clippers))
-        if len(self._clippers) > 1 and any(clipper.watches_loss for clipper in self._clippers):
-            msg = (
-                f"GradientClip: a policy has watch 'loss' or 'both', and {len(self._clippers)} "
-                "optimizers have losses that Lightning's on_before_backward doesn't tell apart; "
-                "allowed: one optimizer. Set watch to 'norm', or call clipper.clip(loss=...) of a "
-                "gradclip.GradientClipper in manual optimization."
-            )
-            raise ConfigError(msg)
-
-    def _count_steps_not_closures(self) -> None:
-        """LBFGS evaluates its closure several times a step, each time with all of the hooks."""
-        self._evaluated.clear()
-        for index, optimizer in enumerate(self._optimizers):
-            if isinstance(optimizer, LBFGS):
-
-                def begin(*_: object, index: int = index) -> None:
-                    self._evaluated.discard(index)
-
-                self._undo.append(optimizer.register_step_pre_hook(begin).remove)
+        refuse_losses(self._clippers)
+        if self.config.schedule_on_skip == "hold":
+            self._undo.append(hold_schedule(trainer, module, self._withheld))
 
     def _take_in_saved(self, trainer: Trainer) -> None:
         states = self._saved["clippers"]
@@ -320,13 +318,15 @@ class GradientClip(Callback):
         self._batches = self._backwards = 0
         return min(1.0, max(held, 1) / trainer.accumulate_grad_batches)
 
-    def _step_follows(self, trainer: Trainer, module: LightningModule) -> bool:
+    def _has_gradients(self, trainer: Trainer, module: LightningModule) -> bool:
         """False where a scaler is on and `training_step` gave None for this batch.
 
-        Lightning then neither unscales the gradients of earlier batches nor steps.
+        Lightning then neither unscales the gradients of earlier batches nor steps. Nor are there
+        any where StochasticWeightAveraging runs an epoch for batch norm's statistics alone.
         """
         gave_none = module.automatic_optimization and not self._backward_ran
-        return not gave_none or live_scaler(trainer) is None
+        left_out = gave_none and live_scaler(trainer) is not None
+        return not left_out and not skips_backward(trainer)
 
     def _index(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> int:
         """Which clipper an optimizer has; they are built anew if the Trainer got new ones."""

@@ -26,7 +26,8 @@ __all__ = [
     "is_set_up",
     "live_scaler",
     "logger_step",
-    "logs_in_step",
+    "logs_after_batch",
+    "skips_backward",
     "steps_by_engine",
     "unscaled",
 ]
@@ -84,7 +85,13 @@ def logger_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def logs_in_step(trainer: Trainer) -> bool:
-    """Whether the Trainer logs what belongs to a step that this batch made."""
+def logs_after_batch(trainer: Trainer) -> bool:
+    """Whether the Trainer logs what came up to the batch that ends, the last of its window."""
     every = trainer.log_every_n_steps
-    return every > 0 and (logger_step(trainer) + 1) % every == 0
+    due = every > 0 and (logger_step(trainer) + 1) % every == 0
+    return due and not trainer.fit_loop._should_accumulate()
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether StochasticWeightAveraging has this epoch run without a backward."""
+    return bool(trainer.fit_loop._skip_backward)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
-from gradclip import ConfigError
+from gradclip import ConfigError, GradientClipper
 from lightning_clip.framework import (
     Callback,
     LightningModule,
@@ -17,9 +17,15 @@ from lightning_clip.framework import (
     is_lightning,
 )
 
-__all__ = ["refuse_micro_batches", "refuse_optimizers", "refuse_setup", "refuse_unreduced"]
+__all__ = [
+    "refuse_losses",
+    "refuse_micro_batches",
+    "refuse_optimizers",
+    "refuse_setup",
+    "refuse_unreduced",
+]
 
-_CLIPPING = {"clip_gradients", "clip_grad_norm_", "clip_grad_norm", "clip_grad_value_"}
+_CLIPPING = {"clip_gradients", "clip_grad_norm_", "clip_grad_value_"}
 
 
 def refuse_setup(trainer: Trainer, module: LightningModule, kind: type[Callback]) -> None:
@@ -60,6 +66,13 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
     for index, optimizer in enumerate(trainer.optimizers):
         name = f"Optimizer {index} ({type(optimizer).__name__})"
         own = [p for group in optimizer.param_groups for p in group["params"]]
+        if isinstance(optimizer, Optimizer) and not own:
+            msg = (
+                f"{name} holds no parameters, so there is nothing to clip, as where "
+                "configure_optimizers returns None; allowed: an optimizer with parameters. Return "
+                "one, or remove GradientClip."
+            )
+            raise ConfigError(msg)
         # A wrapper that isn't a torch optimizer has parameters of its own making.
         if isinstance(optimizer, Optimizer) and not any(id(p) in held for p in own):
             msg = (
@@ -68,6 +81,22 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
                 "it from self.parameters() in configure_optimizers."
             )
             raise ConfigError(msg)
+
+
+def refuse_losses(clippers: Sequence[GradientClipper]) -> None:
+    """Check that a policy that watches the loss is given the right one.
+
+    Raises:
+        ConfigError: If there are several optimizers, whose losses can't be told apart.
+    """
+    if len(clippers) > 1 and any(clipper.watches_loss for clipper in clippers):
+        msg = (
+            f"GradientClip: a policy has watch 'loss' or 'both', and {len(clippers)} "
+            "optimizers have losses that Lightning's on_before_backward doesn't tell apart; "
+            "allowed: one optimizer. Set watch to 'norm', or call clipper.clip(loss=...) of a "
+            "gradclip.GradientClipper in manual optimization."
+        )
+        raise ConfigError(msg)
 
 
 def refuse_micro_batches(trainer: Trainer) -> None:
@@ -108,10 +137,10 @@ def refuse_unreduced(trainer: Trainer) -> None:
 
 def _refuse_own_clipping(module: LightningModule) -> None:
     """The module's own clipping, told from the names its code uses."""
-    hooks = ["configure_gradient_clipping"]
-    if not module.automatic_optimization:
-        hooks = ["training_step"]
-    for hook in hooks:
+    manual = ("training_step",)
+    automatic = ("configure_gradient_clipping", "optimizer_step")
+    hooks = automatic if module.automatic_optimization else manual
+    for hook in (*hooks, "on_after_backward", "on_before_optimizer_step"):
         for where, function in _overrides(module, hook):
             names = set(_names(function))
             if called := sorted(names & _CLIPPING):

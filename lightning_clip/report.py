@@ -10,7 +10,7 @@ from lightning_clip.framework import (
     LightningModule,
     Trainer,
     logger_step,
-    logs_in_step,
+    logs_after_batch,
 )
 
 __all__ = ["Reporter"]
@@ -34,7 +34,6 @@ class Reporter:
         self._clippers: Sequence[GradientClipper] = ()
         self._written: list[int] = []
         self._filed: list[int] = []
-        self._stepped = False
         self.steps: list[int] = []
 
     def begin(
@@ -69,25 +68,28 @@ class Reporter:
         """
         self.steps[index] += 1
         self._filed[index] = logger_step(trainer)
-        self._stepped = True
         if trainer.barebones:
             return
-        metrics = {k: v for k, v in record.as_metrics().items() if k.count("/") == 1}
-        shown = _SHOWN if self._progress_bar else ()
-        for keys, in_bar in ((metrics.keys() - set(shown), False), (shown, True)):
-            named = {key + self._suffix(index): metrics[key] for key in metrics if key in keys}
-            if named:
-                options = {"on_step": True, "on_epoch": False, "prog_bar": in_bar}
-                module.log_dict(named, logger=False, **options)
+        suffix = self._suffix(index)
+        metrics = {k + suffix: v for k, v in record.as_metrics().items() if k.count("/") == 1}
+        # Not log_dict, which takes longer than the rest of the callback.
+        trainer.callback_metrics.update(metrics)
+        if self._progress_bar:
+            shown = {
+                key + suffix: metrics[key + suffix] for key in _SHOWN if key + suffix in metrics
+            }
+            module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
     def end_batch(self, trainer: Trainer) -> None:
         """Write the entries that are due after this batch."""
-        stepped, self._stepped = self._stepped, False
-        if self._every is None:
-            due = [stepped and logs_in_step(trainer)] * len(self.steps)
-        else:
-            pairs = zip(self.steps, self._written, strict=True)
+        pairs = zip(self.steps, self._written, strict=True)
+        if self._every is not None:
             due = [now // self._every > then // self._every for now, then in pairs]
+        elif logs_after_batch(trainer):
+            due = [now > then for now, then in pairs]
+            self._filed = [logger_step(trainer)] * len(due)
+        else:
+            return
         self._write(trainer, due)
 
     def end(self, trainer: Trainer) -> None:

@@ -127,6 +127,84 @@ def test_manual_optimisation_that_clips():
     refused("ByHand.training_step calls clip_gradients", module=ByHand())
 
 
+class AfterBackward(Small):
+    def on_after_backward(self):
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+
+class BeforeStep(Small):
+    def on_before_optimizer_step(self, _):
+        torch.nn.utils.clip_grad_value_(self.parameters(), 1.0)
+
+
+class InStep(Small):
+    def optimizer_step(self, _epoch, _batch, optimizer, optimizer_closure=None):
+        optimizer_closure()
+        self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        (AfterBackward, "on_after_backward"),
+        (BeforeStep, "on_before_optimizer_step"),
+        (InStep, "optimizer_step"),
+    ],
+)
+def test_other_hooks_that_clip(module, hook):
+    refused(rf"{module.__name__}\.{hook} calls clip_gra", module=module())
+
+
+class Named(ByHand):
+    """Has a setting of the name, and doesn't clip."""
+
+    clip_grad_norm = 1.0
+
+    def training_step(self, batch, _):
+        assert self.clip_grad_norm
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(inputs(batch)))
+        optimizer.step()
+
+
+def test_a_setting_is_no_call():
+    runs(Named())
+
+
+class PastTheHooks(ByHand):
+    def training_step(self, batch, _):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(inputs(batch)))
+        optimizer.step()
+
+
+class PastTheHooksByItself(Small):
+    def optimizer_step(self, _epoch, _batch, optimizer, optimizer_closure=None):
+        optimizer_closure()
+        optimizer.optimizer.step()
+
+
+@pytest.mark.parametrize("module", [PastTheHooks, PastTheHooksByItself])
+def test_a_step_that_the_callback_is_not_told_of(module):
+    refused(r"Optimizer 0 \(AdamW\) made a step.*use_pl_optimizer=False", module=module())
+
+
+def test_an_optimizer_is_free_after_fitting():
+    module = Small()
+    trainer = trainer_of(GradientClip(NORM))
+    trainer.fit(module, [0])
+    module.loss(inputs(1)).backward()
+    trainer.optimizers[0].step()
+
+
+@pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+def test_no_optimizer_at_all():
+    refused("holds no parameters.*configure_optimizers returns None", module=Small(lambda _: None))
+
+
 def test_two_of_them():
     trainer = trainer_of(GradientClip(NORM))
     trainer.callbacks.append(GradientClip(NORM))

@@ -165,6 +165,43 @@ def test_entries_are_filed_under_the_trainers_steps(tmp_path, accumulate, every)
     assert [step for step, row in entries.items() if "own" in row] == list(wanted)
 
 
+class NowAndThen(Small):
+    """Steps by hand in one batch of `every`."""
+
+    def __init__(self, every, at):
+        super().__init__()
+        self.automatic_optimization = False
+        self.every, self.at = every, at
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % self.every == self.at:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("every", "at", "ends"),
+    [
+        (2, 0, [9, 19, 29, 39]),
+        (4, 1, [9, 19, 29, 39]),
+        (8, 7, [9, 19, 29, 39]),
+        (16, 3, [9, 19, 39]),
+    ],
+)
+def test_entries_come_in_time_whichever_batches_step(tmp_path, every, at, ends):
+    table = CSVLogger(tmp_path)
+    module = NowAndThen(every, at)
+    _, before = run(table, module=module, batches=range(40), log_every_n_steps=10)
+    entries = ours(table_entries(table.log_dir))
+    taken = [sum(b % every == at for b in range(end + 1)) for end in ends]
+    kept = [i for i in range(len(ends)) if taken[i] > (taken[i - 1] if i else 0)]
+    assert list(entries) == [ends[i] for i in kept]
+    wanted = expected_entries(before.grads, [taken[i] - 1 for i in kept], MAX_NORM)
+    assert list(entries.values()) == [pytest.approx(row, rel=1e-6) for row in wanted.values()]
+
+
 def test_the_step_read_from_the_trainer_is_the_one_it_logs_under(tmp_path):
     class Step(After):
         def on_before_optimizer_step(self, trainer, pl_module, _):
@@ -261,8 +298,8 @@ class HostReads(TorchFunctionMode):
 
 
 class WithoutClipper(GradientClip):
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        pass
+    def on_before_optimizer_step(self, *_):
+        self._steps.announce(0)
 
 
 class ForceAccelerator(After):

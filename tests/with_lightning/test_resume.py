@@ -117,3 +117,40 @@ def test_parameters_that_another_callback_adds_on_resume_find_their_state(tmp_pa
     # Lightning 2.6 adds the backbone to the optimizer again, but leaves it frozen: no gradients.
     assert after["state"]["seen"].tolist() == [130, 130, 20, 20]
     assert torch.equal(after["state"]["mean"][2:], before["state"]["mean"][2:])
+
+
+def steps_of(clip):
+    return clip.clippers[0].state_dict()["counts"]["steps"]
+
+
+def test_state_loaded_to_validate_or_by_a_fit_without_a_step_is_no_start_for_others(tmp_path):
+    class Validates(Small):
+        def val_dataloader(self):
+            return [0]
+
+        def validation_step(self, *_):
+            return None
+
+    saved = tmp_path / "at.ckpt"
+    done, _, _ = run(10)
+    done.save_checkpoint(saved)
+    clip, module = GradientClip(POLICY), Validates()
+    options = {"ckpt_path": saved, "weights_only": True}
+    trainer_of(clip).validate(module, verbose=False, **options)
+    trainer_of(clip, limit_val_batches=0).fit(module, range(3))
+    assert steps_of(clip) == 3
+    trainer_of(clip).validate(module, verbose=False, **options)
+    trainer_of(clip).fit(Small(), range(4))
+    assert steps_of(clip) == 4
+
+    clip, module = GradientClip(POLICY), Small()
+    trainer_of(clip, max_steps=10, max_epochs=-1).fit(module, range(100), **options)
+    trainer_of(clip).fit(module, range(2))  # the same module goes on
+    assert steps_of(clip) == 12
+    clip = GradientClip(POLICY)
+    trainer_of(clip, max_steps=10, max_epochs=-1).fit(Small(), range(100), **options)
+    trainer_of(clip).fit(Small(), range(3))
+    assert steps_of(clip) == 3
+    clip.load_state_dict(done.callbacks[0].state_dict())  # by hand: it is what the next fit gets
+    trainer_of(clip).fit(Small(), range(3))
+    assert steps_of(clip) == 13

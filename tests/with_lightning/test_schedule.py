@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from support.lit import NAN, Small, inputs, scaled, trainer_of
+from support.lit import NAN, NOTHING, Small, inputs, scaled, trainer_of
 
 from gradclip import ConfigError
 from lightning_clip import GradientClip
@@ -58,6 +58,17 @@ def test_it_waits_while_a_scaler_finds_its_scale(fused):
     backed_off = 40 - int(torch.tensor(plugin.scaler.get_scale()).log2())
     assert backed_off > 1
     assert rates[backed_off - 1 :] == [0.5**i for i in range(41 - backed_off)]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of `lr_scheduler.step:UserWarning",
+    "ignore:.*training_step. returned .None.:UserWarning",
+)
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_a_batch_that_made_no_step_was_not_withheld(scale):
+    plugins = [] if scale is None else [scaled(scale)]
+    batches = [0, NAN, NOTHING, NOTHING, 1]
+    assert fit(Scheduled(), batches, "hold", plugins=plugins) == [0.5, 0.5, 0.25, 0.125, 0.0625]
 
 
 def test_it_waits_at_whole_steps_when_batches_are_accumulated():

@@ -1,0 +1,76 @@
+"""What optimizers' own hooks tell: where a step begins, and that none went past the callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch.optim import LBFGS, Optimizer
+
+from gradclip import ConfigError
+
+__all__ = ["Steps"]
+
+
+class Steps:
+    """Follows the steps of the Trainer's optimizers.
+
+    Args:
+        optimizers: Those that have a clipper, in that order.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer | Any]) -> None:
+        self._names = [f"Optimizer {i} ({type(o).__name__})" for i, o in enumerate(optimizers)]
+        self._announced: set[int] = set()
+        self._closures = {i for i, o in enumerate(optimizers) if isinstance(o, LBFGS)}
+        self._evaluated: set[int] = set()
+        # Outside of batches torch steps optimizers too, to make their state before it is loaded.
+        self._is_in_batch = False
+        self._undo: list[Callable[[], None]] = []
+        for index, optimizer in enumerate(optimizers):
+            if index in self._closures:
+                begin = partial(self._begin, index)
+                self._undo.append(optimizer.register_step_pre_hook(begin).remove)
+            if isinstance(optimizer, Optimizer):
+                end = partial(self._end, index)
+                self._undo.append(optimizer.register_step_post_hook(end).remove)
+
+    def begin_batch(self) -> None:
+        """From now on each step has to be announced."""
+        self._announced.clear()
+        self._is_in_batch = True
+
+    def end_batch(self) -> None:
+        """Until the next batch none has to be."""
+        self._is_in_batch = False
+
+    def announce(self, index: int) -> bool:
+        """Lightning says that an optimizer is about to step; whether it said so in this step.
+
+        LBFGS evaluates its closure several times a step, each time with all of the hooks.
+        """
+        self._announced.add(index)
+        repeat = index in self._evaluated
+        self._evaluated |= {index} & self._closures
+        return repeat
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _begin(self, index: int, *_: object) -> None:
+        self._evaluated.discard(index)
+
+    def _end(self, index: int, *_: object) -> None:
+        if self._is_in_batch and index not in self._announced:
+            msg = (
+                f"{self._names[index]} made a step that Lightning's on_before_optimizer_step, "
+                "where GradientClip clips, wasn't called for; allowed: steps of what "
+                "self.optimizers() returns, and of the optimizer that optimizer_step is given. "
+                "Leave out use_pl_optimizer=False and `.optimizer`, or clip there yourself with a "
+                "gradclip.GradientClipper and remove GradientClip."
+            )
+            raise ConfigError(msg)
+        self._announced.discard(index)
