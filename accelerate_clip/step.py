@@ -48,6 +48,8 @@ class StepClipper(GradientClipper):
         LayoutError: If the parameters are laid out in a way that isn't supported.
     """
 
+    _once_a_step = True
+
     def __init__(
         self,
         config: ClipConfig,

@@ -56,7 +56,7 @@ class GradientClipper:
             group one to count. For scopes other than "global" one name on several ranks means
             one parameter, cut over them.
         layout: How parameters are laid out over ranks; found out from them if not given.
-        kernel: "cpu", "accelerator" or "reference"; chosen by the device if not given.
+        kernel: "cpu", "accelerator" or "reference"; by the device if not given.
         scaler: The `GradScaler` that scales the loss, if any. `clip` then sees to it that gradients
             are unscaled, once, and an overflow, which is how the scaler finds its scale, is a
             step that isn't finite but no error. Needs the optimizer.
@@ -81,6 +81,8 @@ class GradientClipper:
         >>> bool(record.clipped), round(float(record.clipped_norm), 4)
         (True, 1.0)
     """
+
+    _is_attached = _once_a_step = False
 
     def __init__(
         self,
@@ -257,8 +259,8 @@ class GradientClipper:
         Returns:
             `clip/grad_norm`, `clip/limit`, `clip/coef`, `clip/clipped_norm`: means over the steps
             that were finite; `clip/grad_norm_max`; `clip/clipped`, `clip/skipped`,
-            `clip/nonfinite`, where configured `clip/dropped`: how many were; `clip/clip_rate` of
-            all steps so far and `clip/clip_rate_window` of these; `clip/grad_norms/<parameter>`,
+            `clip/nonfinite`, `clip/dropped`: how many; `clip/clip_rate` of all steps so far and
+            `clip/clip_rate_window` of these; `clip/grad_norms/<parameter>` and
             `clip/grad_norms/group/<name>`: means, where configured. Empty without a step.
         """
         return self.recorder.flush()
@@ -283,8 +285,7 @@ class GradientClipper:
 
         Args:
             loss: One number, this rank's, of one backward; without a scaler's factor.
-            first: It is the first since gradients were zeroed. What was observed before is of a
-                step that never came, as when a `GradScaler` leaves one out.
+            first: The first since gradients were zeroed; no step came of those before.
         """
         if self._losses is not None:
             if first:
@@ -306,8 +307,8 @@ class GradientClipper:
             A handle; `handle.remove()` stops it.
 
         Raises:
-            ConfigError: If the optimizer isn't the one this clipper was built with, or a threshold
-                in the DeepSpeed engine's own configuration disagrees.
+            ConfigError: If the clipper is attached already or was built with another optimizer, or
+                a DeepSpeed engine's threshold disagrees; in a step, if `clip` was called for it.
         """
         if self._zero is not None:
             halves = Halves(self.config, self._decide, self._write)
@@ -323,8 +324,7 @@ class GradientClipper:
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.
 
-        What policies remember of single elements (`spam`, `uclip`) is put together from all
-        ranks, so every rank must call this where there is such a policy.
+        Every rank must call it where a policy remembers single elements (`spam`, `uclip`).
         """
         return pack(self._now(), self._states, self._tally)
 

@@ -30,9 +30,16 @@ def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Handle:
     to policies that watch the loss, unless one was observed.
 
     Raises:
-        ConfigError: If the optimizer has no parameter that the clipper holds, is differentiable,
-            or is a DeepSpeed engine that the clipper was built without.
+        ConfigError: If the clipper is attached already; the optimizer has no parameter that it
+            holds, is differentiable, or is a DeepSpeed engine that it was built without.
     """
+    if clipper._is_attached:
+        msg = (
+            "attach: this clipper is attached already, so each step would be clipped and counted "
+            "twice; allowed: one attachment. Leave the second out, or call remove() of the handle "
+            "that the first returned."
+        )
+        raise ConfigError(msg)
     if is_engine(optimizer):
         msg = (
             "attach got a DeepSpeed engine, and this clipper was built without it; build it "
@@ -57,14 +64,18 @@ class _Attached:
         self._clipper = clipper
         self._optimizer = optimizer
         self._clipped = False
+        self._known = clipper.last_record
         clipper._on.effect.make_ready()
         # Where the step is compiled, this stays outside of the graph.
         hook = torch.compiler.disable(self._before_step)
         self._undo: list[Callable[[], None]] = [optimizer.register_step_pre_hook(hook).remove]
         self._undo.append(clipper._loss_scale.around_step(self._around_scaler_step))
+        clipper._is_attached = True
 
     def remove(self) -> None:
         """Clip no more."""
+        if self._undo:
+            self._clipper._is_attached = False
         while self._undo:
             self._undo.pop()()
 
@@ -112,8 +123,17 @@ class _Attached:
         return closure_then_clip
 
     def _clip(self, grad_scale: Tensor | None = None, *, repeat: bool = False) -> None:
-        self._clipper._on.effect.in_step = True
+        clipper = self._clipper
+        if clipper.last_record is not self._known and not clipper._once_a_step:
+            msg = (
+                "clip() was called since the last step and the clipper is attached, so this step "
+                "would be clipped and counted twice; allowed: one of the two. Leave clip() out, "
+                "or call remove() of the handle that attach returned."
+            )
+            raise ConfigError(msg)
+        clipper._on.effect.in_step = True
         try:
-            self._clipper.clip(grad_scale=grad_scale, repeat=repeat)
+            clipper.clip(grad_scale=grad_scale, repeat=repeat)
         finally:  # which is another one if parameters were added
-            self._clipper._on.effect.in_step = False
+            clipper._on.effect.in_step = False
+        self._known = clipper.last_record

@@ -40,6 +40,29 @@ def test_removed():
     assert torch.equal(flat(dict(model.named_parameters())), before)
 
 
+def test_attached_twice_or_called_as_well_would_count_twice():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
+    handle = clipper.attach(optimizer)
+    with pytest.raises(ConfigError, match="attached already"):
+        clipper.attach(optimizer)
+    backward(model, size=50)
+    clipper.clip()
+    before = flat(dict(model.named_parameters()))
+    with pytest.raises(ConfigError, match=r"clip\(\) was called since the last step"):
+        optimizer.step()
+    assert torch.equal(flat(dict(model.named_parameters())), before)
+    assert clipper.state_dict()["counts"]["steps"] == 1
+    handle.remove()
+    handle.remove()
+    optimizer.step()
+    clipper.attach(optimizer)
+    backward(model, size=50)
+    optimizer.step()
+    assert clipper.state_dict()["counts"]["steps"] == 2
+
+
 def test_what_a_closure_returns_is_the_loss_unless_one_was_observed():
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
