@@ -275,7 +275,7 @@ class Recorder:
         rows = read[: rows.numel()].view_as(rows)
         self._window.add(rows, read[rows.numel() :])
         if self._runs is not None:
-            self._runs.follow(rows)
+            self._runs.follow(rows, self.tag)
         odd = bool(rows[:, COLUMNS.index("nonfinite")].any())
         # Ever rarer, since a run may stay so for good.
         rare = self._tally.made - self._written >= self._alarms

@@ -105,8 +105,8 @@ class Runs:
         self._runs = dict.fromkeys(("never", "always", "withheld"), 0)
         self._said: set[str] = set()
 
-    def follow(self, rows: Tensor) -> None:
-        """Take in steps, as `Window.add`."""
+    def follow(self, rows: Tensor, tag: str) -> None:
+        """Take in steps, as `Window.add`; `tag` tells clippers apart."""
         names = ("some", "clipped", "skipped", "limit", "grad_norm")
         wanted = rows[:, [COLUMNS.index(name) for name in names]]
         for some, clipped, skipped, limit, norm in wanted.tolist():
@@ -119,7 +119,7 @@ class Runs:
             for run, bound in self._bounds.items():
                 if self._runs[run] == bound and run not in self._said:
                     self._said.add(run)
-                    _logger.warning(_ADVICE[run], bound, norm, limit)
+                    _logger.warning(_ADVICE[run], tag, bound, norm, limit)
 
     def _count(self, run: str, goes_on: bool) -> None:
         self._runs[run] = self._runs[run] + 1 if goes_on else 0
@@ -127,13 +127,13 @@ class Runs:
 
 _SEEN = "(the last norm is %.4g and the limit %.4g)"
 _ADVICE = {
-    "never": f"clip: the limit bound in none of the last %d steps {_SEEN}. It changes nothing; "
+    "never": f"clip%s: the limit bound in none of the last %d steps {_SEEN}. It changes nothing; "
     "lower it, or have `gradclip recommend` propose one from a trace. log.warn_after sets after "
     "how many steps this is said.",
-    "always": f"clip: the limit bound in each of the last %d steps {_SEEN}. It sets the length of "
+    "always": f"clip%s: the limit bound in each of the last %d steps {_SEEN}. It sets the length of "
     "every step; raise it, or have `gradclip recommend` propose one from a trace. log.warn_after "
     "sets after how many steps this is said.",
-    "withheld": f"clip: %d steps in a row were withheld {_SEEN}. Nothing is learnt in such a step; "
+    "withheld": f"clip%s: %d steps in a row were withheld {_SEEN}. Nothing is learnt in such a step; "
     "look at data, learning rate and loss scale. log.warn_skips sets after how many this is said.",
 }
 

@@ -207,6 +207,8 @@ def _found_and_allowed(
     kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
     if kind == "extra_forbidden":
         known = _fields_beside(fault["loc"], types)
+        if path[-1] == "type" and "policies" in known:
+            return "is not a key here", "a policy stands in a list: policies: [{type: ...}]."
         return "is not a known key", _nearest(str(path[-1]), known)
     if kind == "missing":
         return "is missing", "add it."

@@ -44,6 +44,11 @@ FAULTS = [
     ("every_n_steps: 10", "every_n_step: 5", r"line 8: log\.every_n_step is not .*'every_n_steps'"),
     (
         "log:",
+        "type: zclip\nlog:",
+        r"line 7: type is not a key here; a policy stands in a list: pol",
+    ),
+    (
+        "log:",
         "logs:",
         r"line 7: logs is not a known key; did you mean 'log'\? Known: policies, on_",
     ),

@@ -243,6 +243,15 @@ def test_several_optimizers_have_keys_of_their_own(tmp_path, every):
     assert_same(ours(table_entries(table.log_dir)), wanted)
 
 
+def test_a_warning_says_which_optimizer_it_is_of(caplog):
+    clip = GradientClip(
+        {"policies": [{"type": "norm", "max_norm": 1e-3}], "log": {"warn_after": 3}}
+    )
+    trainer_of(clip).fit(Pair(), range(4))
+    said = [r.message.split(":")[0] for r in caplog.records if "bound in each" in r.message]
+    assert said == ["clip.optimizer0", "clip.optimizer1"]
+
+
 class Bar(TQDMProgressBar):
     def __init__(self):
         super().__init__()
