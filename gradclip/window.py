@@ -130,11 +130,12 @@ _ADVICE = {
     "never": f"clip%s: the limit bound in none of the last %d steps {_SEEN}. It changes nothing; "
     "lower it, or have `gradclip recommend` propose one from a trace. log.warn_after sets after "
     "how many steps this is said.",
-    "always": f"clip%s: the limit bound in each of the last %d steps {_SEEN}. It sets the length of "
-    "every step; raise it, or have `gradclip recommend` propose one from a trace. log.warn_after "
-    "sets after how many steps this is said.",
-    "withheld": f"clip%s: %d steps in a row were withheld {_SEEN}. Nothing is learnt in such a step; "
-    "look at data, learning rate and loss scale. log.warn_skips sets after how many this is said.",
+    "always": f"clip%s: the limit bound in each of the last %d steps {_SEEN}. It sets the length "
+    "of every step; raise it, or have `gradclip recommend` propose one from a trace. "
+    "log.warn_after sets after how many steps this is said.",
+    "withheld": f"clip%s: %d steps in a row were withheld {_SEEN}. Nothing is learnt in such a "
+    "step; look at data, learning rate and loss scale. log.warn_skips sets after how many this is "
+    "said.",
 }
 
 
