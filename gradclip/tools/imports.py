@@ -185,9 +185,8 @@ def _choose(log: Log, asked: Mapping[str, str]) -> tuple[dict[str, str], list[st
 def _find_norm(log: Log) -> str:
     found = [name for name in log.names if _OURS.fullmatch(name)]
     found = found or [name for name in log.names if _NORM.fullmatch(name)]
-    rest = [name for name in log.names if name.lower() not in _STEPS]
-    if len(found) == 1 or (not found and len(rest) == 1):
-        return (found or rest)[0]
+    if len(found) == 1:
+        return found[0]
     if found:
         msg = (
             f"{log.path}: several columns may be the gradient norm: "

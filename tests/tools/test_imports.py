@@ -177,6 +177,7 @@ def test_rows_without_a_step_are_counted(tmp_path):
             r"several columns may be .*'r1 - grad_norm', 'r2 - grad_norm'\. Name one: --norm-col",
         ),
         ("a.csv", "step,lr,loss\n0,1,1\n", "no column is named like .* found: 'step', 'lr', 'los"),
+        ("a.csv", "step,loss\n0,1\n", "no column is named like .* found: 'step', 'loss'"),
         ("a.csv", "step,grad_norm\n0,big\n", "line 2: 'grad_norm' is 'big'; allowed: a number"),
         ("a.csv", "step,grad_norm\n0.5,1\n", r"line 2: the step 'step' is '0.5'; allowed: whole"),
         ("a.csv", "step,grad_norm\n0,\n", "'grad_norm' has no values"),
