@@ -245,8 +245,8 @@ def _step(value: Any, name: str, place: str) -> int:
 def _number(value: Any, name: str, place: str) -> float:
     flags = {"true": 1.0, "false": 0.0}
     try:
-        return flags[value.lower()] if str(value).lower() in flags else float(value)
-    except (TypeError, ValueError):
+        return flags[word] if (word := str(value).lower()) in flags else float(value)
+    except (TypeError, ValueError, OverflowError):
         msg = (
             f"{place}: {name!r} is {value!r:.80}; allowed: a number. Name another column, or "
             "correct the log."

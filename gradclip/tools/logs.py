@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import rich.progress
+from pydantic_core import from_json
 from rich.console import Console
 
 from gradclip.errors import ConfigError
@@ -185,8 +185,8 @@ def _open_trainer_state(path: Path) -> Log:
 def _object(text: str, path: Path, where: str) -> Mapping[str, Any]:
     place = f"{path}, {where}" if where else f"{path}"
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = from_json(text)
+    except ValueError as error:
         msg = f"{place}: this isn't JSON: {error}."
         raise ConfigError(msg) from None
     if not isinstance(content, dict):

@@ -110,6 +110,13 @@ def test_a_history_of_wandb(tmp_path):
     same(import_log(written(tmp_path / "history.jsonl", text)).chunk)
 
 
+def test_flags_in_a_history_may_be_json(tmp_path):
+    norms = '"clip/grad_norm": 3.5, "clip/limit": 1.0'
+    lines = f'{{"_step": 0, {norms}, "clip/clipped": true, "clip/skipped": false}}\n'
+    chunk = import_log(written(tmp_path / "history.jsonl", lines)).chunk
+    assert (chunk.clipped.tolist(), chunk.skipped.tolist()) == ([True], [False])
+
+
 def test_metric_files_of_mlflow(tmp_path):
     run = tmp_path / "mlruns" / "1" / "abc"
     lines = "".join(f"1700000000000 {norm} {step}\n" for step, norm in NORMS.items())
@@ -185,6 +192,10 @@ def test_rows_without_a_step_are_counted(tmp_path):
         ("a.csv", "step,x,x\n0,1,1\n", "several columns are named 'x'"),
         ("a.jsonl", '{"format":"gradclip-trace"}\n', "this is a trace already"),
         ("a.jsonl", '{"step": 1}\n{"step"\n', "line 2: this isn't JSON"),
+        ("a.jsonl", f'{{"step":1,"gnorm":{"1" * 400}}}\n', "line 1: 'gnorm' is 1+; allowed: a num"),
+        ("a.jsonl", f'{{"step":{"1" * 5000},"gnorm":1}}\n', "line 1: this isn't JSON: number out"),
+        ("a.jsonl", '{"x":' + "[" * 3000, "line 1: this isn't JSON: recursion limit"),
+        ("a.json", "[" * 3000, "a.json: this isn't JSON: recursion limit"),
         ("a.json", '{"epoch": 1}', "a list 'log_history' is missing"),
         ("run.wandb", "x", "Export the run's history"),
         ("a.bin", "x", "this isn't a log that can be read"),
