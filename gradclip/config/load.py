@@ -182,7 +182,7 @@ def _collect_lines(
 
 def _explain(fault: dict[str, Any], where: str, lines: Lines) -> str:
     """One fault as: where: what was found; what is allowed."""
-    types = _policy_types()
+    types = policy_types()
     loc = cast("tuple[str | int, ...]", fault["loc"])
     path = tuple(part for i, part in enumerate(loc) if not _is_tag(loc, i, types))
     place = where
@@ -238,7 +238,8 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"{guess}Known: {', '.join(known)}."
 
 
-def _policy_types() -> dict[str, type[BaseModel]]:
+def policy_types() -> dict[str, type[BaseModel]]:
+    """The policies by what `type` calls them."""
     union = get_args(AnyPolicy)[0]
     return {str(policy.model_fields["type"].default): policy for policy in get_args(union)}
 

@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from gradclip.config import ClipConfig, as_config, load_section, parse_mapping
 from gradclip.config.load import Lines, dotted, parse_yaml, read_text
 from gradclip.errors import ConfigError
+from gradclip.tools.class_paths import PARTS, as_mapping, line_of
 from gradclip.trace_file import spell_out
 
 __all__ = ["Checked", "check_file", "describe_as_json", "describe_as_yaml"]
@@ -110,21 +111,17 @@ def _check_lightning(content: Any, lines: Lines, path: Path) -> dict[str, ClipCo
             if class_path in _CALLBACKS:
                 ours.append(spot)
             else:
-                others[class_path] = lines[spot]
+                others[class_path] = line_of(spot, lines)
         for spot in ours[:1]:
             where, config = _check_callback(_at(content, spot), spot, lines, path)
             configs[where] = config
         value = trainer.get("gradient_clip_val")
-        fault = ""
         if ours and value:
-            line = lines[(*place, "gradient_clip_val")]
             fault = f"gradient_clip_val is {value!r}, and GradientClip clips too. Remove it"
-        elif len(ours) > 1:
-            line = lines[ours[1]]
+            _refuse(fault, (*place, "gradient_clip_val"), lines, path)
+        if len(ours) > 1:
             fault = "a second GradientClip would clip again. Keep one, with a list of policies"
-        if fault:
-            msg = f"{path}, line {line}: {fault}."
-            raise ConfigError(msg)
+            _refuse(fault, ours[1], lines, path)
     if not configs:
         close = difflib.get_close_matches(_CALLBACKS[0], others, n=1, cutoff=0.7)
         hint = f" Line {others[close[0]]} has {close[0]!r}." if close else ""
@@ -148,30 +145,56 @@ def _check_callback(
     callback: Any, place: Place, lines: Lines, path: Path
 ) -> tuple[str, ClipConfig]:
     """Where its policy stands, and what it is."""
-    arguments = callback.get("init_args") if isinstance(callback, Mapping) else None
-    arguments = arguments if isinstance(arguments, Mapping) else {}
-    for name in arguments:
-        if name not in _ARGUMENTS:
-            line = lines[(*place, "init_args", str(name))]
-            known = ", ".join(_ARGUMENTS)
-            msg = f"{path}, line {line}: init_args.{name} is not a known key; known: {known}."
-            raise ConfigError(msg)
+    arguments = _arguments(callback, place, lines, path)
     if "policy" not in arguments:
-        msg = (
-            f"{path}, line {lines[place]}: init_args.policy is missing; give policies, or the path "
-            "of a file with them."
-        )
-        raise ConfigError(msg)
-    policy, at = arguments["policy"], (*place, "init_args", "policy")
+        fault = "init_args.policy is missing; give policies, or the path of a file with them"
+        _refuse(fault, place, lines, path)
+    at = arguments["policy"]
+    policy, inside = as_mapping(_at(callback, at[len(place) :]), at, lines, str(path))
     where = dotted(at)
     if isinstance(policy, Mapping):
-        inside = {spot[len(at) :]: line for spot, line in lines.items() if spot[: len(at)] == at}
         return where, parse_mapping(policy, str(path), inside)
     try:
         return where, as_config(policy)
     except ConfigError as error:
-        msg = f"{path}, line {lines[at]}: {error}"
+        msg = f"{path}, line {line_of(at, lines)}: {error}"
         raise ConfigError(msg) from None
+
+
+def _arguments(callback: Any, place: Place, lines: Lines, path: Path) -> dict[str, Place]:
+    """Where its arguments stand, each of which `GradientClip` has and takes."""
+    found: dict[str, Place] = {}
+    parts = dict(callback) if isinstance(callback, Mapping) else {}
+    parts.pop("class_path", None)
+    for part, given in parts.items():
+        at: Place = (*place, str(part))
+        if part not in PARTS:
+            known = ", ".join(("class_path", *PARTS))
+            _refuse(f"{part} is not a known key; known: {known}", at, lines, path)
+        if not isinstance(given, Mapping | None):
+            _refuse(f"{part} is {given!r:.80}; allowed: a mapping of arguments", at, lines, path)
+        for name, value in (given or {}).items():
+            here = (*at, str(name))
+            if name not in _ARGUMENTS:
+                known = ", ".join(_ARGUMENTS)
+                _refuse(f"{part}.{name} is not a known key; known: {known}", here, lines, path)
+            if name != "policy" and not _is_flag(value):
+                _refuse(
+                    f"{part}.{name} is {value!r:.80}; allowed: true or false", here, lines, path
+                )
+            found[name] = here
+    return found
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether jsonargparse takes it where true or false is expected."""
+    words = ("true", "false", "yes", "no")
+    return isinstance(value, bool | None) or (isinstance(value, str) and value.lower() in words)
+
+
+def _refuse(fault: str, at: Place, lines: Lines, path: Path) -> NoReturn:
+    msg = f"{path}, line {line_of(at, lines)}: {fault}."
+    raise ConfigError(msg)
 
 
 def _refuse_deepspeed(content: Any, config: ClipConfig, lines: Lines, path: Path) -> None:

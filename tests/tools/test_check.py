@@ -97,6 +97,24 @@ BAD = {
         trainer(callback(more="        progres_bar: true\n")),
         "line 6: init_args.progres_bar is not a known key",
     ),
+    "no flag": (
+        trainer(callback(more="        restore: 7\n")),
+        "line 6: init_args.restore is 7; allowed: true or false",
+    ),
+    "a class": (
+        trainer(callback("\n          class_path: gradclip.ZClp")),
+        "line 7: class_path is 'gradclip.ZClp'; did you mean 'gradclip.ZClip'? Known: gradclip.",
+    ),
+    "an argument of a class": (
+        trainer(
+            callback(
+                "\n        - class_path: gradclip.ClipByNorm\n          init_args:\n"
+                "            max_norm: 1.0\n        - class_path: gradclip.ZClip\n"
+                "          init_args:\n            decy: 0.9"
+            )
+        ),
+        "line 12: policies[1].decy is not a known key; did you mean 'decay'?",
+    ),
     "the trainer clips": (
         trainer(callback(), "  gradient_clip_val: 0.5\n"),
         "line 3: gradient_clip_val is 0.5, and GradientClip clips too",
