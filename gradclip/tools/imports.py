@@ -175,6 +175,7 @@ def _choose(log: Log, asked: Mapping[str, str]) -> tuple[dict[str, str], list[st
     if "loss" not in taken:
         run = norm[: norm.rfind(" - ") + 3] if " - " in norm else ""
         losses = [n for n in log.names if n.startswith(run) and _LOSS.fullmatch(n[len(run) :])]
+        losses = [n for n in losses if n[len(run) :] == "loss"] or losses
         if len(losses) == 1:
             taken["loss"] = losses[0]
         elif losses:

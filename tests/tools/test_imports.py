@@ -74,7 +74,8 @@ def test_more_events_than_tensorboard_shows(tmp_path):
 
 def test_the_state_of_a_transformers_trainer(tmp_path):
     history = [{"grad_norm": n, "loss": 2.0, "epoch": 0.1, "step": s} for s, n in NORMS.items()]
-    state = TrainerState(log_history=[*history, {"eval_loss": 2.0, "step": 39}])
+    ends = [{"eval_loss": 2.0, "step": 39}, {"train_loss": 1.0, "train_runtime": 9.0, "step": 39}]
+    state = TrainerState(log_history=[*history, *ends])
     state.save_to_json(str(tmp_path / "trainer_state.json"))
     found = import_log(tmp_path / "trainer_state.json")
     same(found.chunk)
