@@ -51,12 +51,14 @@ class ImportedLog:
     """What a log says about norms.
 
     Attributes:
+        path: The log.
         header: Of a trace made of it.
         chunk: All its steps.
         taken: Column of the log by column of the trace.
         notes: What a reader should know: values taken otherwise than they stand in the log.
     """
 
+    path: Path
     header: TraceHeader
     chunk: Chunk
     taken: Mapping[str, str]
@@ -142,7 +144,7 @@ def import_log(
         source=f"import:{log.kind}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return ImportedLog(header, chunk, taken, notes)
+    return ImportedLog(log.path, header, chunk, taken, notes)
 
 
 def _choose(log: Log, asked: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from gradclip.errors import ConfigError
+from gradclip.tools.outputs import refuse_input, refuse_lost_folder, refuse_other_than_png
 
 try:
     import numpy  # noqa: F401
@@ -94,6 +95,7 @@ def import_(
         limit_column=limit_column,
         loss_column=loss_column,
     )
+    refuse_input(out, found.path)
     write_trace(out, found.header, found.rows())
     typer.echo(found.describe())
     typer.echo(f"Wrote {out}")
@@ -177,6 +179,7 @@ def report(
     from gradclip.tools.show_report import describe_as_json, describe_as_text, write_report
 
     found = open_run(run)
+    refuse_input(out, found.path)
     with show_progress(f"Reading {found.path.name}") as progress:
         summary = summarize(found, progress)
     if summary is None:
@@ -227,7 +230,10 @@ def replay(
     from gradclip.tools.show_replay import draw_replay, replay_as_json, replay_as_text
     from gradclip.tools.trace import Trace
 
-    _refuse_lost_folder(plot, html)
+    refuse_other_than_png(plot)
+    for out in (plot, html):
+        refuse_lost_folder(out)
+        refuse_input(out, trace, *config)
     start, stop = parse_steps(steps)
     configs = {name: load_yaml(path) for name, path in name_files(config).items()}
     opened = Trace.open(trace)
@@ -281,7 +287,8 @@ def recommend(
     )
     from gradclip.tools.trace import Trace
 
-    _refuse_lost_folder(out)
+    refuse_lost_folder(out)
+    refuse_input(out, trace)
     start, stop = parse_steps(steps)
     opened = Trace.open(trace)
     with show_progress(f"Fitting to {trace.name}") as progress:
@@ -299,14 +306,6 @@ def recommend(
         typer.echo(f"Wrote {out}")
 
 
-def _refuse_lost_folder(*paths: Path | None) -> None:
-    """Before long work whose outcome couldn't be written."""
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            msg = f"{path}: the folder {path.parent} doesn't exist. Make it, or name another file."
-            raise ConfigError(msg)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The console command. Exit code 0: fine, 1: a problem was found, 2: it was called wrongly.
 
@@ -321,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.stderr.write(f"gradclip: {error}\n")
             sys.exit(2)
         except OSError as error:
-            sys.stderr.write(f"gradclip: {error.filename}: {error.strerror}\n")
+            named = f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
+            sys.stderr.write(f"gradclip: {named}\n")
             sys.exit(2)
 
 

@@ -133,7 +133,7 @@ def open_run(path: Path) -> Run:
         others = (f"The newest of {len(traces)} traces in {path}.",) if len(traces) > 1 else ()
         return Run(trace.path, trace.header, trace.chunks(), trace.size_hint, others)
     log = import_log(path)
-    return Run(path, log.header, [log.chunk], log.chunk.bytes_read, tuple(log.notes))
+    return Run(log.path, log.header, [log.chunk], log.chunk.bytes_read, tuple(log.notes))
 
 
 def _is_trace(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """`gradclip replay` and `gradclip recommend` as a user calls them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,11 @@ def test_recommended_settings_are_ready_to_use(trace, tmp_path, capsys):
         (["replay", "run.jsonl", "-c", "norm.yaml", "--steps", "5"], "--steps is '5'"),
         (["replay", "run.jsonl", "-c", "norm.yaml", "--steps", "900:"], "no step from 900"),
         (["replay", "run.jsonl", "-c", "norm.yaml", "--plot", "no/a.png"], "no/a.png"),
+        (
+            ["replay", "norm.yaml", "-c", "norm.yaml", "--plot", "a.svg"],
+            "a.svg: a picture is a PNG",
+        ),
+        (["replay", "run.jsonl", "-c", "norm.yaml", "--plot", "a"], "such as a.png"),
         (["replay", "norm.yaml", "-c", "norm.yaml"], "isn't the header of a trace"),
         (["recommend", "run.jsonl", "--clip-rate", "5"], "clip rate is 5"),
         (["recommend", "run.jsonl", "--steps", ":100"], "100 steps have a norm"),
@@ -110,6 +116,33 @@ def test_what_is_called_wrongly_is_told(arguments, words, trace, config, monkeyp
     shown = capsys.readouterr()
     assert words in " ".join(shown.err.split())
     assert shown.out == ""
+
+
+OWN_INPUTS = [
+    ["import", "log.csv", "--overwrite", "-o", "log.csv"],
+    ["import", "logs", "--overwrite", "-o", "logs/metrics.csv"],
+    ["report", "run.jsonl", "-o", "run.jsonl"],
+    ["report", ".", "-o", "./link.html"],
+    ["replay", "run.jsonl", "-c", "norm.yaml", "--html", "run.jsonl"],
+    ["replay", "run.jsonl", "-c", "norm.yaml", "--html", "norm.yaml"],
+    ["replay", "run.jsonl", "-c", "norm.yaml", "--plot", "link.png"],
+    ["recommend", "run.jsonl", "-o", "run.jsonl"],
+]
+
+
+@pytest.mark.parametrize("arguments", OWN_INPUTS, ids=lambda given: " ".join(given))
+def test_what_is_read_is_never_written_over(arguments, trace, config, monkeypatch, capsys):
+    monkeypatch.chdir(trace.parent)
+    Path("link.png").symlink_to(trace)
+    Path("link.html").hardlink_to(trace)
+    Path("logs").mkdir()
+    for log in (Path("log.csv"), Path("logs/metrics.csv")):
+        log.write_text("step,grad_norm\n0,1\n")
+    config("norm.yaml", {"type": "norm", "max_norm": 1.0})
+    before = {path: path.read_bytes() for path in Path().rglob("*.*")}
+    assert call(*arguments) == 2
+    assert f"{Path(arguments[-1])} is what is read here" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().rglob("*.*")} == before
 
 
 @pytest.mark.parametrize("command", ["replay", "recommend"])
