@@ -97,7 +97,7 @@ def import_log(
         path: A file, or a folder that holds one log.
         norm_column: Name of the norm before clipping; None looks for a name that says so.
         step_column: Name of the step; None looks for one.
-        limit_column: Name of the limit; None takes `clip/limit` beside `clip/grad_norm`.
+        limit_column: Name of the limit; None takes `clip/limit` if there is one.
         loss_column: Name of the loss; None takes a training loss if there is one.
 
     Raises:
@@ -115,7 +115,10 @@ def import_log(
     logged = _collect(log, taken)
     steps = logged["grad_norm"][0]
     if not len(steps):
-        msg = f"{log.path}: {taken['grad_norm']!r} has no values. Name another: --norm-column NAME."
+        msg = (
+            f"{log.path}: {taken['grad_norm']!r} has no values. Name another: "
+            "gradclip import LOG --norm-column NAME."
+        )
         raise ConfigError(msg)
     step = np.unique(steps)
     columns = {role: _on(step, *series) for role, series in logged.items()}
@@ -156,6 +159,7 @@ def _choose(log: Log, asked: Mapping[str, str]) -> tuple[dict[str, str], list[st
             msg = f"{log.path}: there is no column {name!r} for {role}; {near}{_listed(log)}"
             raise ConfigError(msg)
     norm = asked.get("grad_norm") or _find_norm(log)
+    run = norm[: norm.rfind(" - ") + 3] if " - " in norm else ""
     taken = {"grad_norm": norm, **asked}
     notes = []
     if "step" not in taken:
@@ -174,8 +178,9 @@ def _choose(log: Log, asked: Mapping[str, str]) -> tuple[dict[str, str], list[st
                 f"{norm} is a mean over the steps between two entries; {largest} is their largest. "
                 "Single steps stand in a flight record"
             )
+    elif (limit := f"{run}clip/limit") in log.names:
+        taken.setdefault("limit", limit)
     if "loss" not in taken:
-        run = norm[: norm.rfind(" - ") + 3] if " - " in norm else ""
         losses = [n for n in log.names if n.startswith(run) and _LOSS.fullmatch(n[len(run) :])]
         losses = [n for n in losses if n[len(run) :] == "loss"] or losses
         if len(losses) == 1:
@@ -193,12 +198,13 @@ def _find_norm(log: Log) -> str:
     if found:
         msg = (
             f"{log.path}: several columns may be the gradient norm: "
-            f"{', '.join(map(repr, found))}. Name one: --norm-column {found[0]!r}."
+            f"{', '.join(map(repr, found))}. Name one and make a trace of it: gradclip import "
+            f"LOG --norm-column {found[0]!r}."
         )
     else:
         msg = (
-            f"{log.path}: no column is named like a gradient norm. Name it with --norm-column; "
-            f"{_listed(log)}"
+            f"{log.path}: no column is named like a gradient norm. Name it and make a trace of it: "
+            f"gradclip import LOG --norm-column NAME; {_listed(log)}"
         )
     raise ConfigError(msg)
 

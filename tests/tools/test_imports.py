@@ -153,6 +153,13 @@ def test_names_that_mean_the_norm(tmp_path, name):
     assert import_log(path).taken["grad_norm"] == name
 
 
+@pytest.mark.parametrize("run", ["", "run 7 - "])
+def test_a_limit_of_ours_beside_another_norm(tmp_path, run):
+    path = written(tmp_path / "log.csv", f"step,{run}grad_norm,{run}clip/limit\n0,3.5,1.5\n")
+    assert import_log(path).chunk.limit.tolist() == [1.5]
+    assert import_log(path, limit_column="step").chunk.limit.tolist() == [0]
+
+
 def test_the_exponent_is_read_from_the_name(tmp_path):
     path = written(tmp_path / "log.csv", "step,grad_inf_norm_total\n0,3.5\n")
     assert import_log(path).header.norm_type == math.inf
@@ -182,7 +189,7 @@ def test_rows_without_a_step_are_counted(tmp_path):
         (
             "a.csv",
             "Step,r1 - grad_norm,r2 - grad_norm\n0,1,1\n",
-            r"several columns may be .*'r1 - grad_norm', 'r2 - grad_norm'\. Name one: --norm-col",
+            r"several .*'r1 - grad_norm', 'r2 - grad_norm'\. .* gradclip import LOG --norm-col",
         ),
         ("a.csv", "step,lr,loss\n0,1,1\n", "no column is named like .* found: 'step', 'lr', 'los"),
         ("a.csv", "step,loss\n0,1\n", "no column is named like .* found: 'step', 'loss'"),

@@ -124,12 +124,13 @@ def test_the_newest_trace_of_a_folder_is_taken(call, tmp_path):
     assert found["notes"] == ["The newest of 3 traces in runs."]
 
 
-def test_a_log_is_enough(call, tmp_path):
+@pytest.mark.parametrize("norm", ["clip/grad_norm", "grad_norm"])
+def test_a_log_is_enough(call, tmp_path, norm):
     """Norms and limits, as another trainer logs them: those above were clipped."""
     (tmp_path / "logs").mkdir()
     with (tmp_path / "logs" / "metrics.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "clip/grad_norm", "clip/limit"])
+        writer.writerow(["step", norm, "clip/limit"])
         writer.writerows([10 * i, 5.0 if i % 4 == 0 else 1.0, 2.0] for i in range(20))
     code, out, _ = call("logs", "--json")
     found = json.loads(out)
