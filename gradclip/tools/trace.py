@@ -6,22 +6,22 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic_core import from_json
 
 from gradclip.errors import ConfigError
+from gradclip.tools.header import parse_header, refuse
 from gradclip.trace_file import (
     FLAGS,
     FORMAT,
     NUMBERS,
-    VERSION,
     TraceHeader,
     import_pyarrow,
     write_trace,
@@ -124,9 +124,10 @@ class Trace:
             size = path.stat().st_size
             line = _parquet_header(path) if path.suffix == ".parquet" else _first_line(path)
         except OSError as error:
-            msg = f"{path}: the file can't be read ({error.strerror}). Give the path of a trace."
+            reason = error.strerror or error  # pyarrow's have none
+            msg = f"{path}: the file can't be read ({reason}). Give the path of a trace."
             raise ConfigError(msg) from None
-        return cls(path, _parse_header(line, path), size)
+        return cls(path, parse_header(line, path), size)
 
     def chunks(self, size: int = 16384) -> Iterator[Chunk]:
         """The steps in order, at most `size` at once.
@@ -158,40 +159,6 @@ class Trace:
 def _first_line(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.readline(1 << 26)
-
-
-def _parse_header(line: bytes, path: Path) -> TraceHeader:
-    try:
-        content = from_json(line)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        msg = (
-            f'{path}, line 1: this isn\'t the header of a trace, {{"format": "{FORMAT}", ...}}. '
-            "Give a file of the flight recorder, or make one from a log: gradclip import LOG."
-        )
-        raise ConfigError(msg)
-    if content.get("version") != VERSION:
-        msg = (
-            f"{path}, line 1: version is {content.get('version')!r}; this gradclip reads "
-            f"{VERSION}. Use the gradclip that wrote it, or a newer one."
-        )
-        raise ConfigError(msg)
-    known = {field.name for field in fields(TraceHeader)}
-    given = {key: _number(value) for key, value in content.items() if key in known}
-    if given.get("parameters") is not None:
-        given["parameters"] = tuple(given["parameters"])
-    return TraceHeader(**given)
-
-
-def _number(value: Any) -> Any:
-    """The same with the numbers that JSON lacks, which the header spells as YAML does."""
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    special = {".inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
-    return special.get(value, value) if isinstance(value, str) else value
 
 
 def _line_chunks(path: Path, size: int) -> Iterator[Chunk]:
@@ -228,9 +195,9 @@ def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) 
                 text = f"{path}, {where}: the file was cut off here; it is read up to this line."
                 warnings.warn(text, stacklevel=2)
                 break
-            _refuse(path, where, f"this isn't JSON ({error})", _A_STEP)
+            refuse(path, where, f"this isn't JSON ({error})", _A_STEP)
         if not isinstance(row, dict):
-            _refuse(path, where, f"found {row!r:.80}", _A_STEP)
+            refuse(path, where, f"found {row!r:.80}", _A_STEP)
         rows.append(row)
     return rows
 
@@ -246,14 +213,14 @@ def _chunk_of_rows(rows: Sequence[Row], path: Path, number: int, read: int) -> C
         if not kinds <= column.kinds:
             index = next(i for i, value in enumerate(values) if type(value) not in column.kinds)
             found = f"{name} is {values[index]!r:.80}"
-            _refuse(path, f"line {number + index}", found, column.allowed)
+            refuse(path, f"line {number + index}", found, column.allowed)
         if NoneType in kinds:
             values = [column.null if value is None else value for value in values]
         try:
             arrays[name] = np.array(values, dtype=column.dtype)
         except OverflowError:
             lines = f"lines {number} to {number + len(rows) - 1}"
-            _refuse(path, lines, f"{name} is too large for 64 bits", column.allowed)
+            refuse(path, lines, f"{name} is too large for 64 bits", column.allowed)
     norms = {}
     for index, row in enumerate(rows):
         if "per_parameter" in row:
@@ -276,8 +243,19 @@ def _norms(content: Any, path: Path, where: str) -> dict[str, float]:
     allowed = _COLUMNS["grad_norm"].kinds
     if not isinstance(content, dict) or not set(map(type, content.values())) <= allowed:
         found = f"per_parameter is {content!r:.80}"
-        _refuse(path, where, found, "a mapping of names to numbers or null")
-    return {name: math.nan if norm is None else float(norm) for name, norm in content.items()}
+        refuse(path, where, found, "a mapping of names to numbers or null")
+    try:
+        return {name: math.nan if norm is None else float(norm) for name, norm in content.items()}
+    except OverflowError:
+        refuse(path, where, "per_parameter has a norm too large for 64 bits", "a number or null")
+
+
+def _content(text: Any) -> Any:
+    """What JSON holds; what isn't JSON stays as it is."""
+    try:
+        return from_json(text)
+    except (ValueError, TypeError):
+        return text
 
 
 def _check_order(step: NDArray[np.int64], last: int, path: Path, unit: str, number: int) -> int:
@@ -290,13 +268,8 @@ def _check_order(step: NDArray[np.int64], last: int, path: Path, unit: str, numb
     if np.any(step <= before):
         index = int(np.argmax(step <= before))
         found = f"step is {step[index]}" + (f" after {before[index]}" if before[index] >= 0 else "")
-        _refuse(path, f"{unit} {number + index}", found, "steps from 0, each larger than the last")
+        refuse(path, f"{unit} {number + index}", found, "steps from 0, each larger than the last")
     return int(step[-1]) if len(step) else last
-
-
-def _refuse(path: Path, where: str, found: str, allowed: str) -> NoReturn:
-    msg = f"{path}, {where}: {found}; allowed: {allowed}."
-    raise ConfigError(msg)
 
 
 def _parquet_header(path: Path) -> bytes:
@@ -310,38 +283,45 @@ def _parquet_header(path: Path) -> bytes:
 
 
 def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
-    _, parquet = import_pyarrow()
-    # By default all of it would be brought into memory ahead.
-    with parquet.ParquetFile(path, pre_buffer=False) as file:
-        total, in_all = file.metadata.num_rows, path.stat().st_size
-        read, last = 0, -1
-        for batch in file.iter_batches(batch_size=size):
-            chunk = _chunk_of_batch(batch, path, in_all * (read + len(batch)) // total)
-            last = _check_order(chunk.step, last, path, "row", read + 1)
-            read += len(batch)
-            yield chunk
+    pyarrow, parquet = import_pyarrow()
+    read, last = 0, -1
+    try:
+        # By default all of it would be brought into memory ahead.
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            total, in_all = file.metadata.num_rows, path.stat().st_size
+            for batch in file.iter_batches(batch_size=size):
+                done = in_all * (read + len(batch)) // total
+                chunk = _chunk_of_batch(batch, path, read + 1, done)
+                last = _check_order(chunk.step, last, path, "row", read + 1)
+                read += len(batch)
+                yield chunk
+    except (OSError, pyarrow.ArrowException) as error:
+        msg = f"{path}, after row {read}: the file can't be read ({error}). Make or copy it anew."
+        raise ConfigError(msg) from None
 
 
-def _chunk_of_batch(batch: Any, path: Path, read: int) -> Chunk:
-    """Arrays of a Parquet batch, in which null is what wasn't recorded."""
+def _chunk_of_batch(batch: Any, path: Path, number: int, read: int) -> Chunk:
+    """Arrays of a Parquet batch that begins with this row; null is what wasn't recorded."""
     pyarrow, _ = import_pyarrow()
     given = {name for name in batch.schema.names if batch.column(name).null_count < len(batch)}
     if "step" not in given:
-        _refuse(path, "column step", "it is missing", _COLUMNS["step"].allowed)
+        refuse(path, "column step", "it is missing", _COLUMNS["step"].allowed)
     arrays = {name: column.blank(len(batch)) for name, column in _COLUMNS.items()}
     for name in given & set(_COLUMNS):
         column = _COLUMNS[name]
         try:
             values = batch.column(name).cast(column.dtype)
+            if values.null_count and column.absent is None:
+                row = number + values.is_null().index(True).as_py()
+                refuse(path, f"row {row}", f"{name} is null", column.allowed)
             if values.null_count:
                 values = values.fill_null(column.absent)
         except pyarrow.ArrowException as error:
-            _refuse(path, f"column {name}", str(error), column.allowed)
+            refuse(path, f"column {name}", str(error), column.allowed)
         arrays[name] = values.to_numpy(zero_copy_only=False)
     norms = {}
     if "per_parameter" in given:
         for step, text in zip(arrays["step"], batch.column("per_parameter"), strict=True):
             if text.is_valid:
-                where = f"step {step}"
-                norms[int(step)] = _norms(from_json(text.as_py()), path, where)
+                norms[int(step)] = _norms(_content(text.as_py()), path, f"step {step}")
     return _chunk(arrays, norms, given & set(_COLUMNS), read)

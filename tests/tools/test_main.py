@@ -42,6 +42,11 @@ def test_what_cannot_be_read_as_given_is_a_usage_error(tmp_path, capsys):
     assert run("unknown") == 2
 
 
+def test_what_the_system_refuses_is_named_with_the_reason(tmp_path, capsys):
+    assert run("schema", "--out", str(tmp_path)) == 2
+    assert capsys.readouterr().err == f"gradclip: {tmp_path}: Is a directory\n"
+
+
 def test_the_schema_is_printed_or_written(tmp_path, capsys):
     assert run("schema") == 0
     printed = capsys.readouterr().out

@@ -123,6 +123,10 @@ BROKEN = {
     "order": ('{"step":5}\n{"step":7}\n{"step":6}\n', "line 4: step is 6 after 7; allowed"),
     "below 0": ('{"step":-1}\n', "line 2: step is -1; allowed: steps from 0"),
     "too large": ('{"step":36893488147419103232}\n', "step is too large for 64 bits"),
+    "large norms": (
+        f'{{"step":0,"per_parameter":{{"a":{"1" * 400}}}}}\n',
+        "line 2: per_parameter has a norm too large",
+    ),
     "norms": ('{"step":0,"per_parameter":{"a":"b"}}\n', "line 2: per_parameter is {'a': 'b'}"),
 }
 
@@ -171,6 +175,29 @@ def test_what_is_no_trace_is_refused(tmp_path, text, message):
         Trace.open(tmp_path / "trace.parquet")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "counts",
+            {"steps": 3},
+            r"counts is {'steps': 3}; allowed: null, or an object with the wh",
+        ),
+        ("counts", 5, "counts is 5; allowed"),
+        ("config", [1], r"config is \[1\]; allowed: an object or null"),
+        ("norm_type", "abc", "norm_type is 'abc'; allowed: a number above 0"),
+        ("norm_type", -1, "norm_type is -1; allowed"),
+        ("parameters", "a", "parameters is 'a'; allowed: a list of names"),
+        ("source", None, "source is None; allowed: text"),
+    ],
+)
+def test_a_header_of_other_types_is_refused(tmp_path, key, value, message):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(json.dumps({**json.loads(HEADER), key: value}) + "\n")
+    with pytest.raises(ConfigError, match=f"trace.jsonl, line 1: {message}"):
+        Trace.open(path)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_reading_takes_memory_for_one_piece_only(tmp_path, suffix):
     path = tmp_path / f"trace.{suffix}"
@@ -215,8 +242,28 @@ def test_a_parquet_file_with_a_wrong_column_is_refused(tmp_path):
     for column, message in (
         ({"step": [0], "loss": ["high"]}, "column loss"),
         ({"loss": [1.0]}, "column step: it is missing"),
+        ({"step": [0, None, 1]}, "row 2: step is null; allowed: a whole number"),
+        ({"step": [4], "per_parameter": ["{bad"]}, "step 4: per_parameter is '{bad'; allowed: a m"),
+        ({"step": [4], "per_parameter": [7]}, "step 4: per_parameter is 7; allowed: a mapping"),
     ):
         table = pyarrow.table(column).replace_schema_metadata({"gradclip-trace": HEADER})
         parquet.write_table(table, path)
-        with pytest.raises(ConfigError, match=message):
-            Trace.open(path).read()
+        for size in (2, 100):
+            with pytest.raises(ConfigError, match=message):
+                list(Trace.open(path).chunks(size))
+
+
+def test_a_parquet_file_that_was_damaged_is_named(tmp_path):
+    path = tmp_path / "trace.parquet"
+    write_trace(path, TraceHeader(), ({"step": i, "grad_norm": i / 7} for i in range(5000)))
+    content = bytearray(path.read_bytes())
+    content[1000:1400] = b"\xff" * 400
+    path.write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=r"trace.parquet, after row 0: the file can't be read \(."
+    ):
+        Trace.open(path).read()
+    foot = content.index(b"gradclip-trace") - 100
+    path.write_bytes(content[:foot] + b"\xff" * 50 + content[foot + 50 :])
+    with pytest.raises(ConfigError, match=r"trace.parquet: the file can't be read \([^N]"):
+        Trace.open(path)
