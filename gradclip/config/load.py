@@ -24,7 +24,16 @@ Lines = Mapping[tuple[str | int, ...], int]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key twice."""
+    """Safe YAML that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6)."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A value; what looks like a date or a number and can't be one names its line."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{error}", node.start_mark
+            ) from None
 
 
 _Loader.add_implicit_resolver(
@@ -112,7 +121,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str | int, ...], 
     """The content of a YAML text, and the line of every key and item, counted from 1.
 
     Raises:
-        ConfigError: If the text isn't YAML, or a mapping has a key twice.
+        ConfigError: If the text isn't one YAML document, or a mapping has a key twice.
     """
     try:
         loader = _Loader(text)
@@ -128,6 +137,14 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[tuple[str | int, ...], 
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         msg = f"{where}{line}: this isn't YAML: {error.problem}. Check indentation and quotes."
+        if error.problem == "but found another document":
+            msg = f"{where}{line}: the file holds several documents; keep one."
+        raise ConfigError(msg) from None
+    except RecursionError:
+        msg = (
+            f"{where}: values are nested too deeply, or an alias stands within what it names. "
+            "Write them out."
+        )
         raise ConfigError(msg) from None
     finally:
         loader.dispose()
@@ -145,8 +162,9 @@ def parse_mapping(content: Any, where: str = "", lines: Lines | None = None) -> 
         ConfigError: If it isn't valid.
     """
     if not isinstance(content, Mapping):
-        prefix = f"{where}: " if where else ""
-        msg = f"{prefix}found {content!r}; a mapping with the key 'policies' is needed."
+        line = f", line {lines[()]}" if lines else ""
+        prefix = f"{where}{line}: " if where else ""
+        msg = f"{prefix}found {content!r:.80}; a mapping with the key 'policies' is needed."
         raise ConfigError(msg)
     try:
         return ClipConfig.model_validate(dict(content))

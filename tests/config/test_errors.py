@@ -5,7 +5,7 @@ import math
 import pytest
 from support.gradients import parameters
 
-from gradclip import ClipByNorm, ClipConfig, ConfigError, GradientClipper, load_yaml
+from gradclip import ClipByNorm, ClipConfig, ConfigError, GradientClipper, load_section, load_yaml
 
 GOOD = """\
 # yaml-language-server: $schema=./schema.json
@@ -105,11 +105,40 @@ def test_every_way_to_write_a_small_number(tmp_path, text):
     assert load_yaml(path).policies[1].max_norm == 1e-6
 
 
-@pytest.mark.parametrize(("text", "found"), [("", "None"), ("[]", r"\[\]"), ("zclip", "'zclip'")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", ": found None"), ("[]", r", line 1: found \[\]"), ("\nzclip", ", line 2: found 'zclip'")],
+)
 def test_a_file_without_a_mapping(tmp_path, text, found):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=rf"run\.yaml: found {found}; a mapping with the key"):
+    with pytest.raises(ConfigError, match=rf"run\.yaml{found}; a mapping with the key"):
+        load_yaml(path)
+
+
+@pytest.mark.parametrize("value", ["null", "", "agc.yaml"])
+def test_a_section_without_a_mapping(tmp_path, value):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"num_processes: 2\ngradient_clip_config: {value}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml, line 2: found .*; a mapping with the key"):
+        load_section(path, "gradient_clip_config")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policies: []\nlog: 2024-13-45\n", ", line 2: this isn't YAML: month must be in 1"),
+        (f"log:\n  every_n_steps: {'1' * 5000}\n", ", line 2: this isn't YAML: Exceeds the limit"),
+        ("policies: &a [*a]\n", ": values are nested too deeply, or an alias stands within"),
+        ("policies: " + "[" * 3000, ": values are nested too deeply"),
+        (GOOD + "---\n" + GOOD, ", line 9: the file holds several documents; keep one"),
+    ],
+    ids=["date", "digits", "alias", "depth", "documents"],
+)
+def test_what_yaml_cannot_hold_is_named(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"run\.yaml{message}"):
         load_yaml(path)
 
 
