@@ -211,7 +211,7 @@ def _find_norm(log: Log) -> str:
 
 def _listed(log: Log) -> str:
     more = f" and {len(log.names) - 30} more" if len(log.names) > 30 else ""
-    return f"found: {', '.join(map(repr, log.names[:30]))}{more}."
+    return f"found: {', '.join(map(repr, log.names[:30])) or 'no columns'}{more}."
 
 
 def _collect(log: Log, taken: Mapping[str, str]) -> dict[str, Series]:

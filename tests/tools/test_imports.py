@@ -204,6 +204,7 @@ def test_rows_without_a_step_are_counted(tmp_path):
         ("a.jsonl", f'{{"step":{"1" * 5000},"gnorm":1}}\n', "line 1: this isn't JSON: number out"),
         ("a.jsonl", '{"x":' + "[" * 3000, "line 1: this isn't JSON: recursion limit"),
         ("a.json", "[" * 3000, "a.json: this isn't JSON: recursion limit"),
+        ("a.jsonl", "", "no column is named like .*; found: no columns"),
         ("a.json", '{"epoch": 1}', "a list 'log_history' is missing"),
         ("run.wandb", "x", "Export the run's history"),
         ("a.bin", "x", "this isn't a log that can be read"),
