@@ -62,6 +62,7 @@ class AcceleratorClip:
         self._preparing = 0
         self._adopt()
         accelerator.backward = self._watch(accelerator.backward)
+        accelerator.log = self._reporter.join(accelerator.log)
         accelerator.end_training = self._report_before(accelerator.end_training)
         accelerator.prepare = self._adopt_after(accelerator.prepare)
         accelerator.prepare_optimizer = self._adopt_after(accelerator.prepare_optimizer)
@@ -157,7 +158,8 @@ class AcceleratorClip:
         """What to log of the steps since the last call: see `gradclip.GradientClipper.flush`.
 
         With several optimizers each key ends in `/optimizer<index>`. Where the accelerator has
-        trackers, they get it every `log.every_n_steps` (10) steps, which is such a call.
+        trackers, they get it every `log.every_n_steps` (10) steps, with the script's next call of
+        `accelerator.log` if it makes any, which is such a call.
         """
         return self._reporter.metrics()
 

@@ -184,13 +184,13 @@ class Recorder:
         self._window = self._window.next()
         return metrics
 
-    def give_histogram(self, writer: Any, key: str, step: int) -> None:
+    def give_histogram(self, writer: Any, key: str, step: int | None) -> None:
         """Give `norms` to what has histograms; anything else is left alone.
 
         Args:
             writer: TensorBoard's `SummaryWriter`, or a W&B run.
             key: Under which name.
-            step: At which step.
+            step: At which step, if known.
         """
         if self.norms and hasattr(writer, "add_histogram"):
             writer.add_histogram(key, torch.tensor(self.norms), step)
