@@ -37,7 +37,7 @@ class Reporter:
         self._clippers: Sequence[Clipper] = ()
         self._due: list[Clipper] = []
         self._script_logs = False
-        self._script_step: int | None = None
+        self._rest_step: int | None = None
         self._send = accelerator.log
 
     def follow(self, clippers: Sequence[Clipper], folder: str | None = None) -> None:
@@ -61,9 +61,10 @@ class Reporter:
         def log_and_join(
             values: Mapping[str, Any], step: int | None = None, *rest: Any, **options: Any
         ) -> None:
-            self._script_logs, self._script_step = True, step
             due = self._due if self._accelerator.trackers else []
-            self._due = []
+            self._script_logs, self._due = True, []
+            # The rest mustn't take the place of an entry: W&B has one row for each step.
+            self._rest_step = None if step is None else step + bool(due)
             self._give(due, step, lambda ours: log({**ours, **values}, step, *rest, **options))
 
         return log_and_join
@@ -80,12 +81,12 @@ class Reporter:
             self._give_alone([clipper], clipper.steps)
 
     def give_rest(self) -> None:
-        """Give what no entry holds yet: under the script's last step, or our own count."""
+        """Give what no entry holds yet: under the script's last step, or our count."""
         self._due = []
         if not self._accelerator.trackers:
             return
         if self._script_logs:
-            self._give_alone(self._clippers, self._script_step)
+            self._give_alone(self._clippers, self._rest_step)
         else:
             for clipper in self._clippers:
                 self._give_alone([clipper], clipper.steps)

@@ -42,7 +42,8 @@ def gradient(model, inputs):
     return math.hypot(float((error.T @ x).norm()), float(error.sum(0).norm()))
 
 
-def run(tracker, config, steps, init=True, end=False, **options):
+def run(tracker, config, steps, init=True, end=False, script=None, **options):
+    """Train; after each batch `script(accelerator, batch)` logs what it likes."""
     accelerator = Accelerator(cpu=True, log_with=tracker, **options)
     clip = accelerate_clip.enable(accelerator, config)
     if init:
@@ -51,12 +52,14 @@ def run(tracker, config, steps, init=True, end=False, **options):
     model = nn.Linear(4, 1)
     model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
     norms = []
+    script = script or (lambda *_: None)
     for step in range(steps):
         inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)) * (1 + step % 3)
         norms.append(gradient(accelerator.unwrap_model(model), inputs))
         opt.zero_grad()
         accelerator.backward(model(inputs).square().mean())
         opt.step()
+        script(accelerator, step)
     if end:
         accelerator.end_training()
     return clip, norms
@@ -117,26 +120,108 @@ def test_tensorboard_reads_them_back_with_histograms_and_the_flight_record_besid
         assert row["batch"] == row["step"]
 
 
-def into_wandb_and_mlflow(rank, world, folder):
+def own_loss(accelerator, batch):
+    accelerator.log({"loss": batch / 2}, step=batch)
+
+
+def test_tensorboard_has_them_under_the_steps_of_a_script_that_logs(tmp_path):
+    options = {"end": True, "script": own_loss, "project_dir": tmp_path}
+    _, norms = run("tensorboard", LOGGED, 25, **options)
+    scalars, histograms = board_entries(tmp_path / "run")
+    assert {step: row.pop("loss") for step, row in scalars.items()} == {
+        step: step / 2 for step in range(25)
+    }
+    wanted = {9: expected(norms, 0, 10), 19: expected(norms, 10, 20), 24: expected(norms, 20, 25)}
+    for step, row in scalars.items():
+        assert row == pytest.approx(wanted.get(step, {}), rel=1e-5)
+    sizes = {step: row["clip/grad_norm_histogram"] for step, row in histograms.items()}
+    assert sizes == {9: 10, 19: 10, 24: 5}
+
+
+def into_wandb_and_mlflow(rank, world, folder, script):
     given = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_TRACKING_URI": f"file:{folder}/mlruns"}
     given |= {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true"}
     os.environ.update(given | {"WANDB_X_DISABLE_STATS": "true"})
     log = LOGGED.log.model_copy(update={"per_parameter": True})
     config = LOGGED.model_copy(update={"log": log})
-    return run(["mlflow", "wandb"], config, 100, end=True, project_dir=folder)[1]
+    options = {"end": True, "script": script, "project_dir": folder}
+    return run(["mlflow", "wandb"], config, 95, **options)[1]
 
 
-def test_wandb_and_mlflow_read_them_back(tmp_path):
+def read_back(folder, script):
+    """What W&B and MLflow hold, by step, and the norms."""
     # A process of their own: both keep what an earlier run in theirs was told.
-    [norms] = run_on_ranks(into_wandb_and_mlflow, 1, str(tmp_path))
-    flow, sweep = mlflow_entries(tmp_path / "mlruns"), wandb_entries(tmp_path)
-    assert sorted(flow) == [row["_step"] for row in sweep] == list(ENDS)
-    for end, row in zip(ENDS, sweep, strict=True):
-        wanted = expected(norms, end - 10, end)
-        assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
-        assert {key: flow[end][key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
+    [norms] = run_on_ranks(into_wandb_and_mlflow, 1, str(folder), script)
+    rows = wandb_entries(folder)
+    sweep = {row["_step"]: row for row in rows}
+    assert len(sweep) == len(rows)
+    return mlflow_entries(folder / "mlruns"), sweep, norms
+
+
+def test_wandb_and_mlflow_read_them_back_and_lose_no_row_of_the_script(tmp_path):
+    flow, sweep, norms = read_back(tmp_path, own_loss)
+    for rows in (flow, sweep):
+        assert {step: row["loss"] for step, row in rows.items()} == {
+            step: step / 2 for step in range(95)
+        }
+    ends = [*range(9, 90, 10), 94]
+    first = 0
+    for rows in (flow, sweep):
+        assert sorted(step for step, row in rows.items() if "clip/limit" in row) == ends
+    for end in ends:
+        wanted = expected(norms, first, end + 1)
+        for rows in (flow, sweep):
+            found = {key: rows[end][key] for key in wanted}
+            assert found == pytest.approx(wanted, rel=1e-5)
         assert flow[end]["clip/grad_norms/weight"] <= wanted["clip/grad_norm"]
-        assert sum(row["clip/grad_norm_histogram>values"]) == 10
+        assert sum(sweep[end]["clip/grad_norm_histogram>values"]) == end + 1 - first
+        first = end + 1
+
+
+def each_forty(accelerator, batch):
+    if batch % 40 == 39:
+        accelerator.log({"loss": 0.5}, step=batch // 40)
+
+
+def each_forty_by_itself(accelerator, batch):
+    if batch % 40 == 39:
+        accelerator.log({"loss": 0.5})
+
+
+@pytest.mark.parametrize("script", [each_forty, each_forty_by_itself])
+def test_wandb_loses_no_row_of_a_script_that_logs_each_epoch(script, tmp_path):
+    _, sweep, norms = read_back(tmp_path, script)
+    assert [step for step, row in sweep.items() if "loss" in row] == [0, 1]
+    for step, (first, stop) in enumerate([(0, 40), (40, 80), (80, 95)]):
+        wanted = expected(norms, first, stop)
+        assert {key: sweep[step][key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
+        assert sum(sweep[step]["clip/grad_norm_histogram>values"]) == stop - first
+
+
+def test_wandb_has_one_row_of_a_script_that_logs_nothing(tmp_path):
+    _, sweep, norms = read_back(tmp_path, None)
+    wanted = expected(norms, 0, 95)
+    assert list(sweep) == [95]
+    assert {key: sweep[95][key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_entry_that_is_due_waits_for_the_script_and_its_keys_win(named, tmp_path):
+    def script(accelerator, batch):
+        if batch % 4 == 3:
+            own = {"clip/limit": float(batch)}
+            accelerator.log(own, **({"step": batch} if named else {}))
+
+    file = tmp_path / "log"
+    _, norms = run(FileTracker(file), ClipByNorm(max_norm=1.5), 30, end=True, script=script)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    ends = [3, 7, 11, 15, 19, 23, 27]
+    steps = [line.pop("step") for line in lines]
+    assert steps == ([*ends, 27] if named else [None] * 8)
+    held = {11: expected(norms, 0, 12), 19: expected(norms, 12, 20)}
+    for end, line in zip(ends, lines[:-1], strict=True):
+        assert line == pytest.approx(held.get(end, {}) | {"clip/limit": end}, rel=1e-5)
+    assert lines[-1] == pytest.approx(expected(norms, 20, 30), rel=1e-5)
 
 
 def test_every_tenth_step_unless_told_otherwise(tmp_path):
