@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from accelerate.logging import get_logger
 from accelerate.utils import load, save
 
+from gradclip import ConfigError
+
 if TYPE_CHECKING:
     from accelerate_clip.clipper import AcceleratorClip
 
@@ -32,10 +34,18 @@ def save_clip(clip: AcceleratorClip, folder: str, each_node: bool) -> None:
 
 
 def load_clip(clip: AcceleratorClip, folder: str) -> None:
-    """Continue from a checkpoint; from fresh state, and say so, if it has none."""
+    """Continue from a checkpoint; from fresh state, and say so, if it has none.
+
+    Raises:
+        ConfigError: If it is of other optimizers, policies or parameters.
+    """
     file = Path(folder) / STATE_FILE
     if file.exists():
-        clip.load_state_dict(load(file, map_location="cpu"))
+        try:
+            clip.load_state_dict(load(file, map_location="cpu"))
+        except ConfigError as error:
+            msg = f"{error} Delete {file} to start with fresh state."
+            raise ConfigError(msg) from None
     else:
         _logger.warning(
             "%s has no %s: it was saved without gradclip. Clipping starts with fresh state.",

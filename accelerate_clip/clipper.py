@@ -15,7 +15,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module
 
-from accelerate_clip.checkpoint import STATE_FILE
 from accelerate_clip.engine import EngineClipper
 from accelerate_clip.groups import configs_of, named_parameters
 from accelerate_clip.private import prepared_models, prepared_optimizers
@@ -138,6 +137,8 @@ class AcceleratorClip:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved with any number of processes.
 
+        Trackers get what is left of the steps before, and so does their flight record's file.
+
         Raises:
             ConfigError: If it is of other optimizers, policies or parameters.
         """
@@ -145,10 +146,10 @@ class AcceleratorClip:
         if len(states) != len(self._clippers):
             msg = (
                 f"The saved clip state is of {len(states)} optimizers, {len(self._clippers)} are "
-                f"prepared. Prepare the same ones first, or delete {STATE_FILE} from the "
-                "checkpoint to start with fresh state."
+                "prepared. Prepare the same ones first."
             )
             raise ConfigError(msg)
+        self._reporter.give_rest()
         for clipper, saved, count in zip(self._clippers, states, steps, strict=True):
             clipper.load_state_dict(saved)
             clipper.steps = count

@@ -332,12 +332,12 @@ class GradientClipper:
         """Continue from a `state_dict`, saved at any world size.
 
         Raises:
-            ConfigError: If it was saved with other policies or other parameters. Nothing is
-                changed then.
+            ConfigError: If policies or parameters are others; nothing is changed then.
         """
         on = self._now()
-        self._states, self._tally.counts, elements = unpack(state, on, self._states)
-        self.recorder.begin(int(state.get("step", self._tally.counts[0])))
+        states, counts, elements = unpack(state, on, self._states)
+        self.recorder.begin(int(state.get("step", counts[0])))
+        self._states, self._tally.counts = states, counts
         on.memory.replace(elements)
 
     def _now(self) -> LaidOut:

@@ -84,10 +84,12 @@ class Recorder:
             weakref.finalize(owner, self.close)
 
     def begin(self, step: int) -> None:
-        """Go on with a step of this number; those before it were another run's."""
+        """Go on with a step of this number; those before it were another run's, with its file."""
         self._drain()
+        self.close()
+        self._path = None
         self._tally.first, self._tally.made = step, 0
-        self._read = self._written = 0
+        self._read = self._written = self._alarms = 0
         self.lay(self._plan, self._tally.rows.device, waits=self._waits)
 
     def lay(self, plan: Plan, home: torch.device, *, waits: bool) -> None:

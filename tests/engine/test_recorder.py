@@ -209,6 +209,36 @@ def test_it_is_written_when_the_clipper_ends_and_never_over_another_runs(tmp_pat
         assert (tmp_path / name).exists()
 
 
+def test_it_is_written_before_another_runs_state_is_taken_in(tmp_path):
+    clipper, params = made(recorder={})
+    step(clipper, params, [3.0, 0.0, 0.0])
+    saved = clipper.state_dict()
+    step(clipper, params, [0.0, 0.5, 0.0])
+    with pytest.raises(ConfigError):
+        clipper.load_state_dict(saved | {"policies": []})
+    assert not list(tmp_path.iterdir())
+    clipper.load_state_dict(saved)
+    clipper.load_state_dict(saved)
+    [file] = tmp_path.iterdir()
+    header, rows = lines(file)
+    assert header["counts"] == {"steps": 2, "clipped": 1, "skipped": 0, "nonfinite": 0}
+    assert [(row["step"], row["grad_norm"]) for row in rows] == [(0, 3.0), (1, 0.5)]
+    step(clipper, params, [0.0, 0.0, 7.0])
+    clipper.recorder.close()
+    assert lines(file)[1] == rows
+    _, [row] = lines(tmp_path / "gradclip-1.trace.jsonl")
+    assert (row["step"], row["grad_norm"]) == (1, 7.0)
+
+
+def test_a_resumed_run_that_made_no_step_writes_no_file(tmp_path):
+    before, params = made(recorder=None)
+    step(before, params, [3.0, 0.0, 0.0])
+    clipper, _ = made(recorder={})
+    clipper.load_state_dict(before.state_dict())
+    clipper.recorder.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_is_written_when_training_raises(tmp_path):
     code = """
 import torch

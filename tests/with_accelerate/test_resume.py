@@ -1,23 +1,25 @@
 """save_state and load_state: a resumed run is the uninterrupted one, bitwise."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from support.logged import board_entries
 from torch import nn
 
 import accelerate_clip
-from gradclip import ClipByNorm, ConfigError, ZClip
+from gradclip import ClipByNorm, ClipConfig, ConfigError, RecorderConfig, ZClip
 
 POLICY = ZClip(warmup_steps=5)
 
 
-def start(policy=POLICY):
+def start(policy=POLICY, **options):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, **options)
     clip = None if policy is None else accelerate_clip.enable(accelerator, policy)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -58,6 +60,25 @@ def test_the_next_fifty_steps_are_bitwise_those_of_an_uninterrupted_run(tmp_path
     assert train(*forgetful, range(20, 70)) != straight
 
 
+def test_what_is_left_is_given_and_written_before_a_rewind(tmp_path):
+    config = ClipConfig(policies=[POLICY], recorder=RecorderConfig())
+    ours = start(config, log_with="tensorboard", project_dir=tmp_path)
+    accelerator, clip, _, _ = ours
+    accelerator.init_trackers("run")
+    train(*ours, range(12))
+    accelerator.save_state(tmp_path / "saved")
+    train(*ours, range(12, 17))
+    accelerator.load_state(tmp_path / "saved")
+    train(*ours, range(12, 14))
+    accelerator.end_training()
+    scalars, _ = board_entries(tmp_path / "run")
+    assert list(scalars) == [10, 17, 14]
+    assert clip.clippers[0].steps == 14
+    for file, steps in (("gradclip", range(17)), ("gradclip-1", range(12, 14))):
+        _, *rows = (tmp_path / f"{file}.trace.jsonl").read_text().splitlines()
+        assert [json.loads(row)["step"] for row in rows] == list(steps)
+
+
 def test_checkpoints_move_freely_to_and_from_runs_without_gradclip(tmp_path, caplog):
     stock = start(policy=None)
     stock[0].save_state(tmp_path / "stock")
@@ -72,7 +93,8 @@ def test_checkpoints_move_freely_to_and_from_runs_without_gradclip(tmp_path, cap
 def test_state_of_other_policies_or_optimizers_is_refused(tmp_path):
     ours = start()
     ours[0].save_state(tmp_path)
-    with pytest.raises(ConfigError, match="policies"):
+    way_out = rf"of policies .* Delete {tmp_path}/gradient_clip\.bin to start with fresh state\."
+    with pytest.raises(ConfigError, match=way_out):
         start(ClipByNorm(max_norm=1.0))[0].load_state(tmp_path)
     accelerator, clip, _, _ = start()
     other = nn.Linear(4, 1)
