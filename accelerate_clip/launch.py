@@ -13,7 +13,12 @@ from typing import Any
 import yaml
 from accelerate.utils import patch_environment
 
-from accelerate_clip.private import default_config_file, launch, launch_parser
+from accelerate_clip.private import (
+    check_launch_file,
+    default_config_file,
+    launch,
+    launch_parser,
+)
 from accelerate_clip.run import CONFIG_VARIABLE
 from gradclip import ConfigError, load_section
 
@@ -73,6 +78,15 @@ def _launch(arguments: Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stock = Path(folder) / "accelerate.yaml"
         stock.write_text(yaml.safe_dump(rest), encoding="utf-8")
+        try:
+            check_launch_file(stock)
+        except ValueError as error:
+            msg = (
+                f"{file}, beside the section '{SECTION}': {str(error).replace(str(stock), 'it')} "
+                "Add what accelerate launch needs, as accelerate config writes it, for instance "
+                "\"distributed_type: 'NO'\" for one process, 'distributed_type: MULTI_GPU' for DDP."
+            )
+            raise ConfigError(msg) from None
         arguments.config_file = str(stock)
         with patch_environment(**environment):
             launch(arguments)

@@ -21,6 +21,7 @@ __all__ = [
     "Prepared",
     "Versions",
     "around_trainers",
+    "check_launch_file",
     "default_config_file",
     "engine_of",
     "hold_schedule",
@@ -116,6 +117,17 @@ def launch(arguments: Namespace) -> None:
     from accelerate.commands.launch import launch_command
 
     launch_command(arguments)
+
+
+def check_launch_file(file: Path) -> None:
+    """Raise as `accelerate launch` would.
+
+    Raises:
+        ValueError: If a key is missing or unknown, or has an unknown value.
+    """
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    load_config_from_file(str(file))
 
 
 def default_config_file() -> Path:

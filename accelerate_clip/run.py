@@ -1,7 +1,7 @@
 """Run an unchanged script with clipping on: `python -m accelerate_clip.run script.py args...`.
 
-The configuration comes from the environment variable `ACCELERATE_CLIP_CONFIG`: JSON, or the path
-of a YAML file. `accelerate-clip launch` sets it.
+The configuration comes from the environment variable `ACCELERATE_CLIP_CONFIG`: JSON (a
+configuration, or a list of policies), or the path of a YAML file. `accelerate-clip launch` sets it.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ def config_from_environment() -> ClipConfig:
     value = os.environ.get(CONFIG_VARIABLE, "")
     if not value:
         msg = (
-            f"The environment variable {CONFIG_VARIABLE} is not set; allowed: a configuration as "
-            "JSON, or the path of a YAML file. Set it, or start the script with "
-            "accelerate-clip launch --config_file FILE script.py."
+            f"The environment variable {CONFIG_VARIABLE} is not set; allowed: a configuration or "
+            "a list of policies as JSON, or the path of a YAML file. Set it, or start the script "
+            "with accelerate-clip launch --config_file FILE script.py."
         )
         raise ConfigError(msg)
-    if not value.lstrip().startswith("{"):
+    if not value.lstrip().startswith(("{", "[")):
         return as_config(value)
     try:
-        return as_config(json.loads(value))
+        given = json.loads(value)
     except json.JSONDecodeError as error:
         msg = f"{CONFIG_VARIABLE} is {value!r}, which isn't JSON: {error}. Check its quotes."
         raise ConfigError(msg) from None
+    return as_config({"policies": given} if isinstance(given, list) else given)
 
 
 def enable_on_creation(config: ClipConfig) -> None:

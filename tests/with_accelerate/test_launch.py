@@ -128,7 +128,7 @@ def test_scripts_and_modules_run_as_python_would_run_them(tmp_path, monkeypatch)
     Accelerator.__init__ = Accelerator.__init__.__wrapped__
     with monkeypatch.context() as context:
         context.syspath_prepend(str(tmp_path))
-        in_this_process(context, ["-m", "probe", out], json.dumps(config))
+        in_this_process(context, ["-m", "probe", out], json.dumps(config["policies"]))
     assert json.loads(Path(out).read_text())[2:] == ["__main__", expected]
 
 
@@ -138,6 +138,7 @@ def test_scripts_and_modules_run_as_python_would_run_them(tmp_path, monkeypatch)
         ("", "environment variable ACCELERATE_CLIP_CONFIG is not set"),
         ("{policies", "which isn't JSON"),
         ('{"policies": []}', "at least one policy is needed"),
+        ('[{"type": "nrm"}]', r"policies\[0\]\.type is 'nrm'"),
         ("nowhere.yaml", "nowhere.yaml: the file can't be read"),
     ],
 )
@@ -268,6 +269,27 @@ def test_nothing_is_told_where_all_start(stock, flags, tmp_path, handed_over, ca
 def test_a_wrong_section_is_an_error_with_its_line(section, message, tmp_path, handed_over):
     with pytest.raises(SystemExit, match=message):
         launch.main(["launch", "--config_file", write(tmp_path, section), "a.py"])
+    assert not handed_over
+
+
+@pytest.mark.parametrize(
+    ("stock", "message"),
+    [
+        (
+            "",
+            r"clip\.yaml, beside .*`distributed_type` must be specified.*: 'NO'",
+        ),
+        ("distributed_type: MULTI_CPUS\n", r"clip\.yaml, beside .*'MULTI_CPUS' is not a valid"),
+        ("distributed_type: 'NO'\nnum_gpus: 2\n", r"clip\.yaml, .* at it had .*\['num_gpus'\]"),
+    ],
+)
+def test_what_accelerate_misses_in_the_rest_is_said_of_the_users_file(
+    stock, message, tmp_path, handed_over
+):
+    file = tmp_path / "clip.yaml"
+    file.write_text(stock + SECTION, encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        launch.main(["launch", "--config_file", str(file), "a.py"])
     assert not handed_over
 
 
