@@ -15,7 +15,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module
 
-from accelerate_clip.engine import EngineClipper
+from accelerate_clip.checkpoint import load_clip, save_clip
+from accelerate_clip.engine import EngineClipper, settle_threshold
 from accelerate_clip.groups import configs_of, named_parameters
 from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import (
@@ -23,6 +24,7 @@ from accelerate_clip.refuse import (
     refuse_several,
     refuse_stale,
 )
+from accelerate_clip.replaced import Replaced
 from accelerate_clip.report import Clipper, Reporter, describe, is_same_rule
 from accelerate_clip.step import StepClipper, accumulated_norm, apart, unwrapped
 from gradclip import (
@@ -47,6 +49,7 @@ class AcceleratorClip:
     Attributes:
         divided_by: By how many batches the script itself divides the loss that it hands to
             `accelerator.backward`: 1, and a window under transformers' `Trainer`.
+        owner: The callback that enabled it, if one did.
     """
 
     def __init__(self, accelerator: Accelerator, config: ClipConfig) -> None:
@@ -58,13 +61,12 @@ class AcceleratorClip:
         self._said: set[str] = set()
         self._watched = False
         self.divided_by: Callable[[], int] = lambda: 1
+        self.owner: object | None = None
         self._preparing = 0
+        unsettle = settle_threshold(accelerator)
         self._adopt()
-        accelerator.backward = self._watch(accelerator.backward)
-        accelerator.log = self._reporter.join(accelerator.log)
-        accelerator.end_training = self._report_before(accelerator.end_training)
-        accelerator.prepare = self._adopt_after(accelerator.prepare)
-        accelerator.prepare_optimizer = self._adopt_after(accelerator.prepare_optimizer)
+        self._replaced = self._take_over()
+        self._replaced.also(unsettle)
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -169,10 +171,38 @@ class AcceleratorClip:
         self._reporter.follow(self._clippers, folder)
 
     def detach(self) -> None:
-        """Stop clipping what is prepared now."""
+        """Undo `enable`: the accelerator is a stock one again, which can be enabled anew.
+
+        Trackers get what is left, and the flight record is written.
+        """
+        if not self._replaced.is_on:
+            return
+        self._reporter.end()
         for clipper in self._clippers:
             clipper.detach()
-            clipper.recorder.close()
+        self._replaced.undo()
+
+    def _take_over(self) -> Replaced:
+        accelerator = self._accelerator
+        replaced = Replaced(accelerator)
+        replaced.put("clip_grad_norm_", self.clip_grad_norm_)
+        replaced.put("clip_grad_value_", self.clip_grad_value_)
+        replaced.put("backward", self._watch(accelerator.backward))
+        replaced.put("log", self._reporter.join(accelerator.log))
+        replaced.put("end_training", self._report_before(accelerator.end_training))
+        for name in ("prepare", "prepare_optimizer"):
+            replaced.put(name, self._adopt_after(getattr(accelerator, name)))
+        each_node = accelerator.project_configuration.save_on_each_node
+        for handle in (
+            accelerator.register_save_state_pre_hook(
+                lambda *call: save_clip(self, call[-1], each_node)
+            ),
+            accelerator.register_load_state_pre_hook(lambda *call: load_clip(self, call[-1])),
+        ):
+            replaced.also(handle.remove)
+        accelerator.gradient_clip = self
+        replaced.also(lambda: delattr(accelerator, "gradient_clip"))
+        return replaced
 
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)

@@ -6,9 +6,7 @@ import sys
 
 from accelerate import Accelerator
 
-from accelerate_clip.checkpoint import load_clip, save_clip
 from accelerate_clip.clipper import AcceleratorClip
-from accelerate_clip.engine import settle_threshold
 from accelerate_clip.refuse import refuse_unsupported, warn_if_alone
 from gradclip import ConfigError, PolicyLike, as_config
 
@@ -29,7 +27,7 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
             path of a YAML file.
 
     Returns:
-        A handle that shows what happened.
+        A handle that shows what happened; its `detach` undoes this.
 
     Raises:
         ConfigError: If the policy isn't valid, or clipping is enabled already.
@@ -52,21 +50,14 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
     if isinstance(getattr(accelerator, "gradient_clip", None), AcceleratorClip):
         msg = (
             "accelerate_clip.enable: clipping is enabled on this Accelerator already (by an "
-            "earlier call, or by accelerate-clip launch); allowed: once. Remove one of them; "
-            "accelerator.gradient_clip is what the first one returned."
+            "earlier call, or by accelerate-clip launch); allowed: once. Remove one of them, or "
+            "undo the first one: accelerator.gradient_clip.detach()."
         )
         raise ConfigError(msg)
     config = as_config(policy)
     refuse_unsupported(accelerator)
-    settle_threshold(accelerator)
     warn_if_alone(accelerator)
     clip = AcceleratorClip(accelerator, config)
-    accelerator.gradient_clip = clip
-    accelerator.clip_grad_norm_ = clip.clip_grad_norm_
-    accelerator.clip_grad_value_ = clip.clip_grad_value_
-    each_node = accelerator.project_configuration.save_on_each_node
-    accelerator.register_save_state_pre_hook(lambda *call: save_clip(clip, call[-1], each_node))
-    accelerator.register_load_state_pre_hook(lambda *call: load_clip(clip, call[-1]))
     if "transformers.trainer" in sys.modules:
         from accelerate_clip.trainer import follow_trainers
 

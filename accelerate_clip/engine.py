@@ -109,17 +109,19 @@ class EngineClipper(GradientClipper):
         self._handle.remove()
 
 
-def settle_threshold(accelerator: Accelerator) -> None:
+def settle_threshold(accelerator: Accelerator) -> Callable[[], None]:
     """Leave out a threshold for DeepSpeed that nobody wrote down for it.
 
     Accelerate makes 1.0 of "auto"; transformers' Trainer fills in its `max_grad_norm`, which it
     also passes to `clip_grad_norm_`, where it is answered.
+
+    Returns:
+        Puts it back, for engines to come.
     """
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is None:
-        return
-    by_trainer = hasattr(plugin.hf_ds_config, "trainer_config_process")
-    if "gradient_clipping" in plugin.deepspeed_config and (
-        plugin.gradient_clipping == "auto" or by_trainer
-    ):
-        plugin.deepspeed_config["gradient_clipping"] = 0.0
+    if plugin is None or "gradient_clipping" not in plugin.deepspeed_config:
+        return lambda: None
+    config, before = plugin.deepspeed_config, plugin.deepspeed_config["gradient_clipping"]
+    if plugin.gradient_clipping == "auto" or hasattr(plugin.hf_ds_config, "trainer_config_process"):
+        config["gradient_clipping"] = 0.0
+    return lambda: config.update(gradient_clipping=before)

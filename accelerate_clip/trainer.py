@@ -27,7 +27,8 @@ class GradientClipCallback(TrainerCallback):
 
     The policy decides instead of `max_grad_norm`. The Trainer's `grad_norm` is the norm before
     clipping, its logs and history hold the metrics of `ClipRecord` too, and its checkpoints
-    the clipping state.
+    the clipping state. Once it is removed, `train` clips by `max_grad_norm` again. It clips one
+    Trainer at a time, and starts with fresh state when another trains with it.
 
     Args:
         policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
@@ -52,8 +53,9 @@ class GradientClipCallback(TrainerCallback):
         """Clip with this Trainer's accelerator, unless this callback does so already."""
         if self.clip is None or _clip_of(trainer) is not self.clip:
             if self.clip is not None:
-                self.clip.detach()  # a trial's new accelerator may get the same optimizer
+                self.clip.detach()  # another Trainer's, or an earlier trial's accelerator
             self.clip = enable(trainer.accelerator, self.config)
+            self.clip.owner = self
             self._accelerator = trainer.accelerator
 
     def on_train_begin(
@@ -93,9 +95,13 @@ def _clip_of(trainer: Trainer) -> AcceleratorClip | None:
 
 
 def _bind(trainer: Trainer) -> None:
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, GradientClipCallback):
-            callback.bind(trainer)
+    listed = trainer.callback_handler.callbacks
+    callbacks = [callback for callback in listed if isinstance(callback, GradientClipCallback)]
+    clip = _clip_of(trainer)
+    if clip is not None and clip.owner is not None and clip.owner not in callbacks:
+        clip.detach()
+    for callback in callbacks:
+        callback.bind(trainer)
     clip = _clip_of(trainer)
     if clip is not None:
         clip.place_record(trainer.args.output_dir)

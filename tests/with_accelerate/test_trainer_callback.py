@@ -265,6 +265,38 @@ def test_added_later_trained_twice_and_searched(tmp_path):
     assert callback.clip.clippers[0].steps == 6
 
 
+def test_one_that_was_removed_clips_no_more(tmp_path):
+    policy = {"policies": [{"type": "norm", "max_norm": 0.25}]}
+    trainer, callback = made(
+        tmp_path, policy, max_grad_norm=0, save_strategy="no", learning_rate=0.0
+    )
+    trainer.train()
+    [row] = [row for row in rows_of(trainer) if row["step"] == 1]
+    assert row["clip/clipped_norm"] == pytest.approx(0.25, rel=1e-4)
+    trainer.remove_callback(callback)
+    trainer.train()
+    assert not any(key.startswith("clip/") for row in trainer.state.log_history for key in row)
+    assert callback.clip.clippers[0].steps == 6
+    assert not hasattr(trainer.accelerator, "gradient_clip")
+    other = accelerate_clip.GradientClipCallback({"policies": [{"type": "norm", "max_norm": 0.1}]})
+    trainer.add_callback(other)
+    trainer.train()
+    [row] = [row for row in rows_of(trainer) if row["step"] == 1]
+    assert row["clip/clipped_norm"] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_one_that_serves_two_trainers_in_turn_clips_each_with_fresh_state(tmp_path):
+    first, callback = made(tmp_path / "first", save_strategy="no")
+    second, _ = made(tmp_path / "second", save_strategy="no")
+    second.remove_callback(accelerate_clip.GradientClipCallback)
+    second.add_callback(callback)
+    for trainer in (first, second, first):
+        trainer.train()
+        assert callback.clip is trainer.accelerator.gradient_clip
+        assert callback.clip.clippers[0].steps == 6
+        assert rows_of(trainer)[0]["clip/limit"] == 5.0
+
+
 def test_two_that_clip_are_refused(tmp_path):
     trainer, _ = made(tmp_path)
     accelerate_clip.enable(trainer.accelerator, CONFIG)

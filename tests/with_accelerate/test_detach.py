@@ -1,0 +1,92 @@
+"""`detach` undoes `enable`: what follows is a stock accelerator's, and can be enabled anew."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from support.prepared import batch, net, norm_of, prepared
+
+import accelerate_clip
+from gradclip import ClipByNorm, ClipConfig, RecorderConfig
+
+SMALL = ClipByNorm(max_norm=1e-3)
+
+
+def fresh():
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def train(accelerator, model, opt, steps):
+    for step in steps:
+        opt.zero_grad()
+        accelerator.backward(model(batch(step)).square().mean())
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        opt.step()
+
+
+def test_nothing_of_it_is_left_on_the_accelerator():
+    accelerator = Accelerator(cpu=True)
+    before = dict(vars(accelerator))
+    clip = accelerate_clip.enable(accelerator, SMALL)
+    assert accelerator.gradient_clip is clip
+    clip.detach()
+    clip.detach()
+    assert vars(accelerator) == before
+
+
+def test_steps_and_checkpoints_are_stock_ones_from_then_on(tmp_path):
+    config = ClipConfig(policies=[SMALL], recorder=RecorderConfig())
+    accelerator, clip, model, opt = prepared(config, project_dir=tmp_path)
+    train(accelerator, model, opt, range(3))
+    norm = clip.last_record.grad_norm
+    clip.detach()
+    accelerator.save_state(tmp_path / "saved")
+    assert not (tmp_path / "saved/gradient_clip.bin").exists()
+    _, *rows = (tmp_path / "gradclip.trace.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 1, 2]
+    start = [p.detach().clone() for p in model.parameters()]
+    train(accelerator, model, opt, range(3, 6))
+    assert clip.clippers[0].steps == 3
+    assert clip.last_record.grad_norm is norm
+
+    fresh()
+    stock, other = Accelerator(cpu=True), net()
+    other, opt = stock.prepare(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    with torch.no_grad():
+        for parameter, value in zip(other.parameters(), start, strict=True):
+            parameter.copy_(value)
+    train(stock, other, opt, range(3, 6))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_another_policy_can_be_enabled_then():
+    accelerator, clip, model, opt = prepared(SMALL)
+    clip.detach()
+    second = accelerate_clip.enable(accelerator, ClipByNorm(max_norm=1e-2))
+    clip.detach()
+    before = [p.detach().clone() for p in model.parameters()]
+    train(accelerator, model, opt, range(1))
+    moved = norm_of([p.detach() - q for p, q in zip(model.parameters(), before, strict=True)])
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+    assert clip.last_record is None
+    assert second.clippers[0].steps == 1
+
+
+def test_what_somebody_else_wrapped_since_stays_theirs():
+    accelerator, clip, model, opt = prepared(SMALL)
+    ours, calls = accelerator.backward, []
+
+    def theirs(loss):
+        calls.append(loss)
+        ours(loss)
+
+    accelerator.backward = theirs
+    clip.detach()
+    assert accelerator.backward is theirs
+    train(accelerator, model, opt, range(2))
+    assert len(calls) == 2
+    assert clip.clippers[0].batch is None
+    assert clip.last_record is None
