@@ -100,6 +100,13 @@ def thresholds():
         for options in ({}, {"gradient_clipping": 4.0}):
             _, model, *_ = prepare(with_deepspeed(2, **options), after)
             assert model.gradient_clipping() == model.optimizer.clip_grad == 0
+    accelerator = with_deepspeed(2)
+    given = accelerator.state.deepspeed_plugin.deepspeed_config
+    before = dict(given)
+    clip = accelerate_clip.enable(accelerator, ClipConfig(policies=POLICIES))
+    assert given["gradient_clipping"] == 0 != before["gradient_clipping"]
+    clip.detach()
+    assert given == before
 
 
 def advancing():
