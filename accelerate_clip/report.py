@@ -37,6 +37,7 @@ class Reporter:
         self._clippers: Sequence[Clipper] = ()
         self._due: list[Clipper] = []
         self._script_logs = False
+        self._entry_step: int | None = None
         self._rest_step: int | None = None
         self._send = accelerator.log
 
@@ -63,8 +64,9 @@ class Reporter:
         ) -> None:
             due = self._due if self._accelerator.trackers else []
             self._script_logs, self._due = True, []
+            self._entry_step = step if due else self._entry_step
             # The rest mustn't take the place of an entry: W&B has one row for each step.
-            self._rest_step = None if step is None else step + bool(due)
+            self._rest_step = None if step is None else step + (step == self._entry_step)
             self._give(due, step, lambda ours: log({**ours, **values}, step, *rest, **options))
 
         return log_and_join

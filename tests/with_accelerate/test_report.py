@@ -181,6 +181,7 @@ def test_wandb_and_mlflow_read_them_back_and_lose_no_row_of_the_script(tmp_path)
 def each_forty(accelerator, batch):
     if batch % 40 == 39:
         accelerator.log({"loss": 0.5}, step=batch // 40)
+        accelerator.log({"accuracy": 0.5}, step=batch // 40)
 
 
 def each_forty_by_itself(accelerator, batch):
