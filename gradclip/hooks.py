@@ -136,4 +136,4 @@ class _Attached:
             clipper.clip(grad_scale=grad_scale, repeat=repeat)
         finally:  # which is another one if parameters were added
             clipper._on.effect.in_step = False
-        self._known = clipper.last_record
+            self._known = clipper.last_record

@@ -72,7 +72,8 @@ class GradientClip(Callback):
         ConfigError: If the configuration isn't valid. When fitting starts, also if something
             else clips too, an optimizer or strategy can't be clipped from a callback, scope
             "parameter" meets the flat parameters of `FSDPStrategy(use_orig_params=False)`, or
-            schedules that the Trainer doesn't step are to be held.
+            schedules that the Trainer doesn't step are to be held. In a step that Lightning's
+            hooks aren't called for.
         LayoutError: When fitting starts, if parameters are laid out in a way that isn't
             supported.
 

@@ -60,21 +60,22 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
     """Check the optimizers, which exist once the strategy is set up.
 
     Raises:
-        ConfigError: If one holds parameters that the module no longer has.
+        ConfigError: If one holds no parameters, or none that the module still has.
     """
     held = {id(parameter) for parameter in module.parameters()}
     for index, optimizer in enumerate(trainer.optimizers):
+        if not isinstance(optimizer, Optimizer):
+            continue  # a wrapper, which has parameters of its own making
         name = f"Optimizer {index} ({type(optimizer).__name__})"
         own = [p for group in optimizer.param_groups for p in group["params"]]
-        if isinstance(optimizer, Optimizer) and not own:
+        if not own:
             msg = (
                 f"{name} holds no parameters, so there is nothing to clip, as where "
                 "configure_optimizers returns None; allowed: an optimizer with parameters. Return "
                 "one, or remove GradientClip."
             )
             raise ConfigError(msg)
-        # A wrapper that isn't a torch optimizer has parameters of its own making.
-        if isinstance(optimizer, Optimizer) and not any(id(p) in held for p in own):
+        if not any(id(p) in held for p in own):
             msg = (
                 f"{name} holds no parameter of {type(module).__name__}, so training would change "
                 "nothing: sharding may have put others in their place after it was built. Build "

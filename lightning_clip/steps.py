@@ -29,11 +29,9 @@ class Steps:
         self._is_in_batch = False
         self._undo: list[Callable[[], None]] = []
         for index, optimizer in enumerate(optimizers):
-            if index in self._closures:
-                begin = partial(self._begin, index)
-                self._undo.append(optimizer.register_step_pre_hook(begin).remove)
             if isinstance(optimizer, Optimizer):
-                end = partial(self._end, index)
+                begin, end = partial(self._begin, index), partial(self._end, index)
+                self._undo.append(optimizer.register_step_pre_hook(begin).remove)
                 self._undo.append(optimizer.register_step_post_hook(end).remove)
 
     def begin_batch(self) -> None:
@@ -60,17 +58,25 @@ class Steps:
         while self._undo:
             self._undo.pop()()
 
-    def _begin(self, index: int, *_: object) -> None:
+    def _begin(
+        self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self._evaluated.discard(index)
+        # A step with a closure is announced by the closure, if it is Lightning's.
+        if kwargs.get("closure", args[1] if len(args) > 1 else None) is None:
+            self._refuse_unannounced(index)
 
     def _end(self, index: int, *_: object) -> None:
+        self._refuse_unannounced(index)
+        self._announced.discard(index)
+
+    def _refuse_unannounced(self, index: int) -> None:
         if self._is_in_batch and index not in self._announced:
             msg = (
-                f"{self._names[index]} made a step that Lightning's on_before_optimizer_step, "
+                f"{self._names[index]} makes a step that Lightning's on_before_optimizer_step, "
                 "where GradientClip clips, wasn't called for; allowed: steps of what "
                 "self.optimizers() returns, and of the optimizer that optimizer_step is given. "
                 "Leave out use_pl_optimizer=False and `.optimizer`, or clip there yourself with a "
                 "gradclip.GradientClipper and remove GradientClip."
             )
             raise ConfigError(msg)
-        self._announced.discard(index)

@@ -187,9 +187,27 @@ class PastTheHooksByItself(Small):
         optimizer.optimizer.step()
 
 
-@pytest.mark.parametrize("module", [PastTheHooks, PastTheHooksByItself])
-def test_a_step_that_the_callback_is_not_told_of(module):
-    refused(r"Optimizer 0 \(AdamW\) made a step.*use_pl_optimizer=False", module=module())
+class PastTheHooksWithAClosure(ByHand):
+    def training_step(self, batch, _):
+        def closure():
+            self.manual_backward(self.loss(inputs(batch)))
+
+        self.optimizers(use_pl_optimizer=False).step(closure)
+
+
+PAST = r"Optimizer 0 \(AdamW\) makes a step.*use_pl_optimizer=False"
+
+
+@pytest.mark.parametrize("kind", [PastTheHooks, PastTheHooksByItself])
+def test_a_step_that_the_callback_is_not_told_of_changes_nothing(kind):
+    module = kind()
+    before = [p.detach().clone() for p in module.parameters()]
+    refused(PAST, module=module)
+    assert all(map(torch.equal, module.parameters(), before))
+
+
+def test_such_a_step_with_a_closure():
+    refused(PAST, module=PastTheHooksWithAClosure())
 
 
 def test_an_optimizer_is_free_after_fitting():
