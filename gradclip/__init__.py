@@ -5,6 +5,7 @@
 >>> record = clipper.clip()  # doctest: +SKIP
 """
 
+from gradclip.clipper import GradientClipper
 from gradclip.config import (
     ClipConfig,
     GroupConfig,
@@ -15,7 +16,6 @@ from gradclip.config import (
     load_section,
     load_yaml,
 )
-from gradclip.engine import GradientClipper
 from gradclip.errors import (
     ClipError,
     ConfigError,
@@ -25,8 +25,7 @@ from gradclip.errors import (
     SkipLimitError,
 )
 from gradclip.functional import clip_grad_norm_, clip_grad_value_, get_total_norm
-from gradclip.noise_scale import NoiseScale
-from gradclip.parameters import configs_for
+from gradclip.plan.parameters import configs_for
 from gradclip.policies import (
     AGC,
     AdaGC,
@@ -45,7 +44,7 @@ from gradclip.policies import (
     ZClip,
     after,
 )
-from gradclip.records import ClipRecord
+from gradclip.records.record import ClipRecord
 
 __all__ = [
     "AGC",
@@ -64,7 +63,6 @@ __all__ = [
     "GroupConfig",
     "LayoutError",
     "LogConfig",
-    "NoiseScale",
     "NonFiniteError",
     "PolicyLike",
     "RecorderConfig",

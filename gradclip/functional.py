@@ -13,7 +13,7 @@ from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.kernels import kernel_for
 from gradclip.layouts import LocalLayout, completed, detect
 from gradclip.measure import is_wide, measure
-from gradclip.parameters import grad_dtype
+from gradclip.plan.parameters import grad_dtype
 from gradclip.types import Collected, Grads, Kernel
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "get_total_norm"]

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gradclip.types import Grads, Kernel, Layout, Measurable, Units
+from gradclip.types import Collected, Grads, Kernel, Layout, Measurable, Units
 
-__all__ = ["Source", "is_wide", "measure"]
+if TYPE_CHECKING:
+    from gradclip.plan.plan import Plan
+
+__all__ = [
+    "Source",
+    "combine",
+    "combine_runs",
+    "is_wide",
+    "measure",
+    "measure_each",
+    "measure_step",
+]
+
+Norms = dict[float, Tensor]
 
 Source = Grads | Units | Measurable
 """What can be measured."""
@@ -34,7 +48,7 @@ def measure(
     one more, as is the scale that a wide p needs to stay in range.
 
     Args:
-        sources: What this rank counts, one list per slot or cut into units, and for each p
+        sources: What this rank counts, one list per slot or divided into units, and for each p
             whether it is wide (see `is_wide`); the same on every rank. The gradients, the
             parameters where their norms are asked for, and what element policies make of both.
         layout: How measures combine over ranks.
@@ -44,11 +58,11 @@ def measure(
         For each source and p a float64 tensor of shape (slots,) on the layout's first device; NaN
         or inf where an element is.
     """
-    home = layout.devices[0]
+    device = layout.devices[0]
     norms: list[dict[float, Tensor]] = [{} for _ in sources]
     ranged = [i for i, (_, p) in enumerate(sources) if math.inf in p or any(p.values())]
     if ranged:
-        peaks = torch.stack([_peaks(sources[i][0], kernel).to(home) for i in ranged])
+        peaks = torch.stack([_peaks(sources[i][0], kernel).to(device) for i in ranged])
         for i, peak in zip(ranged, layout.max(peaks.view(-1)).view_as(peaks), strict=True):
             norms[i][math.inf] = peak
     exponents = {i: _exponent(norms[i][math.inf]) for i in ranged}
@@ -60,7 +74,7 @@ def measure(
         for i, p in summed
     ]
     if parts:
-        sums = layout.sum(torch.stack([part.to(home) for part in parts]))
+        sums = layout.sum(torch.stack([part.to(device) for part in parts]))
         for (i, p), total in zip(summed, sums.unbind(), strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
             norms[i][p] = root * torch.exp2(exponents[i]) if sources[i][1][p] else root
@@ -81,3 +95,98 @@ def _exponent(peaks: Tensor) -> Tensor:
     """Powers of two that bring each peak to about 1; 0 where there is nothing to scale."""
     usable = torch.isfinite(peaks) & (peaks > 0)
     return torch.where(usable, peaks, 1.0).log2().floor().clamp(-1000, 1000)
+
+
+def measure_step(
+    plan: Plan,
+    grads: Collected,
+    probes: Mapping[int, Measurable],
+    layout: Layout,
+    kernel: Kernel,
+) -> tuple[Norms, dict[int, Tensor], Norms | None]:
+    """Norms of gradients, of what element policies make of them, and of weights.
+
+    Args:
+        plan: What is asked for.
+        grads: This rank's.
+        probes: What element policies measure in place of gradients, by rule.
+        layout: How measures combine over ranks.
+        kernel: What measures this rank's tensors.
+
+    Returns:
+        For each p the norms of the measured slots; by rule those of its probe; for each p those
+        of the weights, None where no policy asks.
+    """
+    sources: list[tuple[Source, Mapping[float, bool]]] = [
+        (plan.as_measured(grads.counted), plan.norm_types),
+        *((probe, plan.probe_types[index]) for index, probe in probes.items()),
+    ]
+    if plan.weight_types:
+        weights = layout.weights(plan.slots).counted
+        sources.append((plan.as_measured(weights), plan.weight_types))
+    norms, *more = measure(sources, layout, kernel)
+    probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
+    return norms, probed, more[0] if more else None
+
+
+def measure_each(
+    plan: Plan, layout: Layout, kernel: Kernel, grad_scale: Tensor | None = None
+) -> Tensor:
+    """The recorded norm of each parameter; one more read, and message where ranks share them.
+
+    Args:
+        plan: Whose parameters to tell apart.
+        layout: How measures combine over ranks.
+        kernel: What measures this rank's tensors.
+        grad_scale: 0-d factor that the gradients still carry.
+    """
+    assert plan.each is not None
+    grads = layout.collect(list(plan.each.values())).counted
+    [norms] = measure([(grads, {plan.recorded: plan.norm_types[plan.recorded]})], layout, kernel)
+    found = norms[plan.recorded]
+    return found if grad_scale is None else found / grad_scale
+
+
+def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> Tensor:
+    """The p-norm of unions of slots from the p-norms of the slots, without overflow.
+
+    Args:
+        norms: Shape (n,), float64.
+        norm_type: p, or inf.
+        members: Int64 of shape (m, k), the slots of each union, filled up with n; None for one of
+            all. A table of m times n would grow with the square of a model's parameters.
+
+    Returns:
+        Shape (m,), or 0-d for one union. Sums run over a dim, in one order on every device, so
+        that ranks agree bitwise.
+    """
+    parts = norms if members is None else torch.cat([norms, norms.new_zeros(1)]).take(members)
+    if parts.shape[-1] == 1:
+        return parts.squeeze(-1)
+    peak = parts.amax(-1)
+    if norm_type == math.inf:
+        return peak
+    scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
+    return scale * (parts / scale.unsqueeze(-1)).pow(norm_type).sum(-1).pow(1.0 / norm_type)
+
+
+def combine_runs(norms: Tensor, norm_type: float, lengths: Tensor) -> Tensor:
+    """The p-norm of runs of units, one after the other, from the p-norms of the units.
+
+    Args:
+        norms: Shape (units,), float64.
+        norm_type: p, or inf.
+        lengths: Int64 of shape (runs,), at least 1 each; their sum is the number of units.
+
+    Returns:
+        Shape (runs,). Each run is added up in one order on every device, so that ranks agree
+        bitwise.
+    """
+    peak = torch.segment_reduce(norms, "max", lengths=lengths, unsafe=True)
+    if norm_type == math.inf:
+        return peak
+    scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
+    each = torch.repeat_interleave(scale, lengths, output_size=norms.numel())
+    powers = (norms / each).pow(norm_type)
+    total = torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
+    return scale * total.pow(1.0 / norm_type)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from gradclip.errors import ConfigError
-from gradclip.policies import ElementPolicy, Rule
-from gradclip.records import Tally
+from gradclip.plan.plan import Rule
+from gradclip.policies import ElementPolicy
+from gradclip.records.record import Tally
 from gradclip.types import Memory, State
 
 if TYPE_CHECKING:
-    from gradclip.lay_out import LaidOut
+    from gradclip.core import LaidOut
 
 __all__ = ["carry_over", "pack", "unpack"]
 
@@ -44,13 +45,13 @@ def pack(on: LaidOut, states: Sequence[State], tally: Tally) -> dict[str, Any]:
 
 def unpack(
     saved: Mapping[str, Any], on: LaidOut, states: Sequence[State]
-) -> tuple[list[State], Tensor, dict[tuple[int, str], Memory]]:
+) -> tuple[list[State], Tensor, dict[tuple[tuple[int, int], str], Memory]]:
     """The states, counts and memory of elements of a `state_dict`, checked against this clipper.
 
     Raises:
         ConfigError: If policies, slots or shapes are others.
     """
-    rules, device = on.plan.rules, on.home
+    rules, device = on.plan.rules, on.device
     if saved.get("format") != FORMAT:
         msg = (
             f"Saved clip state has format {saved.get('format')!r}; this version reads {FORMAT}. "
@@ -86,7 +87,7 @@ def unpack(
             continue
         loaded.append({n: v.to(device, torch.float64).clone() for n, v in entry["state"].items()})
     counts = [torch.as_tensor(saved["counts"][name]).to(device) for name in Tally.NAMES]
-    elements: dict[tuple[int, str], Memory] = {}
+    elements: dict[tuple[tuple[int, int], str], Memory] = {}
     for rule, entry in zip(rules, saved["policies"], strict=True):
         elements |= on.memory.loaded(rule, entry.get("elements", {}), device)
     return loaded, torch.stack(counts).to(torch.float64), elements
@@ -96,12 +97,12 @@ def carry_over(
     before: Sequence[Rule], states: Sequence[State], after: Sequence[Rule], device: torch.device
 ) -> list[State]:
     """States for new slots: those of the same name keep their columns, others start fresh."""
-    old = {id(rule.policy): (rule.names, state) for rule, state in zip(before, states, strict=True)}
+    old = {rule.key: (rule.names, state) for rule, state in zip(before, states, strict=True)}
     carried: list[State] = []
     for rule in after:
         fresh = rule.policy.init(len(rule.names), device)
-        names, state = old.get(id(rule.policy), ((), {}))
-        known = {name: place for place, name in enumerate(names)}
+        names, state = old.get(rule.key, ((), {}))
+        known = {name: index for index, name in enumerate(names)}
         kept = [(i, known[name]) for i, name in enumerate(rule.names) if name in known]
         for key, value in fresh.items() if kept else ():
             here, there = torch.tensor(kept, device=value.device).unbind(1)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
 from gradclip.layouts import mean_loss
-from gradclip.policies import Rule, SkipNonfinite
+from gradclip.plan.plan import Rule
+from gradclip.policies import SkipNonfinite
 from gradclip.policies.skip import SkipPolicy
 from gradclip.types import Kernel, Layout, Verdict
 
-__all__ = ["Latch", "Losses", "is_withheld", "not_finite", "where_not_finite"]
+__all__ = ["DeferredStop", "Losses", "is_withheld", "not_finite", "where_not_finite"]
 
 
 class Losses:
@@ -60,7 +61,7 @@ class Losses:
         return found
 
 
-class Latch:
+class DeferredStop:
     """A policy's bound that was reached on the device, of which the host learns later.
 
     From then on every step is withheld, until the host looks, every so many steps, and raises.

@@ -20,11 +20,11 @@ __all__ = [
     "Layout",
     "Measurable",
     "Memory",
-    "Piece",
-    "Place",
+    "Region",
     "Scope",
     "State",
     "Stats",
+    "UnitSpan",
     "Units",
     "Verdict",
 ]
@@ -44,7 +44,7 @@ Grads = Sequence[list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Region:
     """A part of a parameter: a box of it, or an interval of its elements in memory order.
 
     Attributes:
@@ -61,12 +61,12 @@ class Place:
     interval: tuple[int, int] | None = None
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Place:
+    def whole(cls, shape: tuple[int, ...]) -> Region:
         """All of it."""
         return cls(shape, (0,) * len(shape), shape)
 
     @classmethod
-    def between(cls, shape: tuple[int, ...], first: int, stop: int) -> Place:
+    def between(cls, shape: tuple[int, ...], first: int, stop: int) -> Region:
         """Some elements in a row."""
         return cls(shape, (), (), (first, max(first, stop)))
 
@@ -80,18 +80,18 @@ class Place:
         return whole
 
 
-class Piece(NamedTuple):
+class UnitSpan(NamedTuple):
     """What a local tensor says of units, which it holds wholly or in part.
 
     Attributes:
-        kept: The dims that tell units apart, from the first up to but without the second; the
+        unit_dims: The dims that tell units apart, from the first up to but without the second; the
             others lie within a unit. (0, 0) is one unit.
         start: Index of the first of them among all units.
         units: How many they are.
         row: Elements of each that are here.
     """
 
-    kept: tuple[int, int]
+    unit_dims: tuple[int, int]
     start: int
     units: int
     row: int
@@ -103,19 +103,19 @@ class Units:
 
     Attributes:
         tensors: Those on this rank.
-        pieces: What each of them holds, by rising index; each unit is in one of them at most.
+        spans: What each of them holds, by rising index; each unit is in one of them at most.
         count: All units, also of those only other ranks hold.
         device: Where measures of them are wanted.
     """
 
     tensors: Sequence[Tensor]
-    pieces: Sequence[Piece]
+    spans: Sequence[UnitSpan]
     count: int
     device: torch.device
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Piece]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, UnitSpan]]:
         """Each tensor and what it holds."""
-        return zip(self.tensors, self.pieces, strict=True)
+        return zip(self.tensors, self.spans, strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,13 @@ class Elementwise(Protocol):
     """The part of an element policy that works on elements (`gradclip.policies.elements`)."""
 
     memory: ClassVar[tuple[str, ...]]
+    probes: ClassVar[bool]
     clamps: ClassVar[bool]
+
+    @property
+    def saves(self) -> bool:
+        """Whether the memory of elements is part of the saved state."""
+        ...
 
     @property
     def borrows(self) -> str | None:
@@ -205,6 +211,7 @@ class Edit:
 
     Attributes:
         policy: What clips.
+        key: Of the policy's rule.
         slots: Indices of the plan's slots that it may change.
         values: What it clips with, each of shape (plan's slots,), float64.
         changes: Shape (plan's slots,), bool: some element of the slot changes.
@@ -212,6 +219,7 @@ class Edit:
     """
 
     policy: Elementwise
+    key: tuple[int, int]
     slots: tuple[int, ...]
     values: tuple[Tensor, ...]
     changes: Tensor
@@ -266,12 +274,16 @@ class Layout(Protocol):
         """Elements of each slot over all ranks, float64 of shape (slots,)."""
         ...
 
-    def place(self, name: str, parameter: Tensor) -> Place:
+    def region(self, name: str, parameter: Tensor) -> Region:
         """Where the local part of a parameter lies in it."""
         ...
 
     def held(self, parameter: Tensor) -> list[Tensor]:
         """The local parts of one gradient, without a collective; none if there is no gradient."""
+        ...
+
+    def local_part(self, tensor: Tensor) -> Tensor:
+        """What this rank holds of a tensor that lies as a parameter does."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
@@ -289,10 +301,11 @@ class Kernel(Protocol):
     A slot of `Units` is a unit.
 
     Attributes:
-        waits: Reading a value on the host waits for the device, so nothing is read that needn't be.
+        reads_block: Reading a value on the host waits for the device, so nothing is read that
+            needn't be.
     """
 
-    waits: bool
+    reads_block: bool
 
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| of each slot, float64 of shape (slots,); 0 for an empty slot."""

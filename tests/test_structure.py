@@ -12,7 +12,7 @@ import pytest
 import gradclip
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("policies", "layouts", "kernels", "apply", "records")
+PARTS = ("policies", "layouts", "kernels", "effect", "records")
 
 
 def imports(path):

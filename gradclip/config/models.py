@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from gradclip.policies import AnyPolicy, ElementPolicy, Policy
-from gradclip.policies.strict import STRICT
+from gradclip.policies.model import STRICT
 
 __all__ = ["ClipConfig", "GroupConfig", "LogConfig", "RecorderConfig"]
 

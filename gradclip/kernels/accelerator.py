@@ -9,9 +9,15 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from gradclip.kernels.pieces import flat_pieces
-from gradclip.kernels.scaling import scale_slots_
-from gradclip.kernels.units import assembled, rows_of, scale_units_, unit_norms, unit_peaks
+from gradclip.kernels.common import (
+    assembled,
+    rows_of,
+    scale_slots_,
+    scale_units_,
+    unit_norms,
+    unit_peaks,
+)
+from gradclip.tensors import flat_chunks
 from gradclip.types import Grads, Units
 
 __all__ = ["AcceleratorKernel"]
@@ -23,7 +29,7 @@ FUSED = (1.0, 2.0, math.inf)
 # and a block of 512 bytes for each result. These bounds keep both at half a MiB.
 CHUNK, CHUNKS, RESULTS = 1 << 16, 1 << 16, 1 << 10
 # Elements taken in float64 at a time: 1 MiB.
-PIECE = 1 << 17
+CHUNK_SIZE = 1 << 17
 
 
 class AcceleratorKernel:
@@ -33,7 +39,7 @@ class AcceleratorKernel:
     neither overflows nor underflows for any float32 or half precision gradient.
     """
 
-    waits = True
+    reads_block = True
 
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
@@ -63,8 +69,8 @@ class AcceleratorKernel:
                 total += _norms(slot, norm_type).pow(norm_type).sum()
                 continue
             for grad in slot:
-                for piece in flat_pieces(grad, PIECE):
-                    total += _wide(piece, norm_type, factor)
+                for chunk in flat_chunks(grad, CHUNK_SIZE):
+                    total += _wide(chunk, norm_type, factor)
         return sums
 
     def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
@@ -84,16 +90,16 @@ def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None) -> Te
     """One launch for each tensor of several units, and few for all tensors of one."""
     parts: list[tuple[int, Tensor]] = []
     fused = scale is None and norm_type in FUSED
-    lone = [(x, piece.start) for x, piece in units if fused and piece.units == 1]
+    lone = [(x, span.start) for x, span in units if fused and span.units == 1]
     if lone:
         sums = _norms([tensor for tensor, _ in lone], norm_type).pow(norm_type)
         parts.extend(zip((start for _, start in lone), sums.split(1), strict=True))
-    for tensor, piece in units:
-        if fused and piece.units > 1:
-            norms = unit_norms(tensor, piece, norm_type, torch.float64)
-            parts.append((piece.start, norms.pow(norm_type)))
+    for tensor, span in units:
+        if fused and span.units > 1:
+            norms = unit_norms(tensor, span, norm_type, torch.float64)
+            parts.append((span.start, norms.pow(norm_type)))
         elif not fused:
-            for start, rows in rows_of(tensor, piece, PIECE, PIECE):
+            for start, rows in rows_of(tensor, span, CHUNK_SIZE, CHUNK_SIZE):
                 wide = rows.to(torch.float64, copy=True)
                 if scale is not None:
                     wide.mul_(scale.narrow(0, start, rows.shape[0]).unsqueeze(1))
@@ -137,9 +143,9 @@ def _batches(tensors: list[Tensor]) -> Iterator[list[int]]:
         yield batch
 
 
-def _wide(piece: Tensor, norm_type: float, factor: Tensor | None) -> Tensor:
+def _wide(chunk: Tensor, norm_type: float, factor: Tensor | None) -> Tensor:
     """The power sum of a (scaled) float64 copy, which is freed on return."""
-    wide = piece.to(torch.float64, copy=True)
+    wide = chunk.to(torch.float64, copy=True)
     if factor is not None:
         wide.mul_(factor)
     return torch.linalg.vector_norm(wide, norm_type).pow(norm_type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, compress
@@ -9,15 +10,33 @@ from itertools import accumulate, chain, compress
 import torch
 from torch import Tensor
 
-from gradclip.kernels.bounds import BATCH, BLOCK, PIECE, ROW, SMALL, TRUSTED
-from gradclip.kernels.cpu_units import scale_clipped_, unit_power_sums
-from gradclip.kernels.pieces import flat_pieces
-from gradclip.kernels.scaling import scale_slots_
-from gradclip.kernels.units import unit_peaks
-from gradclip.types import Grads, Units
+from gradclip.kernels.common import (
+    assembled,
+    rows_of,
+    scale_slots_,
+    scale_units_,
+    unit_peaks,
+)
+from gradclip.tensors import flat_chunks
+from gradclip.types import Grads, Units, UnitSpan
 
 __all__ = ["CpuKernel"]
 
+# Temporaries of a step stay below 2 MiB whatever the size of a tensor: the sizes here see to it.
+
+# Elements per float32 partial norm. A row adds 64 values into each of 8 lanes, which bounds its
+# rounding error below 1e-6 for any values; whole tensors drift by 1e-2 at 1e8 elements.
+ROW = 512
+# Float32 elements read at a time: 0.4 MiB of row norms.
+CHUNK_SIZE = 1 << 24
+# Half precision elements converted at a time, into 1.9 MiB; smaller blocks cost dispatch.
+BLOCK = 30 << 14
+# Elements concatenated, or taken in float64, at a time: temporaries stay at 1 MiB.
+BATCH = 1 << 17
+# Tensors with fewer elements are concatenated first: their cost is dispatch, not arithmetic.
+SMALL = 1 << 14
+# Float32 squares lose digits below this sum and overflow above; both are then done in float64.
+TRUSTED = 1e-18
 # Norms of rows held back before they are added up, which costs dispatch too.
 ROWS = 1 << 12
 
@@ -25,7 +44,7 @@ ROWS = 1 << 12
 class CpuKernel:
     """Float32 rows combined in float64; float64 throughout where float32 could not hold squares."""
 
-    waits = False
+    reads_block = False
 
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
@@ -38,7 +57,7 @@ class CpuKernel:
     ) -> Tensor:
         """Sum of |scale * g|^p per slot; see `gradclip.types.Kernel`."""
         if isinstance(grads, Units):
-            return unit_power_sums(grads, norm_type, scale)
+            return _unit_power_sums(grads, norm_type, scale)
         if scale is not None or norm_type not in (1.0, 2.0):
             factors = [1.0] * len(grads) if scale is None else scale.tolist()
             exact = [_exact(g, norm_type, f) for g, f in zip(grads, factors, strict=True)]
@@ -73,7 +92,7 @@ class CpuKernel:
     def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place, leaving slots with a coefficient of 1 unread."""
         if isinstance(grads, Units):
-            scale_clipped_(grads, coef)
+            _scale_clipped_(grads, coef)
             return
         wanted = [c != 1.0 for c in coef.tolist()]
         if any(wanted):
@@ -93,7 +112,7 @@ def _large(grad: Tensor, norm_type: float, buffer: Tensor) -> float:
     norms: list[Tensor] = []
     held = 0
     half = grad.element_size() < 4
-    for block in _copies([grad], buffer) if half else flat_pieces(grad, PIECE):
+    for block in _copies([grad], buffer) if half else flat_chunks(grad, CHUNK_SIZE):
         rows, rest = divmod(block.numel(), ROW)
         if rows:
             part = block[: rows * ROW].view(rows, ROW)
@@ -118,8 +137,8 @@ def _sum_of_powers(norms: list[Tensor], norm_type: float) -> float:
 def _copies(grads: Sequence[Tensor], buffer: Tensor) -> Iterator[Tensor]:
     """All elements in the buffer's type, as many at a time as it holds, free to be overwritten."""
     for grad in grads:
-        for piece in flat_pieces(grad, buffer.numel()):
-            yield buffer[: piece.numel()].copy_(piece)
+        for chunk in flat_chunks(grad, buffer.numel()):
+            yield buffer[: chunk.numel()].copy_(chunk)
 
 
 def _add_small(
@@ -138,7 +157,7 @@ def _add_small(
 
 
 def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> float:
-    """Sum of |factor * g|^p in float64, a piece at a time."""
+    """Sum of |factor * g|^p in float64, a chunk at a time."""
     total = 0.0
     most = max(map(Tensor.numel, slot), default=0)
     for wide in _copies(slot, torch.empty(min(most, BATCH), dtype=torch.float64)):
@@ -147,6 +166,105 @@ def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> flo
 
 
 def _peak(slot: Sequence[Tensor]) -> Tensor:
-    pieces = (piece for grad in slot for piece in flat_pieces(grad, PIECE))
-    ends = list(chain.from_iterable(map(torch.aminmax, pieces)))
+    chunks = (chunk for grad in slot for chunk in flat_chunks(grad, CHUNK_SIZE))
+    ends = list(chain.from_iterable(map(torch.aminmax, chunks)))
     return torch.stack(ends).abs_().amax().double() if ends else torch.zeros(()).double()
+
+
+def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None = None) -> Tensor:
+    """Sum of |scale * g|^p of each unit, float64 of shape (units,).
+
+    Float32 rows are measured in parts of `ROW` elements that are added up in float64, everything
+    else in float64 throughout, as gradients that aren't cut into units are.
+    """
+    fast = scale is None and norm_type in (1.0, 2.0)
+    parts: list[tuple[int, Tensor]] = []
+    small: dict[tuple[int, torch.dtype], list[tuple[Tensor, UnitSpan]]] = {}
+    for tensor, span in units:
+        if scale is None and span.units * span.row < SMALL:
+            small.setdefault((span.row, tensor.dtype), []).append((tensor, span))
+        elif fast and tensor.dtype != torch.float64:
+            views = BLOCK if tensor.element_size() < 4 else CHUNK_SIZE
+            for start, rows in rows_of(tensor, span, views, BLOCK):
+                parts.append((start, _fast_rows(rows.float(), norm_type)))
+        else:
+            for start, rows in rows_of(tensor, span, BATCH, BATCH):
+                factors = None if scale is None else scale.narrow(0, start, rows.shape[0])
+                parts.append((start, _exact_rows(rows, norm_type, factors)))
+    for (row, dtype), held in small.items():
+        for batch in _batches(held):
+            rows = torch.cat([_flat(tensor, span) for tensor, span in batch]).view(-1, row)
+            wide = not fast or dtype == torch.float64
+            sums = _exact_rows(rows, norm_type) if wide else _fast_rows(rows.float(), norm_type)
+            parts.extend(_runs(sums, [span for _, span in batch]))
+    return assembled(parts, units)
+
+
+def _scale_clipped_(units: Units, coef: Tensor) -> None:
+    """Multiply in place, leaving tensors whose coefficients are all 1 unread."""
+    before = torch.cat([coef.new_zeros(1), (coef != 1.0).double().cumsum(0)])
+    ends = [(span.start, span.start + span.units) for span in units.spans]
+    first, last = before[torch.tensor(ends, dtype=torch.int64).view(-1, 2)].unbind(1)
+    wanted = [i for i, some in enumerate((last > first).tolist()) if some]
+    if wanted:
+        tensors = [units.tensors[i] for i in wanted]
+        spans = [units.spans[i] for i in wanted]
+        scale_units_(Units(tensors, spans, units.count, units.device), coef)
+
+
+def _batches(held: Sequence[tuple[Tensor, UnitSpan]]) -> Iterator[list[tuple[Tensor, UnitSpan]]]:
+    """Small tensors with rows of one length, as many as are copied end to end at a time."""
+    batch: list[tuple[Tensor, UnitSpan]] = []
+    elements = 0
+    for tensor, span in held:
+        size = span.units * span.row
+        if batch and elements + size > BATCH:
+            yield batch
+            batch, elements = [], 0
+        batch.append((tensor, span))
+        elements += size
+    yield batch
+
+
+def _flat(tensor: Tensor, span: UnitSpan) -> Tensor:
+    """All elements, unit after unit."""
+    if tensor.ndim == 1:
+        return tensor
+    if span.unit_dims[0] == 0:
+        return tensor.reshape(-1)
+    return next(rows_of(tensor, span, SMALL, SMALL))[1].reshape(-1)
+
+
+def _runs(sums: Tensor, spans: Sequence[UnitSpan]) -> Iterator[tuple[int, Tensor]]:
+    """Neighbours' sums in one vector each, with the index of the first unit."""
+    begin = at = 0
+    for span, after in zip(spans, [*spans[1:], None], strict=True):
+        at += span.units
+        if after is None or span.start + span.units != after.start:
+            yield span.start + span.units - (at - begin), sums[begin:at]
+            begin = at
+
+
+def _fast_rows(rows: Tensor, norm_type: float) -> Tensor:
+    """Sums of |g|^p of float32 rows; those that float32 squares can't hold in float64."""
+    whole = rows.shape[1] // ROW * ROW
+    sums = rows.new_zeros(rows.shape[0], dtype=torch.float64)
+    if whole:
+        parts = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, ROW)), norm_type, dim=2)
+        sums += parts.double().pow_(norm_type).sum(1)
+    if whole < rows.shape[1]:
+        sums += torch.linalg.vector_norm(rows[:, whole:], norm_type, dim=1).double().pow_(norm_type)
+    doubted = ~((sums > TRUSTED) & (sums < math.inf))
+    if bool(doubted.any()):
+        doubted &= torch.linalg.vector_norm(rows, math.inf, dim=1) > 0
+        places = doubted.nonzero().squeeze(1)
+        for some in places.split(max(1, BATCH // rows.shape[1])):
+            sums[some] = _exact_rows(rows[some], norm_type)
+    return sums
+
+
+def _exact_rows(rows: Tensor, norm_type: float, factors: Tensor | None = None) -> Tensor:
+    wide = rows.to(torch.float64, copy=True)
+    if factors is not None:
+        wide.mul_(factors.unsqueeze(1))
+    return wide.abs_().pow_(norm_type).sum(1)

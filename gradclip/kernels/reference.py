@@ -18,7 +18,7 @@ class ReferenceKernel:
     Uses memory for float64 copies of a tensor and reads the host freely: for tests and checks.
     """
 
-    waits = False
+    reads_block = False
 
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
@@ -50,10 +50,10 @@ class ReferenceKernel:
     def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place; see `gradclip.types.Kernel`."""
         if isinstance(grads, Units):
-            for tensor, piece in grads:
-                own = coef[piece.start : piece.start + piece.units]
-                shape = tensor.shape[slice(*piece.kept)]
-                within = [1] * (tensor.ndim - piece.kept[1])
+            for tensor, span in grads:
+                own = coef[span.start : span.start + span.units]
+                shape = tensor.shape[slice(*span.unit_dims)]
+                within = [1] * (tensor.ndim - span.unit_dims[1])
                 tensor.copy_(tensor.double() * own.view((*shape, *within)))
             return
         for slot, factor in zip(grads, coef.tolist(), strict=True):
@@ -67,12 +67,12 @@ class ReferenceKernel:
 
 
 def _by_unit(units: Units, measure: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """What `measure` gives for the float64 rows of each piece; 0 for units that aren't here."""
+    """What `measure` gives for the float64 rows of each span; 0 for units that aren't here."""
     found = torch.zeros(units.count, dtype=torch.float64)
-    for tensor, piece in units:
-        inside = [d for d in range(tensor.ndim) if not piece.kept[0] <= d < piece.kept[1]]
-        rows = tensor.double().permute((*range(*piece.kept), *inside)).reshape(piece.units, -1)
-        own = slice(piece.start, piece.start + piece.units)
+    for tensor, span in units:
+        inside = [d for d in range(tensor.ndim) if not span.unit_dims[0] <= d < span.unit_dims[1]]
+        rows = tensor.double().permute((*range(*span.unit_dims), *inside)).reshape(span.units, -1)
+        own = slice(span.start, span.start + span.units)
         found[own] = measure(rows, own)
     return found
 

@@ -17,12 +17,12 @@ class SplitKernel:
 
     def __init__(self, kernels: Mapping[torch.device, Kernel]) -> None:
         self._kernels = kernels
-        self._home = next(iter(kernels))
-        self.waits = any(kernel.waits for kernel in kernels.values())
+        self._device = next(iter(kernels))
+        self.reads_block = any(kernel.reads_block for kernel in kernels.values())
 
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
-        parts = [kernel.peaks(here).to(self._home) for _, kernel, here in self._split(grads)]
+        parts = [kernel.peaks(here).to(self._device) for _, kernel, here in self._split(grads)]
         return torch.stack(parts).amax(0)
 
     def power_sums(
@@ -33,7 +33,7 @@ class SplitKernel:
             kernel.power_sums(here, norm_type, None if scale is None else scale.to(device))
             for device, kernel, here in self._split(grads)
         ]
-        return torch.stack([part.to(self._home) for part in parts]).sum(0)
+        return torch.stack([part.to(self._device) for part in parts]).sum(0)
 
     def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place; see `gradclip.types.Kernel`."""
@@ -49,8 +49,8 @@ class SplitKernel:
     def _split(self, grads: Grads | Units) -> Iterator[tuple[torch.device, Kernel, Grads | Units]]:
         for device, kernel in self._kernels.items():
             if isinstance(grads, Units):
-                here = [(x, piece) for x, piece in grads if x.device == device]
-                tensors, pieces = [x for x, _ in here], [piece for _, piece in here]
-                yield device, kernel, Units(tensors, pieces, grads.count, device)
+                here = [(x, span) for x, span in grads if x.device == device]
+                tensors, spans = [x for x, _ in here], [span for _, span in here]
+                yield device, kernel, Units(tensors, spans, grads.count, device)
             else:
                 yield device, kernel, [[g for g in slot if g.device == device] for slot in grads]

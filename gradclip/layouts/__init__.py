@@ -2,20 +2,17 @@
 
 from torch.distributed import ProcessGroup
 
-from gradclip.layouts.cuts import is_flat, is_flattened
 from gradclip.layouts.detect import (
     Groups,
     detect,
     gathered,
-    is_first_rank,
     refuse_shared_names,
-    replicated,
 )
-from gradclip.layouts.local import LocalLayout, refuse_sparse
-from gradclip.layouts.loss import mean_loss
+from gradclip.layouts.local import LocalLayout, region_of
 from gradclip.layouts.partial import completed
-from gradclip.layouts.places import place_of
+from gradclip.layouts.ranks import is_first_rank, mean_loss
 from gradclip.layouts.sharded import ShardedLayout
+from gradclip.layouts.shardings import is_flat, is_flattened
 
 __all__ = [
     "Groups",
@@ -29,8 +26,6 @@ __all__ = [
     "is_flat",
     "is_flattened",
     "mean_loss",
-    "place_of",
     "refuse_shared_names",
-    "refuse_sparse",
-    "replicated",
+    "region_of",
 ]

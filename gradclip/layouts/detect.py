@@ -15,13 +15,19 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from gradclip.errors import LayoutError
-from gradclip.layouts.cuts import axis_of, cut_over, flat_cuts, is_flattened, root_of
-from gradclip.layouts.geometry import Cut, distinct, reduction_axes
+from gradclip.layouts.deepspeed import is_managed
+from gradclip.layouts.geometry import Sharding, distinct, reduction_axes
 from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.sharded import ShardedLayout
-from gradclip.layouts.zero import is_managed
+from gradclip.layouts.shardings import (
+    axis_of,
+    fsdp1_shardings,
+    is_flattened,
+    root_of,
+    sharding_over,
+)
 
-__all__ = ["Groups", "detect", "gathered", "is_first_rank", "replicated"]
+__all__ = ["Groups", "detect", "gathered"]
 
 Groups = ProcessGroup | Mapping[str, ProcessGroup | None]
 """Which ranks hold other parameters: a group for all, or by pattern of the parameter's name."""
@@ -50,52 +56,22 @@ def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> Lo
             "it: GradientClipper(policy, optimizer=engine).attach(engine)."
         )
         raise LayoutError(msg)
-    cuts = _cuts(parameters)
+    shardings = _shardings(parameters)
     if groups is None:
         _refuse_marked(parameters)
-        _warn_of_forgotten_axes(parameters, cuts.values())
+        _warn_of_forgotten_axes(parameters, shardings.values())
     else:
         _refuse_outsiders(groups)
         named = {name: _group_of(name, groups) for name in parameters}
         _check_copies(parameters, named)
-        cuts = {
-            name: Cut((*cut.split, axis_of(group)), cut.copied) if (group := named[name]) else cut
-            for name, cut in cuts.items()
+        shardings = {
+            name: own if (group := named[name]) is None else own.also_split(axis_of(group))
+            for name, own in shardings.items()
         }
-    axes = reduction_axes(cuts.values())
+    axes = reduction_axes(shardings.values())
     if axes or any(isinstance(p, DTensor) for p in parameters.values()):
-        return ShardedLayout(parameters, cuts, axes)
+        return ShardedLayout(parameters, shardings, axes)
     return LocalLayout(parameters)
-
-
-def replicated(
-    parameters: Mapping[str, Tensor], group: ProcessGroup | None = None
-) -> tuple[LocalLayout, int]:
-    """A layout that adds over ranks which hold the same parameters, and how many they are.
-
-    Args:
-        parameters: Every parameter by name.
-        group: The ranks that gradients are averaged over; all ranks if not given.
-
-    Raises:
-        LayoutError: If a parameter is complex, or sharded, whose own gradient never passes on
-            this rank.
-    """
-    for name, p in parameters.items():
-        if isinstance(p, DTensor) or is_flattened(p) or is_managed(p):
-            msg = (
-                f"{name} is sharded (DTensor, FSDP or DeepSpeed), so that its gradient on one "
-                "rank's samples alone is never there to be seen; supported: plain parameters, in "
-                "one process or under DDP. Measure there: the noise scale is that of the model "
-                "and its data, whatever the layout."
-            )
-            raise LayoutError(msg)
-        if p.is_complex():
-            msg = f"{name!r} is complex, and the noise scale is that of real ones; leave it out."
-            raise LayoutError(msg)
-    ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-    groups = [group or dist.group.WORLD] if ranks > 1 else []
-    return LocalLayout(parameters, [g for g in groups if g is not None]), ranks
 
 
 def gathered(facts: dict[str, Fact], groups: Groups | None) -> dict[str, Fact]:
@@ -126,12 +102,12 @@ def refuse_shared_names(parameters: Mapping[str, Tensor], groups: Groups | None)
         shared = [name for name in mine if seen.count(name) > 1]
         if shared:
             raise LayoutError(_shared(shared[0]))
-    cuts = _cuts(parameters)
-    for axis in reduction_axes(cuts.values()):
-        for name, cut in cuts.items():
-            within = [own for own in (*cut.split, *cut.copied) if own.within(axis)]
+    shardings = _shardings(parameters)
+    for axis in reduction_axes(shardings.values()):
+        for name, sharding in shardings.items():
+            within = [own for own in (*sharding.split, *sharding.copied) if own.within(axis)]
             known = math.prod(len(own.ranks) for own in within)
-            if any(own.within(axis) for own in cut.split) and known < len(axis.ranks):
+            if any(own.within(axis) for own in sharding.split) and known < len(axis.ranks):
                 raise LayoutError(_shared(name))
 
 
@@ -144,18 +120,20 @@ def _shared(name: str) -> str:
     )
 
 
-def _cuts(parameters: Mapping[str, Tensor]) -> dict[str, Cut]:
+def _shardings(parameters: Mapping[str, Tensor]) -> dict[str, Sharding]:
     """How each parameter lies over ranks; a plain tensor is the same on every rank."""
-    cuts: dict[str, Cut] = flat_cuts({n: p for n, p in parameters.items() if is_flattened(p)})
-    whole = Cut()
-    known: dict[tuple[int, tuple[Placement, ...]], Cut] = {}
+    shardings: dict[str, Sharding] = fsdp1_shardings(
+        {n: p for n, p in parameters.items() if is_flattened(p)}
+    )
+    whole = Sharding()
+    known: dict[tuple[int, tuple[Placement, ...]], Sharding] = {}
     for name, p in parameters.items():
         if isinstance(p, DTensor):
             key = (id(p.device_mesh), p.placements)
             if key not in known:
-                known[key] = cut_over(p.device_mesh, p.placements)
-            cuts[name] = known[key]
-    return {name: cuts.get(name, whole) for name in parameters}
+                known[key] = sharding_over(p.device_mesh, p.placements)
+            shardings[name] = known[key]
+    return {name: shardings.get(name, whole) for name in parameters}
 
 
 def _group_of(name: str, groups: Groups) -> ProcessGroup | None:
@@ -221,9 +199,15 @@ def _check_copies(
                 raise LayoutError(msg)
 
 
-def _warn_of_forgotten_axes(parameters: Mapping[str, Tensor], cuts: Iterable[Cut]) -> None:
+def _warn_of_forgotten_axes(
+    parameters: Mapping[str, Tensor], shardings: Iterable[Sharding]
+) -> None:
     """Say so where meshes are slices of a larger one, and nothing tells what the rest holds."""
-    lines = [set(axis.ranks) for cut in distinct(cuts) for axis in (*cut.split, *cut.copied)]
+    lines = [
+        set(axis.ranks)
+        for sharding in distinct(shardings)
+        for axis in (*sharding.split, *sharding.copied)
+    ]
     meshes = {p.device_mesh for p in parameters.values() if isinstance(p, DTensor)}
     for root in set(map(root_of, meshes)):
         for dim, name in enumerate(root.mesh_dim_names or ()):
@@ -236,8 +220,3 @@ def _warn_of_forgotten_axes(parameters: Mapping[str, Tensor], cuts: Iterable[Cut
                     "process_group={} says that they don't.",
                     stacklevel=4,
                 )
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one of all that writes files and warnings."""
-    return not dist.is_initialized() or dist.get_rank() == 0

@@ -13,7 +13,7 @@ from typing import Any
 
 from gradclip.errors import LayoutError
 
-__all__ = ["Axis", "Cut", "counts", "distinct", "reduction_axes"]
+__all__ = ["Axis", "Sharding", "counts", "distinct", "reduction_axes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Sharding:
     """How one parameter lies over ranks.
 
     Attributes:
@@ -45,17 +45,21 @@ class Cut:
     split: tuple[Axis, ...] = ()
     copied: tuple[Axis, ...] = ()
 
+    def also_split(self, axis: Axis) -> Sharding:
+        """The same, split over one more axis."""
+        return Sharding((*self.split, axis), self.copied)
 
-def distinct(cuts: Iterable[Cut]) -> list[Cut]:
+
+def distinct(shardings: Iterable[Sharding]) -> list[Sharding]:
     """Each object once: parameters that lie alike share theirs, and ranks are many to compare."""
-    return list({id(cut): cut for cut in cuts}.values())
+    return list({id(sharding): sharding for sharding in shardings}.values())
 
 
-def reduction_axes(cuts: Iterable[Cut]) -> list[Axis]:
+def reduction_axes(shardings: Iterable[Sharding]) -> list[Axis]:
     """The axes to sum over, one after the other: orthogonal, and every split lies within one.
 
     Args:
-        cuts: One for each parameter.
+        shardings: One for each parameter.
 
     Returns:
         Axes by stride, nearest ranks first, which is the same order on every rank; empty if no
@@ -64,7 +68,9 @@ def reduction_axes(cuts: Iterable[Cut]) -> list[Axis]:
     Raises:
         LayoutError: If two of them share some ranks but neither holds the other.
     """
-    split = {axis for cut in distinct(cuts) for axis in cut.split if len(axis.ranks) > 1}
+    split = {
+        axis for sharding in distinct(shardings) for axis in sharding.split if len(axis.ranks) > 1
+    }
     largest = [a for a in split if not any(a != b and a.within(b) for b in split)]
     largest.sort(key=lambda axis: (axis.ranks[1] - axis.ranks[0], axis.ranks))
     for a, b in combinations(largest, 2):
@@ -78,7 +84,7 @@ def reduction_axes(cuts: Iterable[Cut]) -> list[Axis]:
     return largest
 
 
-def counts(cut: Cut, axes: Iterable[Axis], rank: int) -> bool:
+def counts(sharding: Sharding, axes: Iterable[Axis], rank: int) -> bool:
     """Whether this rank is the one that counts the elements of a parameter that it holds.
 
     Along an axis that the parameter is split over, every rank counts its own part. Where it is
@@ -87,8 +93,8 @@ def counts(cut: Cut, axes: Iterable[Axis], rank: int) -> bool:
     that it isn't split over, ranks hold copies, and the first counts.
     """
     for axis in axes:
-        if any(own.within(axis) for own in cut.split):
-            copies = [own for own in cut.copied if own.within(axis)]
+        if any(own.within(axis) for own in sharding.split):
+            copies = [own for own in sharding.copied if own.within(axis)]
             if any(rank != own.ranks[0] for own in copies):
                 return False
         elif rank != axis.ranks[0]:

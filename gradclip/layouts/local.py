@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -10,12 +10,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gradclip.errors import LayoutError
-from gradclip.layouts.places import place_of
-from gradclip.types import Collected, Grads, Place
+from gradclip.layouts.shardings import flat_handle, is_flat, is_flattened
+from gradclip.types import Collected, Grads, Region
 
-__all__ = ["LocalLayout", "Owned", "device_of", "local_part", "overlaps", "refuse_sparse"]
+__all__ = [
+    "LocalLayout",
+    "Owned",
+    "device_of",
+    "local_part",
+    "overlaps",
+    "region_of",
+]
 
 Owned = Sequence[Sequence[tuple[Tensor, Tensor]]]
 """For each slot its gradients, each after the parameter (or the tensor itself) it is of."""
@@ -67,13 +75,13 @@ class LocalLayout:
         mine = [n - extra for n, extra in zip(held, padding, strict=True)]
         return self.sum(torch.tensor(mine, dtype=torch.float64, device=self.devices[0]))
 
-    def place(self, name: str, parameter: Tensor) -> Place:
+    def region(self, name: str, parameter: Tensor) -> Region:
         """Where the local part of a parameter lies in it.
 
         Raises:
             LayoutError: If that can't be told.
         """
-        return place_of(name, parameter)
+        return region_of(name, parameter)
 
     def take(self, slots: Owned) -> Collected:
         """Take the local part of gradients, given with whose they are, without a copy."""
@@ -91,6 +99,10 @@ class LocalLayout:
         """The local part of one gradient, if there is one; no rank waits for another."""
         return [] if parameter.grad is None else [_real_values(local_part(parameter.grad))]
 
+    def local_part(self, tensor: Tensor) -> Tensor:
+        """What this rank holds of a tensor that lies as a parameter does."""
+        return local_part(tensor)
+
     def sum(self, values: Tensor) -> Tensor:
         """One all-reduce for each group of ranks that hold other parts; none if there is none."""
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -107,26 +119,11 @@ class LocalLayout:
         return self._reduce(bits, dist.ReduceOp.MAX).view(torch.float64)
 
     def _reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        home = values.device
+        device = values.device
         for group in self._groups:
             values = values.to(device_of(group, values.device))
             dist.all_reduce(values, op, group)
-        return values.to(home)
-
-
-def refuse_sparse(grads: Iterable[tuple[str, Tensor]], why: str) -> None:
-    """Refuse sparse gradients, given with the names of their parameters.
-
-    Raises:
-        LayoutError: If there is one.
-    """
-    for name, grad in grads:
-        if grad.is_sparse:
-            msg = (
-                f"The gradient of {name!r} is sparse, and {why}. Build the embedding with "
-                "sparse=False, or leave its parameters out of what is clipped."
-            )
-            raise LayoutError(msg)
+        return values.to(device)
 
 
 def overlaps(tensor: Tensor) -> bool:
@@ -181,3 +178,50 @@ def device_of(group: ProcessGroup, near: torch.device) -> torch.device:
     if near.type in kinds:
         return near
     return group.bound_device_id or torch.device(kinds[0])
+
+
+def region_of(name: str, parameter: Tensor) -> Region:
+    """Where the local part of a parameter lies.
+
+    Args:
+        name: To name in errors.
+        parameter: A plain tensor, a DTensor, or a parameter of FSDP1.
+
+    Raises:
+        LayoutError: If that can't be told: several parameters in one, or cut twice by FSDP1.
+    """
+    if is_flattened(parameter):
+        return _in_flat(name, parameter)
+    if isinstance(parameter, DTensor):
+        shape = tuple(parameter.shape)
+        size, start = compute_local_shape_and_global_offset(
+            shape, parameter.device_mesh, parameter.placements
+        )
+        return Region(shape, tuple(start) or (0,) * len(shape), tuple(size))
+    return Region.whole(tuple(parameter.shape))
+
+
+def _in_flat(name: str, parameter: Tensor) -> Region:
+    handle = flat_handle(name, parameter)
+    flat = handle.flat_param
+    if is_flat(parameter) or flat._params is None:
+        msg = (
+            f"{name!r} is a FlatParameter of FSDP1, many parameters in one, which have no rows; "
+            "wrap with use_orig_params=True, or use fully_shard."
+        )
+        raise LayoutError(msg)
+    index = next(i for i, own in enumerate(flat._params) if own is parameter)
+    if flat._param_extensions[index] is not None:
+        msg = (
+            f"{name!r} was cut by tensor parallelism and then by FSDP1, in the middle of rows; "
+            "supported for units, and to save the memory of elements: fully_shard over tensor "
+            "parallelism. Use that, or another scope, or save: false."
+        )
+        raise LayoutError(msg)
+    shape = tuple(flat._shapes[index])
+    if not handle.uses_sharded_strategy:
+        return Region.whole(shape)
+    info = flat._shard_param_infos[index]
+    if info.intra_param_start_idx is None or info.intra_param_end_idx is None:
+        return Region.between(shape, 0, 0)
+    return Region.between(shape, info.intra_param_start_idx, info.intra_param_end_idx + 1)

@@ -1,4 +1,4 @@
-"""Parameters cut over ranks: FSDP, tensor, expert and pipeline parallel, alone and together."""
+"""Parameters sharded over ranks: FSDP, tensor, expert and pipeline parallel, alone and together."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
-from gradclip.layouts.geometry import Axis, Cut, counts, distinct
-from gradclip.layouts.local import LocalLayout, Owned, overlaps, refuse_sparse
+from gradclip.layouts.geometry import Axis, Sharding, counts, distinct
+from gradclip.layouts.local import LocalLayout, Owned, overlaps
 from gradclip.layouts.partial import PartialSums
+from gradclip.tensors import refuse_sparse
 from gradclip.types import Collected
 
 __all__ = ["ShardedLayout"]
@@ -27,12 +28,15 @@ class ShardedLayout(LocalLayout):
 
     Args:
         parameters: Every parameter by name, in the same order on every rank.
-        cuts: How each of them lies over ranks, by name.
+        shardings: How each of them lies over ranks, by name.
         axes: The axes to sum over (`gradclip.layouts.geometry.reduction_axes`).
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], cuts: Mapping[str, Cut], axes: Sequence[Axis]
+        self,
+        parameters: Mapping[str, Tensor],
+        shardings: Mapping[str, Sharding],
+        axes: Sequence[Axis],
     ) -> None:
         complex_ = [name for name, p in parameters.items() if p.is_complex()]
         if complex_:
@@ -44,9 +48,11 @@ class ShardedLayout(LocalLayout):
             raise LayoutError(msg)
         super().__init__(parameters, _groups(axes))
         rank = dist.get_rank()
-        mine = {id(cut): counts(cut, axes, rank) for cut in distinct(cuts.values())}
+        mine = {
+            id(sharding): counts(sharding, axes, rank) for sharding in distinct(shardings.values())
+        }
         self._names = {p: name for name, p in parameters.items()}
-        self._counted = {p for name, p in parameters.items() if mine[id(cuts[name])]}
+        self._counted = {p for name, p in parameters.items() if mine[id(shardings[name])]}
         self._all_counted = len(self._counted) == len(self._names)
         self._partial = PartialSums(parameters)
 
@@ -72,14 +78,14 @@ class ShardedLayout(LocalLayout):
             parts = [(owner, self._part(owner, grad)) for owner, grad in slot]
             for owner, part in parts:
                 if not part.is_contiguous():
-                    self._refuse_odd(owner, part)
+                    self._refuse_irregular(owner, part)
             held.append([part for _, part in parts if part.numel()])
             if not self._all_counted:
                 mine = (x for owner, x in parts if owner in self._counted)
                 counted.append([part for part in mine if part.numel()])
         return Collected(all=held, counted=held if self._all_counted else counted)
 
-    def _refuse_odd(self, owner: Tensor, part: Tensor) -> None:
+    def _refuse_irregular(self, owner: Tensor, part: Tensor) -> None:
         name = self._names.get(owner, "?")
         refuse_sparse([(name, part)], "the model is cut over ranks, which needs dense ones")
         if overlaps(part):

@@ -12,7 +12,6 @@ from gradclip.policies.chain import decide_all
 from gradclip.policies.elements import ClipByValue, ElementPolicy
 from gradclip.policies.ema import EmaClip
 from gradclip.policies.fixed import ClipByNorm, ClipByRMS
-from gradclip.policies.rule import Rule, combine, combine_runs
 from gradclip.policies.schedule import Schedule
 from gradclip.policies.skip import SkipNonfinite, SkipSpike
 from gradclip.policies.skip_large import SkipLarge
@@ -34,7 +33,6 @@ __all__ = [
     "EmaClip",
     "NormPolicy",
     "Policy",
-    "Rule",
     "Schedule",
     "SkipLarge",
     "SkipNonfinite",
@@ -44,8 +42,6 @@ __all__ = [
     "UClip",
     "ZClip",
     "after",
-    "combine",
-    "combine_runs",
     "decide_all",
 ]
 

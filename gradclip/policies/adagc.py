@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gradclip.measure import combine
 from gradclip.policies.base import AdaptivePolicy, coefficient, filled
-from gradclip.policies.rule import combine
+from gradclip.policies.history import median_of, run
 from gradclip.policies.schedule import Limit
-from gradclip.policies.window import median_of, run
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = ["AdaGC"]

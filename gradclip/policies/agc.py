@@ -64,7 +64,7 @@ class AGC(AdaptivePolicy):
         """Patterns of parameter names to leave alone."""
         return self.exclude
 
-    def kept(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    def unit_dims(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """The dims that tell the units of a parameter apart.
 
         Raises:
@@ -81,7 +81,7 @@ class AGC(AdaptivePolicy):
                 raise ConfigError(msg)
             return dim, dim + 1
         if self.axes == "torch":
-            return super().kept(name, shape)
+            return super().unit_dims(name, shape)
         if sum(n > 1 for n in shape) <= 1:
             return 0, 0
         if len(shape) > 5:

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient, refuse_endless_warmup
+from gradclip.policies.history import percentile_of_last, pushed
 from gradclip.policies.sketch import BINS, quantile, taken_in
-from gradclip.policies.window import percentile_of_last, pushed
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["AutoClip"]

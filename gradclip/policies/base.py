@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from gradclip.policies.model import STRICT
 from gradclip.policies.schedule import Limit, Schedule, value_at
-from gradclip.policies.strict import STRICT
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = [
@@ -61,7 +61,7 @@ class Policy(BaseModel):
         """Patterns of parameter names that this policy leaves alone."""
         return ()
 
-    def kept(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    def unit_dims(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
         """What tells the units of a parameter apart: the rows of dim 0; a vector is one unit.
 
         Returns:

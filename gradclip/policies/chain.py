@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gradclip.policies.elements import ElementPolicy
-from gradclip.policies.rule import Rule
 from gradclip.types import Decision, Edit, State, Stats, Verdict
+
+if TYPE_CHECKING:
+    from gradclip.plan.plan import Rule
 
 __all__ = ["decide_all"]
 
@@ -58,7 +61,7 @@ def decide_all(
     skip = _either(finite.logical_not() if skip_nonfinite else None, held)
     stop: Tensor | None = None
     edits: list[Edit] = []
-    some = (every != 0).any()  # a step without any gradient is none
+    has_gradient = (every != 0).any()  # a step without any gradient is none
     after: list[State] = []
     for index, (rule, state) in enumerate(zip(rules, states, strict=True)):
         norm_type = rule.policy.measured[1] or next(iter(norms))
@@ -74,9 +77,9 @@ def decide_all(
             loss=loss,
         )
         decision, new = rule.policy.decide(stats, state)
-        learns = some
+        learns = has_gradient
         if watched is not None:  # what isn't watched may still not reach state
-            learns = some & torch.isfinite(stats.norms).all()
+            learns = has_gradient & torch.isfinite(stats.norms).all()
             new = _select(learns, new, state)
         if rule.policy.after:
             starts = step >= rule.policy.after
@@ -84,7 +87,7 @@ def decide_all(
             decision, new = _once(starts, decision, new, state)
         if isinstance(rule.policy, ElementPolicy):
             new = _select(learns, new, state)
-            edits.append(_edit(rule.policy, rule, decision, some, learns))
+            edits.append(_edit(rule.policy, rule, decision, has_gradient, learns))
         after.append(new)
         coef = coef * rule.spread(decision.coef)
         limit = torch.minimum(limit, decision.limit.min() * own_share)
@@ -100,12 +103,14 @@ def decide_all(
 
 
 def _edit(
-    policy: ElementPolicy, rule: Rule, decision: Decision, some: Tensor, learns: Tensor
+    policy: ElementPolicy, rule: Rule, decision: Decision, has_gradient: Tensor, learns: Tensor
 ) -> Edit:
     """A decision on elements, for the slots as they are measured and written."""
     assert decision.changes is not None
     values = tuple(rule.by_slot(value) for value in decision.elements)
-    return Edit(policy, rule.covers, values, rule.by_slot(decision.changes & some), learns)
+    return Edit(
+        policy, rule.key, rule.covers, values, rule.by_slot(decision.changes & has_gradient), learns
+    )
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

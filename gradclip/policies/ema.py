@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
-from gradclip.policies.window import median, pushed, run
+from gradclip.policies.history import median, pushed, run
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["EmaClip"]

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
-from gradclip.policies.strict import STRICT
+from gradclip.policies.model import STRICT
 
 __all__ = ["Limit", "Schedule", "value_at"]
 

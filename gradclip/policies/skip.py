@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gradclip.policies.base import NormPolicy, Policy, coefficient, refuse_endless_warmup
-from gradclip.policies.window import mean_and_std, median_and_mad, pushed
+from gradclip.policies.history import mean_and_std, median_and_mad, pushed
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = ["SkipNonfinite", "SkipPolicy", "SkipSpike"]

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gradclip.policies.base import filled, refuse_endless_warmup
+from gradclip.policies.history import percentile_of_last, pushed
 from gradclip.policies.schedule import Limit
 from gradclip.policies.skip import SkipPolicy
-from gradclip.policies.window import percentile_of_last, pushed
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["SkipLarge"]

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.policies.base import AdaptivePolicy, coefficient
+from gradclip.policies.history import level, median, pushed, run
 from gradclip.policies.schedule import Limit
-from gradclip.policies.window import level, median, pushed, run
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["ZClip"]

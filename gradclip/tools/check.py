@@ -14,12 +14,12 @@ import yaml
 from gradclip.config import ClipConfig, as_config, load_section, parse_mapping
 from gradclip.config.load import Lines, dotted, parse_yaml, read_text
 from gradclip.errors import ConfigError
+from gradclip.records.trace_file import spell_out
 from gradclip.tools.class_paths import PARTS, as_mapping, line_of
-from gradclip.trace_file import spell_out
 
 __all__ = ["Checked", "check_file", "describe_as_json", "describe_as_yaml"]
 
-Place = tuple[str | int, ...]
+Region = tuple[str | int, ...]
 
 _CALLBACKS = ("lightning_clip.GradientClip", "lightning_clip.callback.GradientClip", "GradientClip")
 _ARGUMENTS = ("policy", "progress_bar", "restore")
@@ -133,7 +133,7 @@ def _check_lightning(content: Any, lines: Lines, path: Path) -> dict[str, ClipCo
     return configs
 
 
-def _callbacks(trainer: Mapping[str, Any], place: Place) -> Iterator[tuple[Place, Any]]:
+def _callbacks(trainer: Mapping[str, Any], place: Region) -> Iterator[tuple[Region, Any]]:
     given = trainer.get("callbacks") or []
     if isinstance(given, list):
         yield from (((*place, "callbacks", index), item) for index, item in enumerate(given))
@@ -142,7 +142,7 @@ def _callbacks(trainer: Mapping[str, Any], place: Place) -> Iterator[tuple[Place
 
 
 def _check_callback(
-    callback: Any, place: Place, lines: Lines, path: Path
+    callback: Any, place: Region, lines: Lines, path: Path
 ) -> tuple[str, ClipConfig]:
     """Where its policy stands, and what it is."""
     arguments = _arguments(callback, place, lines, path)
@@ -161,13 +161,13 @@ def _check_callback(
         raise ConfigError(msg) from None
 
 
-def _arguments(callback: Any, place: Place, lines: Lines, path: Path) -> dict[str, Place]:
+def _arguments(callback: Any, place: Region, lines: Lines, path: Path) -> dict[str, Region]:
     """Where its arguments stand, each of which `GradientClip` has and takes."""
-    found: dict[str, Place] = {}
+    found: dict[str, Region] = {}
     parts = dict(callback) if isinstance(callback, Mapping) else {}
     parts.pop("class_path", None)
     for part, given in parts.items():
-        at: Place = (*place, str(part))
+        at: Region = (*place, str(part))
         if part not in PARTS:
             known = ", ".join(("class_path", *PARTS))
             _refuse(f"{part} is not a known key; known: {known}", at, lines, path)
@@ -192,7 +192,7 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool | None) or (isinstance(value, str) and value.lower() in words)
 
 
-def _refuse(fault: str, at: Place, lines: Lines, path: Path) -> NoReturn:
+def _refuse(fault: str, at: Region, lines: Lines, path: Path) -> NoReturn:
     msg = f"{path}, line {line_of(at, lines)}: {fault}."
     raise ConfigError(msg)
 
@@ -211,7 +211,7 @@ def _refuse_deepspeed(content: Any, config: ClipConfig, lines: Lines, path: Path
         raise ConfigError(msg)
 
 
-def _at(content: Any, place: Place) -> Any:
+def _at(content: Any, place: Region) -> Any:
     for part in place:
         content = content[part]
     return content

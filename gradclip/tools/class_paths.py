@@ -15,13 +15,13 @@ from gradclip.policies import Policy
 
 __all__ = ["PARTS", "as_mapping", "line_of"]
 
-Place = tuple[str | int, ...]
+Region = tuple[str | int, ...]
 
 PARTS = ("init_args", "dict_kwargs")
 """Where the arguments of a class stand."""
 
 
-def as_mapping(value: Any, at: Place, lines: Lines, where: str) -> tuple[Any, Lines]:
+def as_mapping(value: Any, at: Region, lines: Lines, where: str) -> tuple[Any, Lines]:
     """A policy, a list of them or a configuration that LightningCLI builds, as a mapping.
 
     Args:
@@ -37,7 +37,7 @@ def as_mapping(value: Any, at: Place, lines: Lines, where: str) -> tuple[Any, Li
     Raises:
         ConfigError: If a `class_path` is none of ours.
     """
-    moved: dict[Place, int] = {}
+    moved: dict[Region, int] = {}
     if isinstance(value, list) and value and all(map(_has_class_path, value)):
         built = [
             _built(item, (*at, index), ("policies", index), lines, where, moved)
@@ -49,7 +49,7 @@ def as_mapping(value: Any, at: Place, lines: Lines, where: str) -> tuple[Any, Li
     return _built(value, at, (), lines, where, moved), moved
 
 
-def line_of(at: Place, lines: Lines) -> int:
+def line_of(at: Region, lines: Lines) -> int:
     """The line of a key, or of what it stands in: a merged key (`<<`) has none of its own."""
     while at not in lines:
         at = at[:-1]
@@ -57,7 +57,7 @@ def line_of(at: Place, lines: Lines) -> int:
 
 
 def _built(
-    value: Any, at: Place, to: Place, lines: Lines, where: str, moved: dict[Place, int]
+    value: Any, at: Region, to: Region, lines: Lines, where: str, moved: dict[Region, int]
 ) -> Any:
     """A value whose key paths begin with `to` instead of `at`, without its class paths."""
     moved[to] = line_of(at, lines)
@@ -95,7 +95,7 @@ def _has_class_path(value: Any) -> bool:
     )
 
 
-def _model(value: Mapping[str, Any], at: Place, lines: Lines, where: str) -> type[BaseModel]:
+def _model(value: Mapping[str, Any], at: Region, lines: Lines, where: str) -> type[BaseModel]:
     known = _known()
     path = value["class_path"]
     if path not in known:

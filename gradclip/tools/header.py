@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from gradclip.errors import ConfigError
-from gradclip.trace_file import FORMAT, VERSION, TraceHeader
+from gradclip.records.trace_file import FORMAT, VERSION, TraceHeader
 
 __all__ = ["parse_header", "refuse"]
 

@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from rich.console import Console
 
 from gradclip.errors import ConfigError
-from gradclip.trace_file import FORMAT
+from gradclip.records.trace_file import FORMAT
 
 __all__ = ["Log", "open_log"]
 

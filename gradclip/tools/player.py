@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
-from gradclip.policies import ElementPolicy, Policy, Rule, decide_all
+from gradclip.plan.plan import Rule
+from gradclip.policies import ElementPolicy, Policy, decide_all
 from gradclip.stops import is_withheld
 from gradclip.tools.trace import TraceHeader
 
@@ -52,7 +53,10 @@ class Player:
     def __init__(self, config: ClipConfig, norm_type: float, slots: int = 1) -> None:
         names = tuple(str(slot) for slot in range(slots))
         owner = torch.arange(slots)
-        self._rules = [Rule(p, names, tuple(range(slots)), None, owner) for p in config.policies]
+        self._rules = [
+            Rule((0, i), p, names, tuple(range(slots)), None, owner)
+            for i, p in enumerate(config.policies)
+        ]
         self._states = [policy.init(slots, _CPU) for policy in config.policies]
         self._on_nonfinite = config.on_nonfinite
         self._watches_loss = any(policy.watches_loss for policy in config.policies)

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gradclip.culprits import not_finite, shares
+from gradclip.records.culprits import not_finite, shares
+from gradclip.records.trace_file import FORMAT
 from gradclip.tools.charts import Counts, Steps
 from gradclip.tools.curves import Curve, CurveBuilder, Thinned
 from gradclip.tools.imports import import_log
 from gradclip.tools.replay import select
 from gradclip.tools.trace import Chunk, Trace, TraceHeader
-from gradclip.trace_file import FORMAT
 
 __all__ = ["Report", "Run", "Spike", "open_run", "summarize"]
 

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from pydantic_core import from_json
 
 from gradclip.errors import ConfigError
-from gradclip.tools.header import parse_header, refuse
-from gradclip.trace_file import (
+from gradclip.records.trace_file import (
     FLAGS,
     FORMAT,
     NUMBERS,
@@ -26,6 +25,7 @@ from gradclip.trace_file import (
     import_pyarrow,
     write_trace,
 )
+from gradclip.tools.header import parse_header, refuse
 
 __all__ = ["Chunk", "Trace", "TraceHeader", "write_trace"]
 

@@ -7,7 +7,7 @@ from support.ranks import run_on_ranks
 from torch.amp.grad_scaler import GradScaler
 
 from gradclip import ClipByNorm, ClipConfig, DebugError, GradientClipper, SkipLarge
-from gradclip.fused import FusedStep
+from gradclip.effect.fused import FusedStep
 
 LIMIT = 0.05
 WAYS = {

@@ -191,7 +191,7 @@ def test_no_gradients_and_no_hooks_are_a_step_like_any_other():
 
 
 def test_where_torch_keeps_hooks():
-    """If this fails, gradclip/in_backward.py looks in the wrong place."""
+    """If this fails, gradclip/plan/in_backward.py looks in the wrong place."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     assert parameter._post_accumulate_grad_hooks is None
     assert parameter._backward_hooks is None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradclip.kernels import kernel_for
-from gradclip.types import Piece, Units
+from gradclip.types import Units, UnitSpan
 
 CPU = torch.device("cpu")
 KERNELS = [kernel_for([CPU], name) for name in ("cpu", "accelerator", "reference")]
@@ -38,7 +38,7 @@ def units_of(dtype=torch.float32, gap=2, size=1.0):
         value = torch.randn(shape, generator=generator, dtype=torch.float64) * size
         count = math.prod(shape[kept[0] : kept[1]])
         tensors.append(value.to(dtype))
-        pieces.append(Piece(kept, at, count, value.numel() // count))
+        pieces.append(UnitSpan(kept, at, count, value.numel() // count))
         at += count
     return Units(tensors, pieces, at + gap, CPU)
 
@@ -138,7 +138,7 @@ def test_any_shape_and_any_dims(shape, data, p):
     kept = (first, last) if last > first else (0, 0)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     count = math.prod(tensor.shape[kept[0] : kept[1]])
-    units = Units([tensor], [Piece(kept, 0, count, tensor.numel() // count)], count, CPU)
+    units = Units([tensor], [UnitSpan(kept, 0, count, tensor.numel() // count)], count, CPU)
     want = expected(units, lambda g: torch.linalg.vector_norm(g.reshape(-1), p))
     for kernel in KERNELS:
         got = kernel.peaks(units) if p == math.inf else kernel.power_sums(units, p).pow(1 / p)

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradclip import LayoutError
-from gradclip.layouts.geometry import Axis, Cut, counts, reduction_axes
+from gradclip.layouts.geometry import Axis, Sharding, counts, reduction_axes
 
 
 def line(grid, rank, dims):
     """The ranks that differ from this one along some dimensions of a grid."""
-    here = place(grid, rank)
+    here = coordinates(grid, rank)
     return Axis(
         tuple(
             index
@@ -23,7 +23,7 @@ def line(grid, rank, dims):
     )
 
 
-def place(grid, rank):
+def coordinates(grid, rank):
     return list(itertools.product(*map(range, grid)))[rank]
 
 
@@ -38,13 +38,13 @@ def test_each_element_is_counted_by_one_rank(grid, split):
         every, counted = set(), []
         for rank in range(math.prod(grid)):
             cuts = [
-                Cut(
+                Sharding(
                     tuple(line(grid, rank, (d,)) for d in range(3) if d in own),
                     tuple(line(grid, rank, (d,)) for d in range(3) if d not in own),
                 )
                 for own in split
             ]
-            at = place(grid, rank)
+            at = coordinates(grid, rank)
             replica = tuple(at[d] for d in range(3) if d not in summed)
             part = replica, tuple(at[d] for d in sorted(dims))
             every.add(part)
@@ -55,21 +55,21 @@ def test_each_element_is_counted_by_one_rank(grid, split):
 
 def test_an_axis_inside_another_is_summed_once_and_the_rest_holds_other_experts():
     world, experts = Axis((0, 1, 2, 3)), Axis((0, 2))
-    dense, expert, router = Cut((world,)), Cut((experts,)), Cut()
+    dense, expert, router = Sharding((world,)), Sharding((experts,)), Sharding()
     axes = reduction_axes([dense, expert, router])
     assert axes == [world]
     assert [counts(cut, axes, 0) for cut in (dense, expert, router)] == [True, True, True]
-    other = Cut((Axis((1, 3)),))
+    other = Sharding((Axis((1, 3)),))
     assert [counts(cut, axes, 1) for cut in (dense, other, router)] == [True, True, False]
 
 
 def test_hybrid_shards_beside_a_flat_axis_are_counted_in_one_replica():
     world = Axis((0, 1, 2, 3))
     for rank, (split, copied) in enumerate([((0, 1), (0, 2)), ((0, 1), (1, 3)), ((2, 3), (0, 2))]):
-        hybrid = Cut((Axis(split),), (Axis(copied),))
+        hybrid = Sharding((Axis(split),), (Axis(copied),))
         assert counts(hybrid, [world], rank) == (rank < 2)
 
 
 def test_axes_that_overlap_otherwise_are_refused():
     with pytest.raises(LayoutError, match=r"ranks \(0, 1, 2\) and over ranks \(0, 2, 3\)"):
-        reduction_axes([Cut((Axis((0, 1, 2)),)), Cut((Axis((0, 2, 3)),))])
+        reduction_axes([Sharding((Axis((0, 1, 2)),)), Sharding((Axis((0, 2, 3)),))])

@@ -10,7 +10,7 @@ from support.ranks import run_on_ranks
 
 from gradclip import GradientClipper
 from gradclip.errors import LayoutError
-from gradclip.layouts import LocalLayout, place_of
+from gradclip.layouts import LocalLayout, region_of
 from gradclip.layouts.local import local_part
 
 REFUSED = {"FSDP1 flat", "FSDP1 NO_SHARD flat", "FSDP1 HYBRID_SHARD flat", "FSDP1 x TP"}
@@ -29,13 +29,13 @@ def cut(rank, world, names):
         GradientClipper({"policies": [{"type": "norm", "max_norm": 1.0}]}, cell.named)
         if name in REFUSED:
             with pytest.raises(LayoutError, match=r"use_orig_params=True|fully_shard"):
-                [place_of(*named) for named in cell.named]
+                [region_of(*named) for named in cell.named]
             found[name] = "refused"
             continue
         whole = cell.whole()
         held = 0
         for parameter, p in cell.named:
-            place = place_of(parameter, p)
+            place = region_of(parameter, p)
             part = place.of(whole[parameter])
             if p.grad is None:
                 assert part.numel() == 0, (name, parameter)

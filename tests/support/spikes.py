@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradclip.culprits import not_finite, shares
+from gradclip.records.culprits import not_finite, shares
 
 
 def spike_in(layer: nn.Module, factor: Callable[[], float]) -> None:

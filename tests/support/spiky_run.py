@@ -2,7 +2,7 @@
 
 import math
 
-from gradclip.trace_file import TraceHeader, write_trace
+from gradclip.records.trace_file import TraceHeader, write_trace
 
 MARKUP = "<img src=x onerror=console.error(1)>"
 SCRIPT = "</script><script>console.error(2)</script>"

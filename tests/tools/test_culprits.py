@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradclip.culprits import not_finite, shares
+from gradclip.records.culprits import not_finite, shares
 
 NORMS = st.dictionaries(st.text(), st.floats(0, 1e300), min_size=1)
 

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from gradclip import ClipByNorm, GradientClipper
-from gradclip.trace_file import TraceHeader, write_trace
+from gradclip.records.trace_file import TraceHeader, write_trace
 
 STEPS = 5600
 Made = tuple[nn.Module, Optimizer, LRScheduler, Callable[[], Tensor]]

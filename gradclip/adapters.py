@@ -1,0 +1,172 @@
+"""For whoever hooks gradclip into a trainer: clippers of all its optimizers, and patches to undo.
+
+docs/adapters.md hooks a toy trainer with it; `lightning_clip` and `accelerate_clip` are built on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.amp.grad_scaler import GradScaler
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from gradclip.clipper import GradientClipper
+from gradclip.config import PolicyLike, as_config
+from gradclip.errors import ConfigError
+from gradclip.patches import Patches
+from gradclip.plan.parameters import configs_for
+
+__all__ = ["ClipperSet", "Patches", "window_share"]
+
+
+class ClipperSet(Sequence[GradientClipper]):
+    """The clippers of one training program, one for each of its optimizers, in their order.
+
+    Args:
+        clippers: Built by the caller; see `build`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> clippers = ClipperSet.build(
+        ...     ClipByNorm(max_norm=1.0), model.named_parameters(), [optimizer]
+        ... )
+        >>> model(torch.full((1, 2), 30.0)).sum().backward()
+        >>> bool(clippers[0].clip().clipped)
+        True
+    """
+
+    def __init__(self, clippers: Iterable[GradientClipper] = ()) -> None:
+        self._clippers = list(clippers)
+
+    @classmethod
+    def build(
+        cls,
+        policy: PolicyLike,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        optimizers: Sequence[Optimizer | Any],
+        *,
+        scaler: GradScaler | None = None,
+    ) -> ClipperSet:
+        """Build a clipper for each optimizer.
+
+        With several optimizers a group of the configuration may match the parameters of one of
+        them alone (`match: "generator.*"`).
+
+        Args:
+            policy: As for `GradientClipper`.
+            named_parameters: As from `model.named_parameters()`.
+            optimizers: Each with parameters of its own.
+            scaler: The `GradScaler` of all of them, if any.
+
+        Raises:
+            ConfigError: If the configuration isn't valid for these parameters.
+            LayoutError: If the parameters are laid out in a way that isn't supported.
+        """
+        config, named = as_config(policy), list(named_parameters)
+        configs = [config] if len(optimizers) == 1 else configs_for(config, named, optimizers)
+        pairs = zip(configs, optimizers, strict=True)
+        return cls(GradientClipper(own, named, opt, scaler=scaler) for own, opt in pairs)
+
+    def __len__(self) -> int:
+        return len(self._clippers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._clippers[index]
+
+    def __iter__(self) -> Iterator[GradientClipper]:
+        return iter(self._clippers)
+
+    def suffix(self, index: int) -> str:
+        """What the metric keys of one clipper end in: `/optimizer<index>`, "" for the only one."""
+        return f"/optimizer{index}" if len(self) > 1 else ""
+
+    def flush(self, indices: Iterable[int] | None = None) -> dict[str, float]:
+        """What to log of the steps since the last call; see `GradientClipper.flush`.
+
+        Args:
+            indices: Of which clippers; None for all of them.
+
+        Returns:
+            The metrics of each, with its suffix.
+        """
+        return {
+            key + self.suffix(index): value
+            for index in (range(len(self)) if indices is None else indices)
+            for key, value in self[index].flush().items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every clipper: plain tensors, numbers and strings. Every rank calls it."""
+        return {"clippers": [clipper.state_dict() for clipper in self]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`, saved at any world size.
+
+        Raises:
+            ConfigError: If it is of other optimizers, policies or parameters.
+        """
+        states = state["clippers"]
+        if len(states) != len(self):
+            msg = (
+                f"The saved clip state is of {len(states)} optimizers, this run has {len(self)}. "
+                "Use the same optimizers, or start with fresh state."
+            )
+            raise ConfigError(msg)
+        for clipper, own in zip(self, states, strict=True):
+            clipper.load_state_dict(own)
+
+    def place_records(self, folder: str | Path) -> None:
+        """Say where flight records with a relative path go; their names tell optimizers apart."""
+        for index, clipper in enumerate(self):
+            clipper.recorder.folder = Path(folder).absolute()
+            clipper.recorder.tag = self.suffix(index).replace("/", ".")
+
+    def close(self) -> None:
+        """Write the flight records, also of a run that raised."""
+        for clipper in self:
+            clipper.recorder.close()
+
+    def refuse_shared_backward(self, who: str, way_out: str) -> None:
+        """Refuse what needs a backward of its own where several optimizers share one.
+
+        Args:
+            who: Names the caller at the start of the error.
+            way_out: The last sentence of the error: what else the user can do.
+
+        Raises:
+            ConfigError: If there are several optimizers, and a policy watches the loss or `stage`
+                is "after_backward".
+        """
+        if len(self) < 2:
+            return
+        found = ""
+        if any(clipper.watches_loss for clipper in self):
+            found, setting = "a policy has watch 'loss' or 'both'", "watch to 'norm'"
+        elif self[0].config.stage == "after_backward":
+            found, setting = "stage is 'after_backward'", "stage to 'step'"
+        if found:
+            msg = (
+                f"{who}: {found}, and a backward doesn't tell which of {len(self)} optimizers it "
+                f"is for; allowed: one optimizer. Set {setting}, or {way_out}"
+            )
+            raise ConfigError(msg)
+
+
+def window_share(batches: int, window: int) -> float:
+    """How much of a full window of accumulation the gradients of a step hold.
+
+    The last window of an epoch may hold fewer batches than the loss was divided by, so that its
+    gradient is small. `GradientClipper.clip(share=...)` takes this number.
+
+    Args:
+        batches: Backward passes since the last step; 0 counts as one.
+        window: By how many the trainer divides each loss.
+
+    Returns:
+        Above 0, and at most 1.
+    """
+    return min(1.0, max(batches, 1) / window)

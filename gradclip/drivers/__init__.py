@@ -1,0 +1,1 @@
+"""Drivers: who calls look, commit and write, and when."""

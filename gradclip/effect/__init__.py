@@ -1,0 +1,1 @@
+"""Effect: what is done to gradients, or to the step that follows."""

@@ -1,0 +1,172 @@
+"""Effect: scale in place or inside the optimizer's step, change elements, or withhold the step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradclip.effect.elements import ElementMemory
+from gradclip.effect.fused import FusedStep, takes_factors
+from gradclip.errors import ConfigError
+from gradclip.plan.plan import Plan
+from gradclip.types import Grads, Kernel, Verdict
+
+__all__ = ["Effect", "apply"]
+
+
+def apply(
+    verdict: Verdict,
+    grads: Grads,
+    plan: Plan,
+    kernel: Kernel,
+    memory: ElementMemory,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """Carry out a verdict on this rank's gradients.
+
+    A step is withheld by dropping the gradients (`.grad = None`): every torch optimizer then
+    leaves parameters and state, weight decay included, as they are.
+
+    Args:
+        verdict: The decision, equal on every rank.
+        grads: All local gradients, one list per slot of the plan.
+        plan: Whose gradients to drop, and how they are cut into what has coefficients.
+        kernel: What writes this rank's gradients.
+        memory: What changes elements and remembers them.
+        grad_scale: 0-d factor that the gradients still carry.
+    """
+    if verdict.withheld:
+        for parameter in plan.parameters.values():
+            parameter.grad = None
+        return
+    kernel.scale_(plan.as_measured(grads), verdict.coef)
+    for edit in verdict.edits:
+        memory.edit_(edit, grads, kernel, grad_scale)
+
+
+class Effect:
+    """Which ways a clipper has to carry out a verdict, and the one it takes.
+
+    Args:
+        mode: `apply` of the configuration.
+        plan: The parameters and how they are cut.
+        optimizer: Whose step follows, if one was given.
+        reads_block: Reading a value on the host waits for a device, as the kernel says.
+        one_by_one: Each backward's gradients are clipped before they join the others.
+        before: The effect that this one replaces, of the same optimizer.
+
+    Attributes:
+        withholds_on_device: A step is withheld by a flag that the optimizer's kernel reads, so
+            that the host needs not know.
+        in_step: The clipping happens inside the optimizer's step, so nobody sees gradients
+            between both.
+
+    Raises:
+        ConfigError: If the mode is "fold" and one factor in the optimizer's step can't do it.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["auto", "in_place", "fold"],
+        plan: Plan,
+        optimizer: Any | None,
+        *,
+        reads_block: bool,
+        one_by_one: bool = False,
+        before: Effect | None = None,
+    ) -> None:
+        no_flag = _why_no_flag(plan, optimizer)
+        why_not = no_flag
+        if plan.split_by is not None:
+            why_not = f"policy {plan.split_by!r} asks for more than one coefficient"
+        if one_by_one:
+            why_not = "stage is 'after_backward', which clips before the step"
+        if mode == "fold" and why_not is not None:
+            msg = (
+                f"apply is 'fold', and {why_not}; allowed: a fused Adam, AdamW, SGD or Adagrad of "
+                "torch, all of whose parameters are held to one coefficient at stage 'step'. Set "
+                "apply to 'auto' or 'in_place'."
+            )
+            raise ConfigError(msg)
+        self._mode = mode
+        self._can_fold = why_not is None
+        self._optimizer = optimizer
+        self._reads_block = reads_block
+        self._takes_flag = mode != "in_place" and no_flag is None
+        self.withholds_on_device = mode == "fold" or (self._takes_flag and reads_block)
+        self.in_step: bool = before is not None and before.in_step
+        self._step: FusedStep | None = None if before is None else before._step
+
+    @property
+    def folds(self) -> bool:
+        """Whether this verdict's coefficient goes into the optimizer's step."""
+        return self._mode == "fold" or (self._mode == "auto" and self._can_fold and self.in_step)
+
+    @property
+    def unscales(self) -> bool:
+        """Whether gradients may keep a scaler's factor until the step: nobody drops them."""
+        return self.folds and self.withholds_on_device
+
+    def make_ready(self) -> None:
+        """Register hooks with the optimizer, which can't be done while it runs others."""
+        if self._takes_flag:
+            self._fused()
+
+    def carry_out(
+        self,
+        verdict: Verdict,
+        grads: Grads,
+        plan: Plan,
+        kernel: Kernel,
+        memory: ElementMemory,
+        grad_scale: Tensor | None,
+        *,
+        scaler_follows: bool,
+    ) -> None:
+        """Do what was decided, or ask the optimizer's step to; see `apply` and `FusedStep.ask`."""
+        divisor: Tensor | None = None
+        if self.folds and not verdict.withheld:
+            divisor = verdict.coef.min().reciprocal()
+            if not self._reads_block and not bool(divisor != 1):
+                divisor = None
+            verdict = replace(verdict, coef=torch.ones_like(verdict.coef))
+        flag = verdict.skip if self.withholds_on_device else None
+        if divisor is not None or flag is not None or self._step is not None:
+            # Also to take back what was asked for gradients that no step followed.
+            self._fused().ask(divisor, flag, scaler_follows=scaler_follows)
+        if self.folds and not verdict.withheld:
+            return
+        if flag is not None:  # gradients of a step that won't be taken stay as they are
+            verdict = replace(verdict, coef=torch.where(flag, 1.0, verdict.coef))
+        apply(verdict, grads, plan, kernel, memory, grad_scale)
+
+    def withhold(self, skip: Tensor | None, plan: Plan, *, scaler_follows: bool) -> None:
+        """Withhold the step if `skip`, 0-d bool, says so, and do nothing to gradients else."""
+        flag = skip if self.withholds_on_device else None
+        if flag is not None or self._step is not None:
+            self._fused().ask(None, flag, scaler_follows=scaler_follows)
+        if flag is None and skip is not None and bool(skip):
+            for parameter in plan.parameters.values():
+                parameter.grad = None
+
+    def _fused(self) -> FusedStep:
+        if self._step is None:
+            assert self._optimizer is not None
+            self._step = FusedStep(self._optimizer)
+        return self._step
+
+
+def _why_no_flag(plan: Plan, optimizer: Any | None) -> str | None:
+    """What keeps the optimizer's own step from being withheld for all that is clipped."""
+    if optimizer is None:
+        return "the clipper has no optimizer of torch's (none, a layout, or a DeepSpeed engine)"
+    if not takes_factors(optimizer):
+        return f"{type(optimizer).__name__} wasn't built with fused=True, or can't be"
+    held = {id(parameter) for parameter in plan.parameters.values()}
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.requires_grad and id(p) not in held for p in stepped):
+        return "the optimizer steps parameters that this clipper doesn't hold"
+    return None

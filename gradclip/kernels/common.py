@@ -1,0 +1,141 @@
+"""What kernels share: units as rows, and writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor
+
+from gradclip.types import Grads, Units, UnitSpan
+
+__all__ = [
+    "assembled",
+    "rows_of",
+    "scale_slots_",
+    "scale_units_",
+    "unit_norms",
+    "unit_peaks",
+]
+
+_dtype = attrgetter("dtype")
+
+
+def scale_slots_(slots: Grads, coef: Tensor) -> None:
+    """Multiply the gradients of each slot in place by its coefficient, float64 of shape (slots,).
+
+    `torch._foreach_mul_` would round the coefficient to the gradients' dtype (a bfloat16
+    coefficient is off by up to 0.4 %), so a slot in single or half precision takes the loss
+    scaler's kernel: it multiplies in float32 and launches once for all tensors (0.43 ms against
+    0.77 for 2000 small tensors on a CPU). Slots of one tensor each, where a launch per slot
+    would dominate, share one `_foreach_mul_` where their dtype loses nothing.
+    """
+    lone: list[Tensor] = []
+    factors: list[Tensor] = []
+    found_inf = torch.zeros((), dtype=torch.float32, device=coef.device)
+    for slot, exact, rounded in zip(slots, coef.unbind(), coef.float().unbind(), strict=True):
+        if not slot:
+            continue
+        if len(slot) == 1 and slot[0].dtype == torch.float32:
+            lone.append(slot[0])
+            factors.append(rounded)
+            continue
+        single, double = slot, list[Tensor]()
+        if torch.float64 in map(_dtype, slot):
+            single = [grad for grad in slot if grad.dtype != torch.float64]
+            double = [grad for grad in slot if grad.dtype == torch.float64]
+        if single:
+            torch._amp_foreach_non_finite_check_and_unscale_(single, found_inf, rounded)
+        if double:
+            torch._foreach_mul_(double, exact)
+    if lone:
+        torch._foreach_mul_(lone, factors)
+
+
+def rows_of(
+    tensor: Tensor, span: UnitSpan, views: int, copies: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The units of a tensor as rows, some at a time.
+
+    Args:
+        tensor: The elements of at least one unit.
+        span: What it holds.
+        views: How many elements at a time where units lie one after the other in memory.
+        copies: The same where they have to be copied for it.
+
+    Yields:
+        The index of the first unit, and rows of shape (units, elements of one).
+    """
+    outside, inside = _dims(tensor, span)
+    ordered = tensor.permute((*outside, *inside)) if outside and outside[0] else tensor
+    limit = views if ordered.is_contiguous() else copies
+    if not outside:
+        yield span.start, ordered.reshape(1, -1)
+        return
+    step = max(1, limit * ordered.shape[0] // ordered.numel())
+    per = span.units // ordered.shape[0]
+    for at in range(0, ordered.shape[0], step):
+        part = ordered.narrow(0, at, min(step, ordered.shape[0] - at))
+        yield span.start + at * per, part.reshape(part.shape[0] * per, -1)
+
+
+def unit_norms(
+    tensor: Tensor, span: UnitSpan, norm_type: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The norm of each unit of a tensor, of shape (units,), accumulated in a type."""
+    _, inside = _dims(tensor, span)
+    if not inside:  # every element is a unit
+        return tensor.abs().to(dtype or tensor.dtype).reshape(-1)
+    return torch.linalg.vector_norm(tensor, norm_type, dim=inside, dtype=dtype).reshape(-1)
+
+
+def unit_peaks(units: Units) -> Tensor:
+    """Largest |g| of each unit, float64 of shape (units,)."""
+    parts = [(span.start, unit_norms(x, span, math.inf).double()) for x, span in units]
+    return assembled(parts, units)
+
+
+def assembled(parts: Sequence[tuple[int, Tensor]], units: Units) -> Tensor:
+    """One vector of vectors that start where they are told; 0 in the gaps between them."""
+    zero = torch.zeros(1, dtype=torch.float64, device=units.device)
+    filled: list[Tensor] = []
+    at = 0
+    for start, part in sorted(parts, key=lambda item: item[0]):
+        if start > at:
+            filled.append(zero.expand(start - at))
+        filled.append(part)
+        at = start + part.numel()
+    if at < units.count:
+        filled.append(zero.expand(units.count - at))
+    return torch.cat(filled)
+
+
+def scale_units_(units: Units, coef: Tensor) -> None:
+    """Multiply units in place by their coefficients, in float32 or wider, rounding once.
+
+    Args:
+        units: Which of them to write.
+        coef: Float64 of shape (all units,).
+    """
+    single = coef.float()
+    lone: list[Tensor] = []
+    factors: list[Tensor] = []
+    for tensor, span in units:
+        if span.units == 1 and tensor.dtype == torch.float32:
+            lone.append(tensor)
+            factors.append(single.select(0, span.start))
+            continue
+        own = coef if tensor.dtype == torch.float64 else single
+        first, last = span.unit_dims
+        shape = [n if first <= d < last else 1 for d, n in enumerate(tensor.shape)]
+        tensor.mul_(own.narrow(0, span.start, span.units).view(shape))
+    if lone:
+        torch._foreach_mul_(lone, factors)
+
+
+def _dims(tensor: Tensor, span: UnitSpan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dims that tell units apart, and those within a unit."""
+    first, last = span.unit_dims
+    return tuple(range(first, last)), (*range(first), *range(last, tensor.ndim))

@@ -1,0 +1,83 @@
+"""Attributes of other objects, replaced and put back: the one mechanism for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+__all__ = ["Patches"]
+
+_MISSING = object()
+
+
+class Patches:
+    """Attributes that are replaced until `undo`.
+
+    Attributes:
+        is_on: Whether they are replaced now.
+
+    Example:
+        >>> class Engine:
+        ...     def step(self):
+        ...         return "step"
+        >>> engine, patches = Engine(), Patches()
+        >>> patches.wrap(engine, "step", lambda step: "clip and " + step())
+        >>> engine.step()
+        'clip and step'
+        >>> patches.undo()
+        >>> engine.step()
+        'step'
+    """
+
+    def __init__(self) -> None:
+        self.is_on = True
+        self._stack = ExitStack()
+
+    def put(self, owner: Any, name: str, value: Any) -> None:
+        """Give an attribute another value.
+
+        Args:
+            owner: An instance, a class or a module.
+            name: Of the attribute; it need not exist.
+            value: Its value until `undo`, unless somebody else replaces it in the meantime.
+        """
+        before = vars(owner).get(name, _MISSING)
+        setattr(owner, name, value)
+
+        def put_back() -> None:
+            if vars(owner).get(name, _MISSING) is not value:
+                return  # replaced by somebody else, whose it is now
+            if before is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        self._stack.callback(put_back)
+
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Run something around a method.
+
+        Args:
+            owner: An instance, or a class whose instances are all to be changed.
+            name: Of the method.
+            around: Called in its place with the method as it was, then the arguments of the call.
+                After `undo` it is called no more, even where somebody else kept the replacement.
+        """
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return around(method, *args, **kwargs) if self.is_on else method(*args, **kwargs)
+
+        self.put(owner, name, wrapper)
+
+    def callback(self, undo: Callable[[], object]) -> None:
+        """Call this too when all is undone."""
+        self._stack.callback(undo)
+
+    def undo(self) -> None:
+        """Put everything back, the last first; twice is once."""
+        self.is_on = False
+        self._stack.close()
