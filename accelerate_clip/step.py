@@ -48,7 +48,6 @@ class StepClipper(GradientClipper):
         LayoutError: If the parameters are laid out in a way that isn't supported.
     """
 
-    _once_a_step = True  # asked by the script and by the hook, it clips once
 
     def __init__(
         self,

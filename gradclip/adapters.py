@@ -1,25 +1,28 @@
-"""For whoever hooks gradclip into a trainer: clippers of all its optimizers, and patches to undo.
+"""For whoever hooks gradclip into a trainer: clippers of all optimizers, and patches to undo.
 
-docs/adapters.md hooks a toy trainer with it; `lightning_clip` and `accelerate_clip` are built on it.
+`lightning_clip` and `accelerate_clip` are built on it; docs/adapters.md hooks a toy trainer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
+from gradclip.drivers.attached import clip_before_step
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.plan.parameters import configs_for
+from gradclip.records.record import ClipRecord
 
-__all__ = ["ClipperSet", "Patches", "window_share"]
+__all__ = ["ClipperSet", "OncePerStep", "Patches", "window_share"]
 
 
 class ClipperSet(Sequence[GradientClipper]):
@@ -154,6 +157,80 @@ class ClipperSet(Sequence[GradientClipper]):
                 f"is for; allowed: one optimizer. Set {setting}, or {way_out}"
             )
             raise ConfigError(msg)
+
+
+class OncePerStep:
+    """Clips the gradients of each step the first time it is asked to, and before the step at last.
+
+    For a trainer whose script may clip by itself (`trainer.clip_grad_norm_()`) or leave it to the
+    trainer: both end in one clip for each step of the optimizer.
+
+    Args:
+        clipper: Built with the optimizer; it must not be attached.
+        optimizer: Its optimizer. Hooks are registered on it until `remove`.
+        share: Gives the share of a full accumulation window that a step holds (`window_share`),
+            asked once at each clip.
+        after_step: Called after each step of the optimizer, also of a withheld one.
+
+    Attributes:
+        clipper: The clipper.
+        steps: Steps that the optimizer has made.
+    """
+
+    def __init__(
+        self,
+        clipper: GradientClipper,
+        optimizer: Optimizer,
+        *,
+        share: Callable[[], float] = lambda: 1.0,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.clipper = clipper
+        self.steps = 0
+        self._share = share
+        self._after_step = after_step
+        self._is_done = False
+        # First, to see what the step was told before that is taken back.
+        self._handles = [
+            optimizer.register_step_post_hook(lambda *_: self.end_step()),
+            clip_before_step(clipper, optimizer, self.clip),
+        ]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the gradients that are in place now have been clipped."""
+        return self._is_done
+
+    def clip(self, *, grad_scale: Tensor | None = None, repeat: bool = False) -> ClipRecord:
+        """Clip, unless this step's gradients have been clipped already.
+
+        Args:
+            grad_scale: 0-d factor that the gradients still carry (a loss scale).
+            repeat: One more evaluation of a closure in a step that was clipped.
+
+        Returns:
+            This step's record.
+        """
+        if not self._is_done or repeat:
+            self.clipper.clip(grad_scale=grad_scale, share=self._share(), repeat=repeat)
+            self._is_done = True
+        assert self.clipper.last_record is not None
+        return self.clipper.last_record
+
+    def expect_new(self) -> None:
+        """Say that other gradients are in place, or will be, than those that were clipped."""
+        self._is_done = False
+
+    def end_step(self) -> None:
+        """Say that the step is over; called by itself after each step that the optimizer makes."""
+        self.steps += 1
+        self._is_done = False
+        self._after_step()
+
+    def remove(self) -> None:
+        """Clip no more."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def window_share(batches: int, window: int) -> float:

@@ -82,7 +82,7 @@ class GradientClipper:
         (True, 1.0)
     """
 
-    _is_attached = _once_a_step = False
+    _is_attached = False
 
     def __init__(
         self,

@@ -22,12 +22,20 @@ if TYPE_CHECKING:
 __all__ = ["clip_before_step"]
 
 
-def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Handle:
+def clip_before_step(
+    clipper: GradientClipper, optimizer: Optimizer, clip: Callable[..., object] | None = None
+) -> Handle:
     """Register a step pre-hook that clips; with a closure, clip whenever its backward is done.
 
     A `GradScaler` leaves the unscaling to a fused optimizer and tells it the scale, which is
     passed on, so that limits mean the same with and without one. What a closure returns is shown
     to policies that watch the loss, unless one was observed.
+
+    Args:
+        clipper: Whose parameters are clipped.
+        optimizer: Before whose steps.
+        clip: Called in place of the clipper's own `clip`, with `grad_scale` and `repeat`. It may be
+            called by hand as well, so that a second call in a step is its concern.
 
     Raises:
         ConfigError: If the clipper is attached already; the optimizer has no parameter that it
@@ -54,15 +62,21 @@ def clip_before_step(clipper: GradientClipper, optimizer: Optimizer) -> Handle:
             "clipper; attach the optimizer whose parameters the clipper was built with."
         )
         raise ConfigError(msg)
-    return _Attached(clipper, optimizer)
+    return _Attached(clipper, optimizer, clip)
 
 
 class _Attached:
     """The hooks, and whether a scaler's step has clipped already."""
 
-    def __init__(self, clipper: GradientClipper, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        clipper: GradientClipper,
+        optimizer: Optimizer,
+        clip: Callable[..., object] | None,
+    ) -> None:
         self._clipper = clipper
         self._optimizer = optimizer
+        self._clip_once = clip
         self._clipped = False
         self._known = clipper.last_record
         clipper._on.effect.make_ready()
@@ -124,7 +138,7 @@ class _Attached:
 
     def _clip(self, grad_scale: Tensor | None = None, *, repeat: bool = False) -> None:
         clipper = self._clipper
-        if clipper.last_record is not self._known and not clipper._once_a_step:
+        if clipper.last_record is not self._known and self._clip_once is None:
             msg = (
                 "clip() was called since the last step and the clipper is attached, so this step "
                 "would be clipped and counted twice; allowed: one of the two. Leave clip() out, "
@@ -133,7 +147,8 @@ class _Attached:
             raise ConfigError(msg)
         clipper._on.effect.in_step = True
         try:
-            clipper.clip(grad_scale=grad_scale, repeat=repeat)
+            clip = clipper.clip if self._clip_once is None else self._clip_once
+            clip(grad_scale=grad_scale, repeat=repeat)
         finally:  # which is another one if parameters were added
             clipper._on.effect.in_step = False
             self._known = clipper.last_record
