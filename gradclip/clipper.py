@@ -162,7 +162,7 @@ class GradientClipper:
         if repeat and self.last_record is not None:
             return clip_again(self._core, given, self._beginning)
         self._beginning = self._core.beginning
-        step = self._core.look(given)
+        step = self._core.look(given, self._beginning)
         record = self._core.commit(step)
         self._core.write(step)
         return record
@@ -339,4 +339,5 @@ class GradientClipper:
         states, counts, elements = unpack(state, on.plan.rules, core.states, on.memory, on.device)
         core.recorder.restart(int(state.get("step", counts[0])), counts)
         core.states = states
-        on.memory.replace(elements)
+        if on.memory is not None:
+            on.memory.replace(elements)

@@ -43,9 +43,9 @@ from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
 from gradclip.policies import decide_all
 from gradclip.records.record import ClipRecord
-from gradclip.records.recorder import Recorder
+from gradclip.records.recorder import TAKEN, Recorder
 from gradclip.state import carry_over
-from gradclip.stops import DeferredStop, is_withheld, where_nonfinite
+from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
 from gradclip.types import Beginning, Given, Grads, Kernel, Layout, Region, State, Step
 
 __all__ = ["Core", "Machinery", "Sources"]
@@ -87,27 +87,24 @@ class Machinery:
     """What the verbs work with, built for the parameters as they are now.
 
     Attributes:
+        device: Where measures, decisions and records live.
         layout: Which ranks hold what.
         plan: What policies decide on.
         kernel: What measures and scales.
-        memory: What element policies remember.
+        memory: What element policies remember; None where no policy works on elements or units.
         effect: How a verdict is carried out.
         stepped: The optimizer's parameters that it was built for.
         lies: How the first parameter lay.
     """
 
+    device: torch.device
     layout: Layout
     plan: Plan
     kernel: Kernel
-    memory: ElementMemory
+    memory: ElementMemory | None
     effect: Effect
     stepped: Sequence[Parameter]
     lies: tuple[object, ...]
-
-    @property
-    def device(self) -> torch.device:
-        """Where measures, decisions and records live."""
-        return self.layout.devices[0]
 
     def fits(self, sources: Sources) -> bool:
         """Whether the parameters are still those it was built for, each the same object."""
@@ -157,7 +154,7 @@ class Core:
     @property
     def beginning(self) -> Beginning:
         """What the next step begins with."""
-        return Beginning(self.states, self.recorder.taken)
+        return Beginning(self.states, self.recorder.tally.counts.select(0, TAKEN))
 
     def current(self) -> Machinery:
         """The machinery, built anew if parameters were added, replaced or moved.
@@ -186,12 +183,14 @@ class Core:
         """
         on, (states, taken) = self.current(), since or self.beginning
         grads = on.layout.collect(on.plan.slots)
-        if self._backward_watch is not None:
-            self._backward_watch.look(on.plan.parameters)
-        probes = on.memory.probes(grads.counted, given.grad_scale)
+        watch = self._backward_watch
+        if watch is not None and not watch.look(on.plan.parameters):
+            self._backward_watch = None
+        scale, memory = given.grad_scale, on.memory
+        probes = {} if memory is None else memory.probes(grads.counted, scale)
         norms, probed, weights = measure_step(on.plan, grads, probes, on.layout, on.kernel)
-        if given.grad_scale is not None:
-            norms = {p: norm / given.grad_scale for p, norm in norms.items()}
+        if scale is not None:
+            norms = {p: norm / scale for p, norm in norms.items()}
         verdict, states = decide_all(
             on.plan.rules,
             norms,
@@ -205,7 +204,7 @@ class Core:
             held=self._stop.reached,
             share=given.share,
         )
-        each = partial(measure_each, on.plan, on.layout, on.kernel, given.grad_scale)
+        each = partial(measure_each, on.plan, on.layout, on.kernel, scale)
         step = Step(given, grads, norms[on.plan.recorded], verdict, states, each)
         return step if self._stays_on_device(given) else self._read_on_host(step)
 
@@ -278,15 +277,20 @@ class Core:
 
     def _read_on_host(self, step: Step) -> Step:
         """The step, with the host knowing whether it is withheld; or the error that it asks for."""
-        on = self.machinery
+        on, verdict, raises = self.machinery, step.verdict, step.given.on_nonfinite == "raise"
+        bad = verdict.skip
+        if raises:
+            nonfinite = verdict.finite.logical_not()
+            bad = nonfinite if bad is None else bad | nonfinite
+        if bad is None or not bool(bad):
+            return step
         where = partial(where_nonfinite, on.plan.parameters, on.layout, on.kernel)
-        raises = step.given.on_nonfinite == "raise"
         try:
-            withheld = is_withheld(step.verdict, on.plan.rules, where, raises=raises)
+            refuse_stop(verdict, on.plan.rules, where, raises=raises)
         except ClipError:
             self.recorder.witness(step)
             raise
-        return replace(step, verdict=replace(step.verdict, withheld=withheld))
+        return replace(step, verdict=replace(verdict, withheld=True))
 
 
 def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None) -> Machinery:
@@ -314,7 +318,9 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         plan = plan.with_sizes(layout.sizes(plan.slots))
     flat = [name for name, p in parameters.items() if is_flat(p)]
     _refuse_scopes(plan, config, grouped=optimizer is not None, flat=flat)
-    memory = ElementMemory(plan, layout, optimizer, None if before is None else before.memory)
+    memory = None
+    if plan.unit_map is not None or any(rule.elementwise is not None for rule in plan.rules):
+        memory = ElementMemory(plan, layout, optimizer, None if before is None else before.memory)
     effect = Effect(
         config.apply,
         plan,
@@ -323,7 +329,16 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         one_by_one=config.stage == "after_backward",
         before=None if before is None else before.effect,
     )
-    return Machinery(layout, plan, kernel, memory, effect, sources.stepped, _how_it_lies(plan))
+    return Machinery(
+        device=layout.devices[0],
+        layout=layout,
+        plan=plan,
+        kernel=kernel,
+        memory=memory,
+        effect=effect,
+        stepped=sources.stepped,
+        lies=_how_it_lies(plan),
+    )
 
 
 def _how_it_lies(plan: Plan) -> tuple[object, ...]:

@@ -63,13 +63,13 @@ class Patches:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return around(method, *args, **kwargs) if self.is_on else method(*args, **kwargs)
 
-        wrapper.replaced_by = self  # type: ignore[attr-defined]
-        wrapper.before = vars(owner).get(name, _MISSING)  # type: ignore[attr-defined]
+        wrapper.replaced_by = self
+        wrapper.before = vars(owner).get(name, _MISSING)
         setattr(owner, name, wrapper)
 
         def put_back() -> None:
             if vars(owner).get(name) is wrapper:
-                _restore(owner, name, _alive(wrapper.before))  # type: ignore[attr-defined]
+                _restore(owner, name, _alive(wrapper.before))
 
         self._stack.callback(put_back)
 

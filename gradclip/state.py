@@ -21,13 +21,13 @@ FORMAT = 2
 
 
 def pack(
-    rules: Sequence[Rule], states: Sequence[State], memory: ElementMemory, tally: Tally
+    rules: Sequence[Rule], states: Sequence[State], memory: ElementMemory | None, tally: Tally
 ) -> dict[str, Any]:
     """Plain tensors, numbers and strings; loads with `torch.load(weights_only=True)`.
 
     Every rank calls it, as memory of elements is put together from all of them.
     """
-    elements = [memory.saved(rule) for rule in rules]
+    elements = [{} if memory is None else memory.saved(rule) for rule in rules]
     policies = [
         {
             "type": rule.policy.type,
@@ -49,7 +49,7 @@ def unpack(
     saved: Mapping[str, Any],
     rules: Sequence[Rule],
     states: Sequence[State],
-    memory: ElementMemory,
+    memory: ElementMemory | None,
     device: torch.device,
 ) -> tuple[list[State], Tensor, dict[Key, Memory]]:
     """The states, counts and memory of elements of a `state_dict`, checked against this clipper.
@@ -93,8 +93,9 @@ def unpack(
         loaded.append({n: v.to(device, torch.float64).clone() for n, v in entry["state"].items()})
     counts = [torch.as_tensor(saved["counts"][name]).to(device) for name in Tally.NAMES]
     elements: dict[Key, Memory] = {}
-    for rule, entry in zip(rules, saved["policies"], strict=True):
-        elements |= memory.loaded(rule, entry.get("elements", {}), device)
+    if memory is not None:
+        for rule, entry in zip(rules, saved["policies"], strict=True):
+            elements |= memory.loaded(rule, entry.get("elements", {}), device)
     return loaded, torch.stack(counts).to(torch.float64), elements
 
 

@@ -11,7 +11,7 @@ from gradclip.plan.plan import Rule
 from gradclip.policies.skip import SkipNonfinite, SkipPolicy
 from gradclip.types import Kernel, Layout, Verdict
 
-__all__ = ["DeferredStop", "is_withheld", "nonfinite_names", "shown", "where_nonfinite"]
+__all__ = ["DeferredStop", "nonfinite_names", "refuse_stop", "shown", "where_nonfinite"]
 
 
 class DeferredStop:
@@ -58,13 +58,13 @@ class DeferredStop:
         raise _too_many_skips(when, rules)
 
 
-def is_withheld(
+def refuse_stop(
     verdict: Verdict, rules: Iterable[Rule], where: Callable[[], str], *, raises: bool
-) -> bool:
-    """Whether the step is withheld: the one host read, where something can withhold it.
+) -> None:
+    """Raise if a step that isn't to be taken is to stop the run; read on the host.
 
     Args:
-        verdict: What was decided.
+        verdict: What was decided: the step is withheld, or not finite.
         rules: What decided.
         where: Tells where gradients aren't finite.
         raises: Whether a step that isn't finite is an error.
@@ -74,18 +74,12 @@ def is_withheld(
             a row for a policy.
         SkipLimitError: If a policy withheld as many steps in a row as it may.
     """
-    wanted = verdict.skip
-    if raises:
-        nonfinite = verdict.finite.logical_not()
-        wanted = nonfinite if wanted is None else wanted | nonfinite
-    if wanted is None or not bool(wanted):
-        return False
     finite = bool(verdict.finite)
     if raises and not finite:
         msg = f"{where()} on_nonfinite is 'raise'; 'skip' withholds such steps instead."
         raise NonFiniteError(msg)
     if verdict.stop is None or not bool(verdict.stop):
-        return True
+        return
     if not finite:
         raise _too_many_nonfinite(where(), rules)
     beyond = f"clip: a step is beyond the bound {float(verdict.limit):.6g}, or its loss is"

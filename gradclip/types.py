@@ -252,9 +252,9 @@ class Verdict:
     withheld: bool = False
 
     @property
-    def edited(self) -> Tensor | None:
-        """0-d bool, some element is changed by itself; None without an element policy."""
-        return torch.cat([edit.changes for edit in self.edits]).any() if self.edits else None
+    def edited(self) -> Tensor:
+        """0-d bool, some element is changed by itself; only where there are edits."""
+        return torch.cat([edit.changes for edit in self.edits]).any()
 
 
 @dataclass(frozen=True, slots=True)

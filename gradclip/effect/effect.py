@@ -22,7 +22,7 @@ def apply(
     grads: Grads,
     plan: Plan,
     kernel: Kernel,
-    memory: ElementMemory,
+    memory: ElementMemory | None,
     grad_scale: Tensor | None = None,
 ) -> None:
     """Carry out a verdict on this rank's gradients.
@@ -35,14 +35,15 @@ def apply(
         grads: All local gradients, one list per slot of the plan.
         plan: Whose gradients to drop, and which of them each coefficient is for.
         kernel: What writes this rank's gradients.
-        memory: What changes elements and remembers them.
+        memory: What changes elements and remembers them, for a verdict with edits.
         grad_scale: 0-d factor that the gradients still carry.
     """
     if verdict.withheld:
         _drop(plan)
         return
-    kernel.scale_(plan.as_measured(grads), verdict.coef)
+    kernel.scale_(grads if plan.unit_map is None else plan.as_measured(grads), verdict.coef)
     for edit in verdict.edits:
+        assert memory is not None
         memory.edit_(edit, grads, kernel, grad_scale)
 
 
@@ -119,7 +120,12 @@ class Effect:
             self._fused()
 
     def write(
-        self, verdict: Verdict, grads: Grads, kernel: Kernel, memory: ElementMemory, given: Given
+        self,
+        verdict: Verdict,
+        grads: Grads,
+        kernel: Kernel,
+        memory: ElementMemory | None,
+        given: Given,
     ) -> None:
         """Do what was decided, or ask the optimizer's step to; see `apply` and `FusedStep.ask`."""
         folds = self.folds(in_step=given.in_step) and not verdict.withheld

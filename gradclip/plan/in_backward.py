@@ -49,9 +49,8 @@ class BackwardWatch:
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
         self._writes = {p: p._version for p in parameters.values()}
-        self._has_warned = False
 
-    def look(self, parameters: Mapping[str, Parameter]) -> None:
+    def look(self, parameters: Mapping[str, Parameter]) -> bool:
         """Check the parameters that never had a gradient; the others are watched no more.
 
         Where others have one, a warning has to do: loading a checkpoint writes to parameters too,
@@ -59,6 +58,9 @@ class BackwardWatch:
 
         Args:
             parameters: Their names.
+
+        Returns:
+            Whether any is left to watch.
 
         Raises:
             ConfigError: If parameters were stepped in backward, and none has a gradient.
@@ -69,15 +71,14 @@ class BackwardWatch:
                 del self._writes[p]
             elif _has_hooks(p) and p._version != writes:
                 stepped.add(p)
-        if not stepped or self._has_warned:
-            return
-        names = [name for name, p in parameters.items() if p in stepped]
-        msg = _stepped(names, "written to, and its gradient dropped, by a hook")
-        if any(p.grad is not None for p in parameters.values()):
-            self._has_warned = True
+        if stepped:
+            names = [name for name, p in parameters.items() if p in stepped]
+            msg = _stepped(names, "written to, and its gradient dropped, by a hook")
+            if not any(p.grad is not None for p in parameters.values()):
+                raise ConfigError(msg)
             _logger.warning("%s", msg)
-        else:
-            raise ConfigError(msg)
+            self._writes.clear()  # said once
+        return bool(self._writes)
 
 
 def _has_hooks(parameter: Parameter) -> bool:

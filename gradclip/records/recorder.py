@@ -25,7 +25,7 @@ from gradclip.types import Step, Verdict
 if TYPE_CHECKING:
     from gradclip.config import ClipConfig
 
-__all__ = ["Recorder", "Tally"]
+__all__ = ["TAKEN", "Recorder", "Tally"]
 
 _ROWS = 512  # without a flight record: more than a log entry spans
 _NUMBERS, _FLAGS = COLUMNS.index("loss"), COLUMNS.index("has_gradient")
@@ -48,6 +48,7 @@ class Tally:
     """
 
     NAMES = ("steps", "clipped", "skipped", "nonfinite", "taken")
+    """`steps` are those with a gradient; `taken`, of these, those that moved parameters."""
 
     def __init__(self, device: torch.device, length: int) -> None:
         self.counts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
@@ -55,11 +56,6 @@ class Tally:
         self.made = self.first = 0
         self._unknown = self.counts.new_full((), math.nan)
         self._clip_rate = self.counts.new_zeros(())
-
-    @property
-    def taken(self) -> Tensor:
-        """Optimizer steps taken so far, 0-d float64."""
-        return self.counts.select(0, self.NAMES.index("taken"))
 
     def to(self, device: torch.device) -> None:
         """Move to where decisions are made now."""
@@ -86,7 +82,7 @@ class Tally:
         skipped = torch.zeros_like(verdict.finite) if verdict.skip is None else verdict.skip
         coef = torch.where(skipped, 1.0, verdict.coef.min())
         clipped = coef < 1
-        if verdict.edited is not None:
+        if verdict.edits:
             edited = verdict.edited & skipped.logical_not()
             clipped = clipped | edited
             clipped_norm = torch.where(edited, torch.nan, clipped_norm)
@@ -163,6 +159,10 @@ class Tally:
         )
 
 
+TAKEN = Tally.NAMES.index("taken")
+"""Which of the counts says how many optimizer steps were taken so far."""
+
+
 class Recorder:
     """Counts and describes each step, reads the rows when a log entry is due, writes the file.
 
@@ -199,11 +199,6 @@ class Recorder:
         self._interval = Interval(())
         self._sums = torch.zeros(1, dtype=torch.float64, device=device)
         self._names: Sequence[str] = ()
-
-    @property
-    def taken(self) -> Tensor:
-        """Optimizer steps taken so far, 0-d float64."""
-        return self.tally.taken
 
     @property
     def keeps_worst(self) -> bool:
@@ -261,8 +256,8 @@ class Recorder:
     def describe(self, step: Step) -> ClipRecord:
         """What happened, not counted."""
         plan, verdict = self._plan, step.verdict
-        grad_norm = combine(step.norms, plan.recorded)
-        clipped_norm = combine(step.norms * verdict.coef, plan.recorded)
+        both = torch.stack([step.norms, step.norms * verdict.coef])
+        grad_norm, clipped_norm = combine(both, plan.recorded).unbind()
         named = self.named(partial(plan.by_slot, step.norms))
         return self.tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded)
 
