@@ -63,8 +63,8 @@ class Patches:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return around(method, *args, **kwargs) if self.is_on else method(*args, **kwargs)
 
-        wrapper.replaced_by = self
-        wrapper.before = vars(owner).get(name, _MISSING)
+        wrapper.replaced_by = self  # type: ignore[attr-defined]
+        wrapper.before = vars(owner).get(name, _MISSING)  # type: ignore[attr-defined]
         setattr(owner, name, wrapper)
 
         def put_back() -> None:
