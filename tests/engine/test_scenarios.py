@@ -121,42 +121,44 @@ def changed(factor):
 
 
 @every_subject
-@pytest.mark.parametrize("factor", [*UP, *DOWN])
-def test_a_lasting_change_of_level(subject, factor):
-    norms = changed(factor)
-    limit = decided(subject.policy, norms).limit
-    assert is_back(limit[CHANGE - 100 : CHANGE], 1.0).all()
-    assert is_back(limit[CHANGE + subject.within :], factor).all()
-    reference = subject.reference(norms.tolist())
-    assert is_back(reference[CHANGE + subject.within], factor) == (factor not in subject.late)
-    assert is_back(reference[-1], factor) == (factor not in subject.much_later)
+def test_the_limit_follows_a_lasting_change_of_level(subject, subtests):
+    for factor in (*UP, *DOWN):
+        with subtests.test(f"{factor=}"):
+            norms = changed(factor)
+            limit = decided(subject.policy, norms).limit
+            assert is_back(limit[CHANGE - 100 : CHANGE], 1.0).all()
+            assert is_back(limit[CHANGE + subject.within :], factor).all()
+            reference = subject.reference(norms.tolist())
+            assert is_back(reference[CHANGE + subject.within], factor) == (
+                factor not in subject.late
+            )
+            assert is_back(reference[-1], factor) == (factor not in subject.much_later)
+            in_a_clipper(subject, norms, limit)
 
 
-@every_subject
-@pytest.mark.parametrize("factor", [*UP, *DOWN])
-def test_a_lasting_change_of_level_in_a_clipper(subject, factor):
-    norms = changed(factor)
+def in_a_clipper(subject, norms, limit):
+    """The same limits, and soon no more steps are clipped than before the change."""
     records = clipped(subject.policy, norms)
     limits = torch.stack([record.limit for record in records])
-    torch.testing.assert_close(limits, decided(subject.policy, norms).limit, rtol=1e-9, atol=0)
+    torch.testing.assert_close(limits, limit, rtol=1e-9, atol=0)
     settled = [bool(record.clipped) for record in records[CHANGE + subject.within :]]
     before = [bool(record.clipped) for record in records[CHANGE // 2 : CHANGE]]
     assert sum(settled) / len(settled) < sum(before) / len(before) + 0.2
 
 
 @every_subject
-@pytest.mark.parametrize("event", EVENTS)
-def test_an_event_leaves_no_trace(subject, event):
-    step, value = EVENTS[event]
+def test_an_event_leaves_no_trace(subject, subtests):
     norms = steady(2 * CHANGE)
-    with_event = torch.cat([norms[:step], torch.tensor([value]).double(), norms[step:]])
-    records = clipped(subject.policy, with_event)
-    limits = torch.stack([r.limit for i, r in enumerate(records) if i != step])
     clean = torch.stack([r.limit for r in clipped(subject.policy, norms)])
-    torch.testing.assert_close(limits, clean, rtol=0, atol=0)
-    assert is_back(limits[-200:], 1.0).all()
-    reference = subject.reference(with_event.tolist())
-    assert is_back(reference[-1], 1.0) == (event not in subject.dies_of)
+    for event, (step, value) in EVENTS.items():
+        with subtests.test(event):
+            with_event = torch.cat([norms[:step], torch.tensor([value]).double(), norms[step:]])
+            records = clipped(subject.policy, with_event)
+            limits = torch.stack([r.limit for i, r in enumerate(records) if i != step])
+            torch.testing.assert_close(limits, clean, rtol=0, atol=0)
+            assert is_back(limits[-200:], 1.0).all()
+            reference = subject.reference(with_event.tolist())
+            assert is_back(reference[-1], 1.0) == (event not in subject.dies_of)
 
 
 @every_subject
