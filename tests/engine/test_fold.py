@@ -28,7 +28,7 @@ OPTIMIZERS = {
     "adam": partial(Adam, lr=0.01),
     "adamw": partial(AdamW, lr=0.01, weight_decay=0.1),
     "amsgrad": partial(AdamW, lr=0.01, amsgrad=True),
-    "sgd": partial(SGD, lr=0.01),
+    "sgd": partial(SGD, lr=0.01, weight_decay=0.1),
     "momentum": partial(SGD, lr=0.01, momentum=0.9, dampening=0.1),
     "nesterov": partial(SGD, lr=0.01, momentum=0.9, nesterov=True),
     "adagrad": partial(Adagrad, lr=0.01),

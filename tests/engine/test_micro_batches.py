@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -57,10 +58,8 @@ def test_each_contribution_is_held_to_the_limit_by_itself(kernel):
     assert float(record.coef) == pytest.approx(LIMIT / max(norms), rel=1e-4)
     assert float(record.clipped_norm) == pytest.approx(norm(wanted), rel=1e-5)
     assert float(record.limit) == LIMIT
-    assert record.clipped
-    assert record.finite
-    assert not record.skipped
-    assert record.dropped == 0
+    flags = (record.clipped, record.finite, record.skipped, record.dropped)
+    assert list(map(float, flags)) == [1, 1, 0, 0]
     assert "clip/dropped" in record.as_metrics()
     counts = program.clipper.state_dict()["counts"]
     assert (counts["steps"], counts["clipped"], counts["taken"]) == (1, 1, 1)
@@ -114,10 +113,10 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_and_named(kernel, caplog, 
             counts = program.clipper.state_dict()["counts"]
             assert (counts["nonfinite"], counts["skipped"], counts["taken"]) == (1, 0, 1)
             assert all(p.isfinite().all() for p in program.params)
-            said = f"1 of 4 micro-batches of a step were left out: number {bad + 1}"
-            assert [said in m and "0.weight" in m for m in caplog.messages] == [True] * (
-                kernel == "cpu"
-            )
+            if kernel == "cpu":
+                [said] = caplog.messages
+                assert f"1 of 4 micro-batches of a step were left out: number {bad + 1}" in said
+                assert "0.weight" in said
 
 
 @pytest.mark.parametrize(
@@ -129,11 +128,8 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_and_named(kernel, caplog, 
     ],
 )
 def test_a_step_without_any_micro_batch_left_is_withheld(kernel, fused):
-    def make(params, lr):
-        return torch.optim.AdamW(params, lr=lr, fused=fused)
-
     config = config_of(SkipLarge(limit=1e3), ClipByNorm(max_norm=LIMIT))
-    program = Program(config, make, kernel=kernel)
+    program = Program(config, partial(torch.optim.AdamW, fused=fused), kernel=kernel)
     program.step(range(2))
     before = program.params
     state = copy.deepcopy(program.optimizer.state_dict()["state"])
@@ -141,8 +137,8 @@ def test_a_step_without_any_micro_batch_left_is_withheld(kernel, fused):
     assert record.skipped
     assert record.dropped == 2
     assert all(map(torch.equal, before, program.params))
-    for index, values in program.optimizer.state_dict()["state"].items():
-        assert all(torch.equal(value, state[index][name]) for name, value in values.items())
+    after = program.optimizer.state_dict()["state"]
+    torch.testing.assert_close(after, state, rtol=0, atol=0)
     program.step(range(2))
     assert not all(map(torch.equal, before, program.params))
     assert program.clipper.state_dict()["counts"]["taken"] == 2
@@ -228,16 +224,13 @@ def test_elements_are_clamped_as_those_of_the_undivided_gradient():
     assert float(record.clipped_norm) == pytest.approx(norm(program.grads), rel=1e-6)
 
 
-@pytest.mark.parametrize(("fused", "attached"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("fused", "attached"), [(False, False), (True, True)])
 def test_a_scaler_changes_nothing_and_still_backs_off(fused, attached):
     ends = []
     for scale in (1.0, 2.0**16):
         scaler = GradScaler("cpu", init_scale=scale)
         config = config_of(ZClip(warmup_steps=4), ClipByNorm(max_norm=LIMIT), on_nonfinite="raise")
-        options = {"fused": True} if fused else {}
-        program = Program(
-            config, lambda p, lr, o=options: torch.optim.SGD(p, lr=lr, **o), scaler=scaler
-        )
+        program = Program(config, partial(torch.optim.SGD, fused=fused), scaler=scaler)
         if attached:
             program.clipper.attach(program.optimizer)
         for step in range(4):
@@ -334,46 +327,35 @@ def test_logs_and_the_flight_record_are_of_the_worst_micro_batch(kernel, tmp_pat
     assert rows[0]["per_parameter"]["0.weight"] == pytest.approx(largest, rel=1e-5)
 
 
-@pytest.mark.parametrize("debug", [False, True])
-def test_nothing_keeps_a_clipper_that_nobody_uses(debug):
-    program = Program(config_of(ClipByNorm(max_norm=LIMIT), debug=debug))
-    program.step(range(2))
-    gone = weakref.ref(program.clipper)
-    program.clipper = None
-    assert gone() is None
+def test_nothing_keeps_a_clipper_that_nobody_uses():
+    for debug in (False, True):
+        program = Program(config_of(ClipByNorm(max_norm=LIMIT), debug=debug))
+        program.step(range(2))
+        gone = weakref.ref(program.clipper)
+        program.clipper = None
+        assert gone() is None, f"{debug=}"
 
 
 def test_what_would_not_be_clipped_rightly_is_refused(subtests):
-    def fused(params, lr):
-        return torch.optim.AdamW(params, lr=lr, fused=True)
-
     def program(make=torch.optim.SGD, **options):
         return Program(config_of(ClipByNorm(max_norm=LIMIT), **options), make)
 
-    def nested():
-        clipper = program().clipper
-        with clipper.micro_batch(), clipper.micro_batch():
-            pass
-
-    def clip_inside():
+    def inside(call):
         clipper = program().clipper
         with clipper.micro_batch():
-            clipper.clip()
+            call(clipper)
 
     def closure():
         of = program(torch.optim.LBFGS)
         of.clipper.attach(of.optimizer)
         of.optimizer.step(lambda: of.loss(0))
 
-    def at_stage_step():
-        with Program(ClipByNorm(max_norm=LIMIT)).clipper.micro_batch():
-            pass
-
     def backward_outside():
         of = program()
         of.loss(0).backward()
         of.clipper.clip()
 
+    fused, at_step = partial(torch.optim.AdamW, fused=True), Program(ClipByNorm(max_norm=LIMIT))
     for words, call in (
         ("made outside of micro_batch", backward_outside),
         ("scaler=scaler", lambda: program().clipper.clip(grad_scale=torch.ones(()))),
@@ -381,9 +363,9 @@ def test_what_would_not_be_clipped_rightly_is_refused(subtests):
         ("evaluates a closure", lambda: program().clipper.clip(repeat=True)),
         ("evaluates a closure", closure),
         ("share is 0.0", lambda: program().clipper.micro_batch(share=0.0).__enter__()),
-        ("open already", nested),
-        ("a micro_batch is open", clip_inside),
-        ("stage is 'step'", at_stage_step),
+        ("open already", lambda: inside(lambda clipper: clipper.micro_batch().__enter__())),
+        ("a micro_batch is open", lambda: inside(GradientClipper.clip)),
+        ("stage is 'step'", lambda: at_step.clipper.micro_batch().__enter__()),
         ("is 'after_backward', which clips before", lambda: program(fused, apply="fold")),
     ):
         with subtests.test(words), pytest.raises(ConfigError, match=words):
