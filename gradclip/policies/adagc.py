@@ -97,8 +97,8 @@ class AdaGC(AdaptivePolicy):
     def _floored(self, mean: Tensor, started: Tensor) -> Tensor:
         """Running means, none of them too small to recover from."""
         if self.mean_floor:
-            # NaN before any slot has started, and `fmax` then keeps the mean. `nanmedian` would read
-            # the host, and take the lower of two middles.
+            # NaN before any slot has started: `fmax` then keeps the mean. `nanmedian` would take
+            # the lower of two middles, and wait for the device.
             middle = torch.where(started, mean, torch.nan).nanquantile(0.5)
             mean = torch.fmax(mean, self.mean_floor * middle)
         return mean.clamp(min=self.eps)
