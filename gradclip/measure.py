@@ -44,13 +44,13 @@ def measure(
 ) -> list[dict[float, Tensor]]:
     """The p-norm of each slot, for each p, over all ranks.
 
-    Sums of powers are added over ranks in one message and rooted once. A maximum (p = inf) is
-    one more, as is the scale that a wide p needs to stay in range.
+    Sums of powers are added over ranks in one message, and the root is taken after that. Maxima
+    (p = inf) are a second message, which a wide p needs too: scaled by it, powers stay in range.
 
     Args:
-        sources: What this rank counts, one list per slot or divided into units, and for each p
-            whether it is wide (see `is_wide`); the same on every rank. The gradients, the
-            parameters where their norms are asked for, and what element policies make of both.
+        sources: What this rank adds to the norms (gradients, parameters, what element policies
+            make of them), one list per slot or divided into units; and for each p whether it is
+            wide (see `is_wide`). The same p on every rank.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
 
@@ -67,14 +67,14 @@ def measure(
             norms[i][math.inf] = peak
     exponents = {i: _exponent(norms[i][math.inf]) for i in ranged}
     summed = [(i, p) for i, (_, types) in enumerate(sources) for p in types if p != math.inf]
-    parts = [
+    local = [
         _power_sums(
             sources[i][0], kernel, p, torch.exp2(-exponents[i]) if sources[i][1][p] else None
         )
         for i, p in summed
     ]
-    if parts:
-        sums = layout.sum(torch.stack([part.to(device) for part in parts]))
+    if local:
+        sums = layout.sum(torch.stack([values.to(device) for values in local]))
         for (i, p), total in zip(summed, sums.unbind(), strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
             norms[i][p] = root * torch.exp2(exponents[i]) if sources[i][1][p] else root
@@ -107,15 +107,15 @@ def measure_step(
     """Norms of gradients, of what element policies make of them, and of weights.
 
     Args:
-        plan: What is asked for.
-        grads: This rank's.
-        probes: What element policies measure in place of gradients, by rule.
+        plan: Which norms are asked for.
+        grads: This rank's gradients.
+        probes: What element policies measure in place of gradients, by index of their rule.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
 
     Returns:
-        For each p the norms of the measured slots; by rule those of its probe; for each p those
-        of the weights, None where no policy asks.
+        For each p the norms of the measured slots; for each probe, by index of its rule, its
+        norms; for each p the norms of the weights, None where no policy asks.
     """
     sources: list[tuple[Source, Mapping[float, bool]]] = [
         (plan.as_measured(grads.counted), plan.norm_types),
@@ -132,13 +132,18 @@ def measure_step(
 def measure_each(
     plan: Plan, layout: Layout, kernel: Kernel, grad_scale: Tensor | None = None
 ) -> Tensor:
-    """The recorded norm of each parameter; one more read, and message where ranks share them.
+    """The norm of each parameter, for the log. Reads all gradients once more.
+
+    Ranks that share parameters exchange one more message.
 
     Args:
-        plan: Whose parameters to tell apart.
+        plan: Which parameters, and the p that is recorded.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
         grad_scale: 0-d factor that the gradients still carry.
+
+    Returns:
+        Float64 of shape (parameters,), without the factor.
     """
     assert plan.each is not None
     grads = layout.collect(list(plan.each.values())).counted
@@ -160,14 +165,14 @@ def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> T
         Shape (m,), or 0-d for one union. Sums run over a dim, in one order on every device, so
         that ranks agree bitwise.
     """
-    parts = norms if members is None else torch.cat([norms, norms.new_zeros(1)]).take(members)
-    if parts.shape[-1] == 1:
-        return parts.squeeze(-1)
-    peak = parts.amax(-1)
+    united = norms if members is None else torch.cat([norms, norms.new_zeros(1)]).take(members)
+    if united.shape[-1] == 1:
+        return united.squeeze(-1)
+    peak = united.amax(-1)
     if norm_type == math.inf:
         return peak
     scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
-    return scale * (parts / scale.unsqueeze(-1)).pow(norm_type).sum(-1).pow(1.0 / norm_type)
+    return scale * (united / scale.unsqueeze(-1)).pow(norm_type).sum(-1).pow(1.0 / norm_type)
 
 
 def combine_runs(norms: Tensor, norm_type: float, lengths: Tensor) -> Tensor:
