@@ -1,4 +1,4 @@
-"""Reading a trace, a piece at a time, so that its length costs no memory."""
+"""Reading a trace in chunks, so that memory doesn't grow with its length."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from pydantic_core import from_json
 
 from gradclip.errors import ConfigError
@@ -21,11 +22,11 @@ from gradclip.records.trace_file import (
     FLAGS,
     FORMAT,
     NUMBERS,
+    VERSION,
     TraceHeader,
     import_pyarrow,
     write_trace,
 )
-from gradclip.tools.header import parse_header, refuse
 
 __all__ = ["Chunk", "Trace", "TraceHeader", "write_trace"]
 
@@ -127,7 +128,7 @@ class Trace:
             reason = error.strerror or error  # pyarrow's have none
             msg = f"{path}: the file can't be read ({reason}). Give the path of a trace."
             raise ConfigError(msg) from None
-        return cls(path, parse_header(line, path), size)
+        return cls(path, _parse_header(line, path), size)
 
     def chunks(self, size: int = 16384) -> Iterator[Chunk]:
         """The steps in order, at most `size` at once.
@@ -154,6 +155,36 @@ class Trace:
             columns=frozenset(columns),
             bytes_read=parts[-1].bytes_read,
         )
+
+
+def _parse_header(line: bytes, path: Path) -> TraceHeader:
+    try:
+        content = from_json(line)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        msg = (
+            f'{path}, line 1: this isn\'t the header of a trace, {{"format": "{FORMAT}", ...}}. '
+            "Give a file of the flight recorder, or make one from a log: gradclip import LOG."
+        )
+        raise ConfigError(msg)
+    if content.get("version") != VERSION:
+        msg = (
+            f"{path}, line 1: version is {content.get('version')!r}; this gradclip reads "
+            f"{VERSION}. Use the gradclip that wrote it, or a newer one."
+        )
+        raise ConfigError(msg)
+    try:
+        return TraceHeader.model_validate_json(line)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        allowed = TraceHeader.model_fields[name].description or ""
+        _refuse(path, "line 1", f"{name} is {content[name]!r:.80}", allowed)
+
+
+def _refuse(path: Path, where: str, found: str, allowed: str) -> NoReturn:
+    msg = f"{path}, {where}: {found}; allowed: {allowed}."
+    raise ConfigError(msg)
 
 
 def _first_line(path: Path) -> bytes:
@@ -195,9 +226,9 @@ def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) 
                 text = f"{path}, {where}: the file was cut off here; it is read up to this line."
                 warnings.warn(text, stacklevel=2)
                 break
-            refuse(path, where, f"this isn't JSON ({error})", _A_STEP)
+            _refuse(path, where, f"this isn't JSON ({error})", _A_STEP)
         if not isinstance(row, dict):
-            refuse(path, where, f"found {row!r:.80}", _A_STEP)
+            _refuse(path, where, f"found {row!r:.80}", _A_STEP)
         rows.append(row)
     return rows
 
@@ -213,14 +244,14 @@ def _chunk_of_rows(rows: Sequence[Row], path: Path, number: int, read: int) -> C
         if not kinds <= column.kinds:
             index = next(i for i, value in enumerate(values) if type(value) not in column.kinds)
             found = f"{name} is {values[index]!r:.80}"
-            refuse(path, f"line {number + index}", found, column.allowed)
+            _refuse(path, f"line {number + index}", found, column.allowed)
         if NoneType in kinds:
             values = [column.null if value is None else value for value in values]
         try:
             arrays[name] = np.array(values, dtype=column.dtype)
         except OverflowError:
             lines = f"lines {number} to {number + len(rows) - 1}"
-            refuse(path, lines, f"{name} is too large for 64 bits", column.allowed)
+            _refuse(path, lines, f"{name} is too large for 64 bits", column.allowed)
     norms = {}
     for index, row in enumerate(rows):
         if "per_parameter" in row:
@@ -243,11 +274,11 @@ def _norms(content: Any, path: Path, where: str) -> dict[str, float]:
     allowed = _COLUMNS["grad_norm"].kinds
     if not isinstance(content, dict) or not set(map(type, content.values())) <= allowed:
         found = f"per_parameter is {content!r:.80}"
-        refuse(path, where, found, "a mapping of names to numbers or null")
+        _refuse(path, where, found, "a mapping of names to numbers or null")
     try:
         return {name: math.nan if norm is None else float(norm) for name, norm in content.items()}
     except OverflowError:
-        refuse(path, where, "per_parameter has a norm too large for 64 bits", "a number or null")
+        _refuse(path, where, "per_parameter has a norm too large for 64 bits", "a number or null")
 
 
 def _content(text: Any) -> Any:
@@ -268,7 +299,7 @@ def _check_order(step: NDArray[np.int64], last: int, path: Path, unit: str, numb
     if np.any(step <= before):
         index = int(np.argmax(step <= before))
         found = f"step is {step[index]}" + (f" after {before[index]}" if before[index] >= 0 else "")
-        refuse(path, f"{unit} {number + index}", found, "steps from 0, each larger than the last")
+        _refuse(path, f"{unit} {number + index}", found, "steps from 0, each larger than the last")
     return int(step[-1]) if len(step) else last
 
 
@@ -305,7 +336,7 @@ def _chunk_of_batch(batch: Any, path: Path, number: int, read: int) -> Chunk:
     pyarrow, _ = import_pyarrow()
     given = {name for name in batch.schema.names if batch.column(name).null_count < len(batch)}
     if "step" not in given:
-        refuse(path, "column step", "it is missing", _COLUMNS["step"].allowed)
+        _refuse(path, "column step", "it is missing", _COLUMNS["step"].allowed)
     arrays = {name: column.blank(len(batch)) for name, column in _COLUMNS.items()}
     for name in given & set(_COLUMNS):
         column = _COLUMNS[name]
@@ -313,11 +344,11 @@ def _chunk_of_batch(batch: Any, path: Path, number: int, read: int) -> Chunk:
             values = batch.column(name).cast(column.dtype)
             if values.null_count and column.absent is None:
                 row = number + values.is_null().index(True).as_py()
-                refuse(path, f"row {row}", f"{name} is null", column.allowed)
+                _refuse(path, f"row {row}", f"{name} is null", column.allowed)
             if values.null_count:
                 values = values.fill_null(column.absent)
         except pyarrow.ArrowException as error:
-            refuse(path, f"column {name}", str(error), column.allowed)
+            _refuse(path, f"column {name}", str(error), column.allowed)
         arrays[name] = values.to_numpy(zero_copy_only=False)
     norms = {}
     if "per_parameter" in given:

@@ -129,7 +129,7 @@ def test_a_section_without_a_mapping(tmp_path, value):
     [
         ("policies: []\nlog: 2024-13-45\n", ", line 2: this isn't YAML: month must be in 1"),
         (f"log:\n  every_n_steps: {'1' * 5000}\n", ", line 2: this isn't YAML: Exceeds the limit"),
-        ("policies: &a [*a]\n", ": values are nested too deeply, or an alias stands within"),
+        ("policies: &a [*a]\n", ": values are nested too deeply, or an alias contains itself"),
         ("policies: " + "[" * 3000, ": values are nested too deeply"),
         (GOOD + "---\n" + GOOD, ", line 9: the file holds several documents; keep one"),
     ],
