@@ -176,6 +176,13 @@ def dotted(path: KeyPath) -> str:
     return text
 
 
+def line_of(path: KeyPath, lines: Lines) -> int | None:
+    """The line of a key, or of what holds it, as a key merged in by `<<` has none."""
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path)
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known word nearest to a wrong one, and all known ones."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
@@ -208,7 +215,7 @@ def _explain(fault: dict[str, Any], where: str, lines: Lines) -> str:
     types = policy_types()
     loc: KeyPath = fault["loc"]
     path = tuple(part for index, part in enumerate(loc) if not _is_tag(loc, index, types))
-    line = lines.get(path, lines.get(path[:-1]))
+    line = line_of(path, lines)
     found, allowed = _found_and_allowed(fault, path, types)
     text = f"{dotted(path)} {found}".replace(" .", ".").strip()
     text += f"; {allowed}" if allowed else ""
