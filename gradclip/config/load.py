@@ -262,7 +262,7 @@ def _found_and_allowed(
 
 def _keys_beside(loc: KeyPath, types: Mapping[str, type[BaseModel]]) -> list[str]:
     """The keys allowed where an unknown one was found."""
-    sections = {"groups": GroupConfig, "log": LogConfig, "recorder": RecorderConfig}
-    models: dict[Any, type[BaseModel]] = {**types, **sections, "schedule": Schedule}
+    models: dict[Any, type[BaseModel]] = {**types, "schedule": Schedule}
+    models |= {"groups": GroupConfig, "log": LogConfig, "recorder": RecorderConfig}
     model = next((models[part] for part in reversed(loc[:-1]) if part in models), ClipConfig)
     return sorted(model.model_fields, key=lambda field: field != "type")

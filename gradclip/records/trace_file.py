@@ -11,8 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PlainSerializer
-from typing_extensions import TypedDict  # pydantic refuses that of typing before Python 3.12
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+)
 
 from gradclip.errors import ConfigError
 
@@ -60,13 +67,11 @@ def _read_spelled(value: Any) -> Any:
 _SpelledOut = BeforeValidator(_read_spelled), PlainSerializer(spell_out)
 
 
-class Totals(TypedDict):
-    """Numbers of steps over a whole run."""
-
-    steps: NonNegativeInt
-    clipped: NonNegativeInt
-    skipped: NonNegativeInt
-    nonfinite: NonNegativeInt
+def _need_totals(counts: dict[str, int]) -> dict[str, int]:
+    if lacking := {"steps", "clipped", "skipped", "nonfinite"} - set(counts):
+        msg = f"{lacking} are missing"
+        raise ValueError(msg)
+    return counts
 
 
 class TraceHeader(BaseModel):
@@ -92,7 +97,7 @@ class TraceHeader(BaseModel):
     )
     created: str | None = Field(None, description="text or null")
     parameters: tuple[str, ...] | None = Field(None, description="a list of names or null")
-    counts: Totals | None = Field(
+    counts: Annotated[dict[str, NonNegativeInt], AfterValidator(_need_totals)] | None = Field(
         None,
         description="null, or an object with the whole numbers steps, clipped, skipped and "
         "nonfinite",

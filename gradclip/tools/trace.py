@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import NoneType
@@ -27,11 +27,10 @@ from gradclip.records.trace_file import (
     import_pyarrow,
     write_trace,
 )
+from gradclip.tools.curves import Bools, Floats, Steps
 
 __all__ = ["Chunk", "Trace", "TraceHeader", "write_trace"]
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 Row = Mapping[str, Any]
 
 
@@ -81,8 +80,8 @@ class Chunk:
         bytes_read: How much of the file was read up to here, for progress bars.
     """
 
-    step: NDArray[np.int64]
-    batch: NDArray[np.int64]
+    step: Steps
+    batch: Steps
     grad_norm: Floats
     limit: Floats
     coef: Floats
@@ -97,6 +96,19 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.step)
+
+    def take(self, which: slice | Bools) -> Chunk:
+        """Some of the steps."""
+        return replace(self, **{name: getattr(self, name)[which] for name in _COLUMNS})
+
+    def last_gap(self, before: int) -> int | None:
+        """The index of the last step that doesn't follow directly on the one before.
+
+        Args:
+            before: The step before the first of these.
+        """
+        gaps = np.flatnonzero(np.diff(self.step, prepend=before) > 1)
+        return int(gaps[-1]) if len(gaps) else None
 
 
 @dataclass(frozen=True)
@@ -289,7 +301,7 @@ def _content(text: Any) -> Any:
         return text
 
 
-def _check_order(step: NDArray[np.int64], last: int, path: Path, unit: str, number: int) -> int:
+def _check_order(step: Steps, last: int, path: Path, unit: str, number: int) -> int:
     """The last step.
 
     Raises:

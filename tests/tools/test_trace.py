@@ -69,12 +69,12 @@ def test_what_was_written_is_read(tmp_path_factory, rows, suffix):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_the_header_is_read_whole(tmp_path, suffix):
     header = TraceHeader(
-        math.inf,
-        "import:csv",
-        {"policies": [{"type": "norm", "max_norm": math.inf}]},
-        "2026-01-02T03:04:05+00:00",
-        ("a.weight", "b</script>"),
-        {"steps": 1, "clipped": 0, "skipped": 0, "nonfinite": 0},
+        norm_type=math.inf,
+        source="import:csv",
+        config={"policies": [{"type": "norm", "max_norm": math.inf}]},
+        created="2026-01-02T03:04:05+00:00",
+        parameters=("a.weight", "b</script>"),
+        counts={"steps": 1, "clipped": 0, "skipped": 0, "nonfinite": 0},
     )
     path = tmp_path / "new" / f"trace.{suffix}"
     write_trace(path, header, [{"step": 0}])
