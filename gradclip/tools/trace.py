@@ -35,7 +35,7 @@ Row = Mapping[str, Any]
 
 
 class _Column(NamedTuple):
-    """How a column is read: its value where it is absent or null, and what JSON may hold."""
+    """How a column is read: its value where absent or null, and the types JSON may hold there."""
 
     dtype: str
     absent: Any
@@ -62,7 +62,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Steps in a row: arrays of one length `n`.
+    """Some steps of a trace in order, as arrays of one length `n`.
 
     Attributes:
         step: Int64, rising.
@@ -76,8 +76,8 @@ class Chunk:
         skipped: Bool; false where unknown.
         finite: Bool; true unless the trace says otherwise.
         per_parameter: By step, then by parameter: norm before clipping, NaN if not finite.
-        columns: Names of the above that the trace gives for any of these steps.
-        bytes_read: How much of the file was read up to here, for progress bars.
+        columns: Names of the above that the trace gives for at least one of these steps.
+        bytes_read: Bytes of the file read so far, for progress bars.
     """
 
     step: Steps
@@ -113,11 +113,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace file. Each call of `chunks` reads it anew, in memory that doesn't grow with it.
+    """A trace file. Each call of `chunks` reads it again, in bounded memory.
 
     Attributes:
         path: The file.
-        header: What it says once.
+        header: Its first line.
         size_hint: Its size in bytes.
     """
 
@@ -143,21 +143,19 @@ class Trace:
         return cls(path, _parse_header(line, path), size)
 
     def chunks(self, size: int = 16384) -> Iterator[Chunk]:
-        """The steps in order, at most `size` at once.
+        """The steps in order, at most `size` in a chunk.
+
+        A last line that was cut off is left out with a warning.
 
         Raises:
-            ConfigError: If a line is broken; names it. A last line that was cut off is left out
-                with a warning.
+            ConfigError: If a line is broken. The message names the line.
         """
         read = _parquet_chunks if self.path.suffix == ".parquet" else _line_chunks
         return read(self.path, size)
 
     def read(self) -> Chunk:
         """Everything at once, for traces that fit into memory."""
-        parts = list(self.chunks())
-        if len(parts) == 1:
-            return parts[0]
-        parts = parts or [_chunk_of_rows([], self.path, 2, self.size_hint)]
+        parts = list(self.chunks()) or [_chunk_of_rows([], self.path, 2, self.size_hint)]
         arrays = {n: np.concatenate([getattr(part, n) for part in parts]) for n in _COLUMNS}
         norms = {step: given for part in parts for step, given in part.per_parameter.items()}
         columns = {name for part in parts for name in part.columns}
@@ -219,9 +217,9 @@ def _line_chunks(path: Path, size: int) -> Iterator[Chunk]:
 
 
 def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) -> list[Row]:
-    """Lines, the first of which has this number, as mappings."""
-    # One call for all of them is several times faster than a call for each, and right where each
-    # is one object: not torn in two, and not two in one line.
+    """Lines as mappings; `number` is the number of the first line."""
+    # One call for all lines is several times faster than a call for each. It is right if each line
+    # is one object: no object on two lines, and no line with two objects.
     joined = b",".join(lines)
     if joined.count(b"}\n,{") == len(lines) - 1:
         with contextlib.suppress(ValueError):
@@ -246,7 +244,7 @@ def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) 
 
 
 def _chunk_of_rows(rows: Sequence[Row], path: Path, number: int, read: int) -> Chunk:
-    """Arrays of rows, the first of which stands on the line of this number."""
+    """Rows as arrays; `number` is the line of the first row."""
     given = {name for name in _COLUMNS if any(name in row for row in rows)} | {"step"}
     arrays = {name: column.blank(len(rows)) for name, column in _COLUMNS.items()}
     for name in given:
@@ -294,7 +292,7 @@ def _norms(content: Any, path: Path, where: str) -> dict[str, float]:
 
 
 def _content(text: Any) -> Any:
-    """What JSON holds; what isn't JSON stays as it is."""
+    """The content of a JSON text; anything else stays as it is."""
     try:
         return from_json(text)
     except (ValueError, TypeError):
@@ -302,11 +300,7 @@ def _content(text: Any) -> Any:
 
 
 def _check_order(step: Steps, last: int, path: Path, unit: str, number: int) -> int:
-    """The last step.
-
-    Raises:
-        ConfigError: Unless each is larger than the one before.
-    """
+    """Return the last step; refuse a step that isn't larger than the one before."""
     before = np.concatenate([np.array([last]), step[:-1]])
     if np.any(step <= before):
         index = int(np.argmax(step <= before))
@@ -329,7 +323,7 @@ def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
     pyarrow, parquet = import_pyarrow()
     read, last = 0, -1
     try:
-        # By default all of it would be brought into memory ahead.
+        # By default pyarrow reads the whole file into memory first.
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             total, in_all = file.metadata.num_rows, path.stat().st_size
             for batch in file.iter_batches(batch_size=size):
@@ -344,7 +338,7 @@ def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
 
 
 def _chunk_of_batch(batch: Any, path: Path, number: int, read: int) -> Chunk:
-    """Arrays of a Parquet batch that begins with this row; null is what wasn't recorded."""
+    """A Parquet batch as arrays; `number` is its first row, and null was not recorded."""
     pyarrow, _ = import_pyarrow()
     given = {name for name in batch.schema.names if batch.column(name).null_count < len(batch)}
     if "step" not in given:
