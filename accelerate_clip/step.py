@@ -48,7 +48,6 @@ class StepClipper(GradientClipper):
         LayoutError: If the parameters are laid out in a way that isn't supported.
     """
 
-
     def __init__(
         self,
         config: ClipConfig,
