@@ -25,7 +25,7 @@ from gradclip.effect.effect import apply
 from gradclip.errors import ClipError, ConfigError
 from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
-from gradclip.layouts.deepspeed import ZeroLayout
+from gradclip.layouts.deepspeed import DeepSpeedLayout as ZeroLayout
 from gradclip.measure import measure_each, measure_step
 from gradclip.plan.in_backward import refuse_lost_gradients
 from gradclip.policies import decide_all

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradclip.errors import ConfigError
-from gradclip.layouts.deepspeed import ZeroLayout
+from gradclip.layouts.deepspeed import DeepSpeedLayout as ZeroLayout
 from gradclip.types import Handle, Verdict
 
 __all__ = ["Halves", "clip_inside_step"]

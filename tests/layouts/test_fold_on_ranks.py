@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.cuts import CELLS, build
+from support.layouts import CELLS, build
 from support.ranks import run_on_ranks
 
 from gradclip import ClipByNorm, ClipConfig, GradientClipper, SkipLarge

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from support.cuts import PLAN, network
+from support.layouts import PLAN, network
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh

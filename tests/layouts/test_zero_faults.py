@@ -180,7 +180,7 @@ def odd_steps(rank, world, folder):
 @functools.cache
 def answers():
     with tempfile.TemporaryDirectory() as folder:
-        return run_on_ranks(odd_steps, WORLD, folder, timeout=180)
+        return run_on_ranks(odd_steps, WORLD, folder, timeout=180, fresh=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -281,7 +281,7 @@ def test_loss_scales():
         net(batch(number)).square().mean().backward()
         want.append(float(clipper.clip().grad_norm))
         optimizer.step()
-    for found in run_on_ranks(loss_scales, WORLD):
+    for found in run_on_ranks(loss_scales, WORLD, fresh=True):
         for name, (scales, withheld, grown, norms, parameters) in found.items():
             assert scales == [256.0, 256.0, 128.0, 128.0], name
             assert withheld == 256.0, name

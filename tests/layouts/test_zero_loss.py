@@ -70,7 +70,7 @@ def each(rank, world):
 
 @functools.cache
 def answers():
-    return run_on_ranks(each, WORLD, timeout=180)
+    return run_on_ranks(each, WORLD, timeout=180, fresh=True)
 
 
 @pytest.mark.parametrize("name", NAMES)
