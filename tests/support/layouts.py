@@ -1,6 +1,7 @@
 """One small network under every parallel layout, with real gradients of one and the same batch."""
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ class Built:
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        self.whole = self.whole or (lambda: {name: full(p.grad) for name, p in self.named})
+        self.whole = self.whole or (lambda: whole(self.named))
         self.grads = [copied(p.grad) for _, p in self.named]
 
     def renew(self):
@@ -87,6 +88,37 @@ class Built:
 
     def clipper(self, policy, optimizer=None):
         return GradientClipper(policy, self.named, optimizer, **self.options)
+
+
+def whole(named):
+    """Every gradient, whole; DTensors over one axis in one exchange, as `full_tensor` is slow."""
+    parts = {
+        name: grad.to_local()
+        for name, p in named
+        if isinstance(grad := p.grad, DTensor) and grad.device_mesh.ndim == 1
+        if grad.device_mesh.size() == dist.get_world_size()
+    }
+    found = [None] * dist.get_world_size()
+    if parts:
+        dist.all_gather_object(found, parts)
+    return {
+        name: joined(p.grad.placements[0], [one[name].double() for one in found])
+        if name in parts
+        else full(p.grad)
+        for name, p in named
+    }
+
+
+def joined(placement, parts):
+    if placement.is_partial():
+        return sum(parts)
+    return torch.cat(parts, placement.dim) if placement.is_shard() else parts[0]
+
+
+def bits(grads):
+    """Equal for equal bits of whole gradients, so that ranks can be compared."""
+    parts = [grad.contiguous().numpy().tobytes() for grad in grads.values()]
+    return hashlib.sha1(b"".join(parts)).hexdigest()
 
 
 def full(grad):

@@ -1,5 +1,7 @@
 """Element policies and what they remember of each element: one process's, saved and loaded too."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from gradclip import GradientClipper, LayoutError, Spam, SpikeMax, UClip
 from support.comms import CountComms
-from support.layouts import LAYOUTS, copied, network
+from support.layouts import LAYOUTS, bits, copied, network
 
 POLICIES = {
     "spam": Spam(theta=1.5, warmup_steps=2),
@@ -36,10 +38,10 @@ def moved(grad, step, linear):
 
 
 class Run:
-    """The same steps on this rank's part and, whole, in one process."""
+    """The same steps on this rank's part and, on the first rank, whole in one process."""
 
-    def __init__(self, built, name, policy):
-        self.built = built
+    def __init__(self, built, name, policy, messages):
+        self.built, self.name, self.messages = built, name, messages
         self.linear = LAYOUTS[name].partial > 0
         built.renew()
         self.clipper = built.clipper(policy)
@@ -61,19 +63,42 @@ class Run:
     def step(self, step):
         for (_, p), grad in zip(self.built.named, self.built.grads, strict=True):
             p.grad = moved(grad, step, self.linear)
+        comms = CountComms()
+        with comms if step == 1 else contextlib.nullcontext():
+            record = self.clipper.clip()
+        after = self.built.whole()
+        if dist.get_rank() == 0:
+            self.compare(step, record, after)
+        if step == 1:
+            layout = LAYOUTS[self.name]
+            assert len(comms.messages) == layout.sums * self.messages + layout.partial
+        return {k: float(v) for k, v in record.as_metrics().items()}, bits(after)
+
+    def compare(self, step, record, after):
         for n, grad in self.whole.items():
             one = self.one[n]
             one.grad = moved(grad.to(one.dtype).view(one.shape), step, self.linear)
-        with CountComms() as comms:
-            record = self.clipper.clip()
         want = self.alone.clip()
-        for n, grad in self.built.whole().items():
+        for n, grad in after.items():
             expected = self.one[n].grad.double().view(grad.shape)
             tolerance = 1e-2 if n in self.rough else 1e-5
             torch.testing.assert_close(grad, expected, rtol=tolerance, atol=1e-7)
         assert record.clipped == want.clipped
         torch.testing.assert_close(record.grad_norm, want.grad_norm, rtol=1e-6, atol=0)
-        return {k: float(v) for k, v in record.as_metrics().items()}, len(comms.messages)
+
+    def exchange(self, policy):
+        """Save both, compare, and go on with new clippers that each load what the other saved."""
+        state = self.clipper.state_dict()
+        saved = [self.alone.state_dict()]
+        dist.broadcast_object_list(saved)
+        if dist.get_rank() == 0:
+            saved_alike(state, saved[0], self.rough)
+        if policy.saves and policy.memory:
+            assert state["policies"][0]["elements"]
+            self.clipper = self.built.clipper(policy)
+            self.clipper.load_state_dict(saved[0])
+            self.alone = GradientClipper(policy, self.one.items())
+            self.alone.load_state_dict(state)
 
 
 def saved_alike(left, right, rough):
@@ -99,19 +124,10 @@ def policies_of(name, built):
 def check(built, name):
     found = {}
     for key, policy in policies_of(name, built):
-        run = Run(built, name, policy)
+        run = Run(built, name, policy, MESSAGES[key])
         steps = [run.step(step) for step in range(SAVED)]
-        state, alone = run.clipper.state_dict(), run.alone.state_dict()
-        saved_alike(state, alone, run.rough)
-        if policy.saves and policy.memory:
-            assert state["policies"][0]["elements"]
-            run.clipper = built.clipper(policy)
-            run.alone = GradientClipper(policy, run.one.items())
-            run.clipper.load_state_dict(alone)
-            run.alone.load_state_dict(state)
+        run.exchange(policy)
         steps += [run.step(step) for step in range(SAVED, STEPS)]
-        layout = LAYOUTS[name]
-        assert steps[1][1] == layout.sums * MESSAGES[key] + layout.partial, key
         assert any(metrics["clip/clipped"] for metrics, _ in steps[2:]), key
         found[key] = steps
     assert len(found) >= 3
