@@ -154,7 +154,9 @@ def test_the_names_relied_on_are_there():
     from deepspeed.runtime.fp16 import fused_optimizer, unfused_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-    assert deepspeed.__version__.startswith("0.19."), "read gradclip/layouts/zero*.py again"
+    assert deepspeed.__version__.startswith("0.19."), (
+        "read gradclip/layouts/deepspeed*.py and gradclip/drivers/deepspeed.py again"
+    )
     relied_on = {
         stage_1_and_2.DeepSpeedZeroOptimizer: "check_overflow scaled_global_norm "
         "unscale_and_clip_grads _update_scale loss_scale",

@@ -39,8 +39,8 @@ def run_on_ranks(
         fn: Stands at the top of its file; arguments and results are pickled.
         world: How many ranks.
         timeout: Seconds until all must have answered.
-        fresh: Use processes that no test has used and none will: for what `support.settle` doesn't
-            undo (the process group destroyed, DeepSpeed, modules removed).
+        fresh: Use processes that no other test uses, for what `support.settle` neither puts back
+            nor notices.
     """
     ranks = None if fresh else _kept.pop(world, None)
     ranks = ranks or Ranks(world)
@@ -49,7 +49,7 @@ def run_on_ranks(
     except BaseException:
         ranks.stop()
         raise
-    if fresh:
+    if fresh or ranks.spent:
         ranks.stop()
     else:
         _kept[world] = ranks
@@ -64,6 +64,7 @@ class Ranks:
         mp.set_forkserver_preload(["support.warm"])
         context = mp.get_context("forkserver")
         self.folder = tempfile.TemporaryDirectory()
+        self.spent = False
         self.lines: list[Connection] = []
         self.processes = []
         for rank in range(world):
@@ -109,7 +110,8 @@ class Ranks:
                     raise TimeoutError(msg)
                 for line in ready:
                     rank = self.lines.index(line)
-                    ok, value = pickle.loads(line.recv_bytes())
+                    ok, value, spent = pickle.loads(line.recv_bytes())
+                    self.spent |= spent
                     if not ok:
                         msg = f"rank {rank} of {len(self.lines)}:\n{value}"
                         raise RuntimeError(msg)
@@ -149,11 +151,11 @@ def _rank(rank: int, world: int, store: str, line: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from support.settle import settled
+    from support.settle import is_spent, settled
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    line.send_bytes(pickle.dumps((True, pickle.dumps("ready"))))
+    line.send_bytes(pickle.dumps((True, pickle.dumps("ready"), False)))
     while True:
         try:
             task = line.recv_bytes()
@@ -165,7 +167,7 @@ def _rank(rank: int, world: int, store: str, line: Connection) -> None:
                 answer = True, pickle.dumps(_load(path, name)(rank, world, *args))
         except BaseException:
             answer = False, traceback.format_exc()
-        line.send_bytes(pickle.dumps(answer))
+        line.send_bytes(pickle.dumps((*answer, is_spent())))
 
 
 def _load(path: str, name: str) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a test on kept ranks may change, put back for the next one."""
+"""What a test on kept ranks may change: put back for the next one, or noticed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
+
+LASTING = ("transformers.trainer", "wandb", "mlflow")
+"""Modules whose users patch classes or start services."""
 
 
 @contextlib.contextmanager
@@ -29,12 +33,12 @@ def settled() -> Iterator[None]:
         with warnings.catch_warnings():
             yield
     finally:
-        if os.environ != environment:
+        if dict(os.environ) != environment:
             os.environ.clear()
             os.environ.update(environment)
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-        if accelerate:
+        if accelerate and sys.modules.get("accelerate") is accelerate:
             _forget(accelerate, methods)
         gc.collect()
 
@@ -48,3 +52,21 @@ def _forget(accelerate, methods) -> None:
             setattr(accelerate.Accelerator, name, methods[name])
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
+
+
+_finders = list(sys.meta_path)
+
+
+def is_spent() -> bool:
+    """Whether these ranks can't serve another test, as something lasting happened in one.
+
+    The process group was destroyed, packages were hidden, DeepSpeed was started (it keeps groups
+    and engines in globals), or one of `LASTING` was imported.
+    """
+    deepspeed = sys.modules.get("deepspeed")
+    return (
+        not dist.is_initialized()
+        or sys.meta_path != _finders
+        or (deepspeed is not None and deepspeed.comm.is_initialized())
+        or any(name in sys.modules for name in LASTING)
+    )
