@@ -26,7 +26,7 @@ from gradclip.drivers.scaler import LossScale
 from gradclip.errors import ConfigError
 from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
-from gradclip.layouts.deepspeed import ZeroLayout
+from gradclip.layouts.deepspeed import DeepSpeedLayout
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
 from gradclip.state import pack, unpack
@@ -89,7 +89,7 @@ class GradientClipper:
         scaler: GradScaler | None = None,
     ) -> None:
         self.config: ClipConfig = as_config(policy)
-        self._engine_layout = ZeroLayout.of(optimizer, layout)
+        self._engine_layout = DeepSpeedLayout.of(optimizer, layout)
         in_engine = self._engine_layout is not None
         if self._engine_layout is not None:
             layout, optimizer = self._engine_layout, self._engine_layout.groups

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradclip.core import Core
 from gradclip.errors import ConfigError
-from gradclip.layouts.deepspeed import ZeroLayout
+from gradclip.layouts.deepspeed import DeepSpeedLayout
 from gradclip.patches import Patches
 from gradclip.types import Given, Handle, Step
 
@@ -27,7 +27,7 @@ _logger = logging.getLogger("gradclip")
 
 
 def clip_inside_step(
-    core: Core, layout: ZeroLayout, engine: Any, given: Callable[[Tensor | None], Given]
+    core: Core, layout: DeepSpeedLayout, engine: Any, given: Callable[[Tensor | None], Given]
 ) -> Handle:
     """Make the engine clip from its next step on, and with nothing else.
 
@@ -78,7 +78,7 @@ class _EngineStep:
     """The replaced methods of one engine and its optimizer, and the step they are in."""
 
     def __init__(
-        self, core: Core, layout: ZeroLayout, given: Callable[[Tensor | None], Given]
+        self, core: Core, layout: DeepSpeedLayout, given: Callable[[Tensor | None], Given]
     ) -> None:
         self._core = core
         self._given = given
