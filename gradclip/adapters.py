@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
-from gradclip.drivers.attached import clip_before_step
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.plan.parameters import configs_for
@@ -193,7 +192,7 @@ class OncePerStep:
         # First, to see what the step was told before that is taken back.
         self._handles = [
             optimizer.register_step_post_hook(lambda *_: self.end_step()),
-            clip_before_step(clipper, optimizer, self.clip),
+            clipper.attach(optimizer, clip=self.clip),
         ]
 
     @property

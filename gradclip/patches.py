@@ -41,20 +41,11 @@ class Patches:
         Args:
             owner: An instance, a class or a module.
             name: Of the attribute; it need not exist.
-            value: Its value until `undo`, unless somebody else replaces it in the meantime.
+            value: Its value until `undo`, which puts back the one before whatever it is by then.
         """
         before = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
-
-        def put_back() -> None:
-            if vars(owner).get(name, _MISSING) is not value:
-                return  # replaced by somebody else, whose it is now
-            if before is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-
-        self._stack.callback(put_back)
+        self._stack.callback(_restore, owner, name, before)
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Run something around a method.
@@ -63,7 +54,8 @@ class Patches:
             owner: An instance, or a class whose instances are all to be changed.
             name: Of the method.
             around: Called in its place with the method as it was, then the arguments of the call.
-                After `undo` it is called no more, even where somebody else kept the replacement.
+                After `undo` it is called no more, also where somebody wrapped the replacement,
+                which then stays in place and only passes on.
         """
         method = getattr(owner, name)
 
@@ -71,7 +63,15 @@ class Patches:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return around(method, *args, **kwargs) if self.is_on else method(*args, **kwargs)
 
-        self.put(owner, name, wrapper)
+        wrapper.replaced_by = self
+        wrapper.before = vars(owner).get(name, _MISSING)
+        setattr(owner, name, wrapper)
+
+        def put_back() -> None:
+            if vars(owner).get(name) is wrapper:
+                _restore(owner, name, _alive(wrapper.before))
+
+        self._stack.callback(put_back)
 
     def callback(self, undo: Callable[[], object]) -> None:
         """Call this too when all is undone."""
@@ -81,3 +81,20 @@ class Patches:
         """Put everything back, the last first; twice is once."""
         self.is_on = False
         self._stack.close()
+
+
+def _alive(value: Any) -> Any:
+    """A replacement, or what stood below those that were undone while another one lay on them."""
+    while not getattr(value, "replaced_by", _ON).is_on:
+        value = value.before
+    return value
+
+
+def _restore(owner: Any, name: str, before: Any) -> None:
+    if before is not _MISSING:
+        setattr(owner, name, before)
+    elif name in vars(owner):
+        delattr(owner, name)
+
+
+_ON = Patches()

@@ -90,6 +90,7 @@ def build_plan(
         slots=list(slots.values()),
         slot_names=[path[-1] for path in slots],
         rules=rules,
+        recorded=recorded,
         norm_types={p: is_wide(p, dtypes) for p in dict.fromkeys([recorded, *needed])},
         watched=_watched(where, unit_map, device),
         weight_types={p: is_wide(p, dtypes) for p in dict.fromkeys(weighed)},

@@ -102,8 +102,9 @@ class Plan:
             slots can be put together from.
         slot_names: One name per measured slot.
         rules: The policies in order, each with its slots.
-        norm_types: The p of every norm to measure, the recorded one first, and whether it is
-            wide (`gradclip.measure.is_wide`).
+        recorded: The p of the norm that records show.
+        norm_types: The p of every norm to measure, and whether it is wide
+            (`gradclip.measure.is_wide`).
         watched: Int64 indices of the measured slots (or units) that may withhold a step; None for
             all.
         weight_types: The p of every norm of the parameters themselves to measure, as `norm_types`.
@@ -122,6 +123,7 @@ class Plan:
     slots: Sequence[Sequence[Parameter]]
     slot_names: Sequence[str]
     rules: Sequence[Rule]
+    recorded: float
     norm_types: Mapping[float, bool]
     watched: Tensor | None
     weight_types: Mapping[float, bool]
@@ -132,11 +134,6 @@ class Plan:
     group_names: Sequence[str]
     group_members: Tensor
     each: Mapping[str, Sequence[Parameter]] | None
-
-    @property
-    def recorded(self) -> float:
-        """The p of the norm that records show."""
-        return next(iter(self.norm_types))
 
     @property
     def split_by(self) -> str | None:
