@@ -116,10 +116,9 @@ def anchors(page):
 
 
 def test_every_public_name_is_mentioned():
-    text = "".join(page.read_text() for page in PAGES)
-    rarely_needed = {"ClipError", "PolicyLike", "as_config", "configs_for", "load_section"}
-    names = {*gradclip.__all__, *adapters.__all__} - rarely_needed
-    assert not {name for name in names if name not in text}
+    text = "".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    names = {*gradclip.__all__, *adapters.__all__}
+    assert not {name for name in names if not re.search(rf"\b{name}\b", text)}
 
 
 def test_every_policy_has_a_page_with_a_picture():
