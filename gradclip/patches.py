@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import MethodType
 from typing import Any
 
 __all__ = ["Patches"]
@@ -65,13 +66,7 @@ class Patches:
             around: Called in its place with the method as it was, then the arguments of the call.
                 After `undo` it is called no more, even where somebody else kept the replacement.
         """
-        method = getattr(owner, name)
-
-        @functools.wraps(method)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return around(method, *args, **kwargs) if self.is_on else method(*args, **kwargs)
-
-        self.put(owner, name, wrapper)
+        self.put(owner, name, _Wrapper(self, getattr(owner, name), around))
 
     def callback(self, undo: Callable[[], object]) -> None:
         """Call this too when all is undone."""
@@ -81,3 +76,28 @@ class Patches:
         """Put everything back, the last first; twice is once."""
         self.is_on = False
         self._stack.close()
+
+
+class _Wrapper:
+    """Stands for a method; where its owner is copied or pickled, the copy has the method itself."""
+
+    def __init__(
+        self, patches: Patches, method: Callable[..., Any], around: Callable[..., Any]
+    ) -> None:
+        functools.update_wrapper(self, method)
+        self._patches, self._method, self._around = patches, method, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._patches.is_on:
+            return self._around(self._method, *args, **kwargs)
+        return self._method(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unwrapped, (self._method,)
+
+
+def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
