@@ -21,11 +21,10 @@ from lightning_clip.framework import (
     unscaled,
 )
 from lightning_clip.refuse import (
-    refuse_lbfgs,
+    refuse_micro_batches,
     refuse_optimizers,
     refuse_second_clip,
     refuse_setup,
-    refuse_unreduced,
 )
 from lightning_clip.report import Reporter
 from lightning_clip.schedule import hold_schedule
@@ -94,9 +93,9 @@ class GradientClip(Callback):
         self._record_before: ClipRecord | None = None  # this batch
         self._backward_ran = self._zeroed = False  # in this batch
         self._batches = self._backwards = 0  # since the last step
-        self._saved: dict[str, Any] = {}  # until training starts
-        self._saved_before: dict[str, Any] = {}  # this call of fit, validate or test
-        self._saved_for: LightningModule | None = None  # None: for any module
+        self._saved: dict[str, Any] = {}  # waits for training to start
+        self._saved_before: dict[str, Any] = {}  # the same, before this fit, validate or test
+        self._saved_for: LightningModule | None = None  # None: any module
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -168,7 +167,7 @@ class GradientClip(Callback):
                 clipper.observe_loss(loss, first=self._zeroed)
                 self._zeroed = False
         if self.config.stage == "after_backward":
-            refuse_unreduced(trainer)  # again: accumulate_grad_batches may change while fitting
+            refuse_micro_batches(trainer)  # again: accumulate_grad_batches may change while fitting
             automatic = pl_module.automatic_optimization
             share = 1 / trainer.accumulate_grad_batches if automatic else 1.0
             self._micro_batch.enter_context(self._clippers[0].micro_batch(share=share))
@@ -192,20 +191,19 @@ class GradientClip(Callback):
         """
         share = self._share(trainer)
         if self._engine is not None:
-            self._report_engine_step(trainer, pl_module)
+            self._report(trainer, pl_module, 0)
             return
         index = self._index(trainer, pl_module, optimizer)
         repeat = self._steps.announce(index)
         if self._has_gradients(trainer, pl_module):
-            record = self._clippers[index].clip(share=share, repeat=repeat)
-            if not repeat:
-                self._report(trainer, pl_module, index, record)
+            self._clippers[index].clip(share=share, repeat=repeat)
+            self._report(trainer, pl_module, index)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Log what is due; a DeepSpeed engine made its step, if any, after the last hook."""
         self._steps.end_batch()
         if self._engine is not None:
-            self._report_engine_step(trainer, pl_module)
+            self._report(trainer, pl_module, 0)
         self._reporter.end_batch(trainer)
 
     def on_train_end(self, trainer: Trainer, *_: object) -> None:
@@ -235,16 +233,12 @@ class GradientClip(Callback):
         record = self._clippers[0].last_record
         return record is not None and record is not self._record_before and bool(record.skipped)
 
-    def _report_engine_step(self, trainer: Trainer, module: LightningModule) -> None:
-        record = self._clippers[0].last_record
+    def _report(self, trainer: Trainer, module: LightningModule, index: int) -> None:
+        """Log the last step of an optimizer, unless it was logged: engines and LBFGS ask again."""
+        record = self._clippers[index].last_record
         if record is not None and record is not self._last_record:
-            self._report(trainer, module, 0, record)
-
-    def _report(
-        self, trainer: Trainer, module: LightningModule, index: int, record: ClipRecord
-    ) -> None:
-        self._last_record = record
-        self._reporter.step(trainer, module, index, record)
+            self._last_record = record
+            self._reporter.step(trainer, module, index, record)
 
     def _build(self, trainer: Trainer, module: LightningModule) -> None:
         self._patches.undo()
@@ -261,8 +255,7 @@ class GradientClip(Callback):
             self._clippers = ClipperSet([clipper])
         after_clip = ["on_before_optimizer_step", "configure_gradient_clipping"]
         if self.config.stage == "after_backward":
-            refuse_lbfgs(trainer)
-            refuse_unreduced(trainer)
+            refuse_micro_batches(trainer)
             after_clip.append("on_after_backward")
         self._clippers.refuse_shared_backward(
             "GradientClip", "in manual optimization use a gradclip.GradientClipper for each."

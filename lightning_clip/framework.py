@@ -1,23 +1,17 @@
-"""What is taken from Lightning and torch beyond their documented names, and where it was read.
+"""What is taken from Lightning beyond its documented names. Read in Lightning 2.6.6.
 
-Lightning 2.6.6: `trainer.fit_loop`, `_batches_that_stepped`, `_should_accumulate`,
-`_skip_backward`, `strategy.deepspeed_engine`, `precision.scaler`. torch 2.13: `Tensor._version`,
-`torch.utils._python_dispatch`. tests/with_lightning/test_framework.py notices when they change.
+tests/with_lightning/test_framework.py notices when one of them changes.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
     from lightning.fabric import Fabric
@@ -31,7 +25,6 @@ __all__ = [
     "Fabric",
     "LightningModule",
     "Trainer",
-    "changes_gradients",
     "deepspeed_engine",
     "is_set_up",
     "live_scaler",
@@ -82,15 +75,10 @@ def live_scaler(precision: Any) -> Any | None:
 
 
 def unscaled(trainer: Trainer, module: LightningModule, loss: Tensor) -> Tensor:
-    """The loss as `training_step` returned it.
+    """The loss as `training_step` returned it, from the one that `on_before_backward` gets.
 
-    Args:
-        trainer: In automatic optimization it divided the loss by the batches of a step.
-        module: Its module.
-        loss: 0-d, as `on_before_backward` gets it: also multiplied by the scale of a live scaler.
-
-    Returns:
-        0-d, in float32 or wider; nothing is read on the host.
+    In automatic optimization that one is divided by the batches of a step. A live scaler has
+    multiplied it by its scale, which `scale` tells without a host read.
     """
     loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
     if module.automatic_optimization:
@@ -118,47 +106,3 @@ def logs_after_batch(trainer: Trainer) -> bool:
 def skips_backward(trainer: Trainer) -> bool:
     """Whether StochasticWeightAveraging has this epoch run without a backward."""
     return bool(trainer.fit_loop._skip_backward)
-
-
-def changes_gradients(
-    run: Callable[[], Any], parameters: Iterable[torch.nn.Parameter]
-) -> tuple[Any, bool]:
-    """Run something, and see whether it replaced gradients or wrote to them.
-
-    Nothing is read on the device. A write through `.data` isn't seen, as torch doesn't count it.
-
-    Returns:
-        What `run` returned, and whether any parameter's gradient is another or was written to.
-    """
-    before = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
-    writes = _Writes()
-    # torch's versions don't count foreach operations on DTensors, such as clip_grad_norm_'s.
-    is_sharded = any(is_traceable_wrapper_subclass(grad) for _, grad, _ in before)
-    with writes if is_sharded else nullcontext():
-        result = run()
-    changed = any(
-        p.grad is not grad or (grad is not None and grad._version != version) or writes.has(grad)
-        for p, grad, version in before
-    )
-    return result, changed
-
-
-class _Writes(TorchDispatchMode):
-    """Notes which tensors operations write to."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._written: set[int] = set()
-
-    def has(self, tensor: Tensor | None) -> bool:
-        """Whether this tensor, which has to be alive all the time, was written to."""
-        return id(tensor) in self._written
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write:
-                self._written.update(map(id, tree_leaves(value)))
-        return func(*args, **(kwargs or {}))

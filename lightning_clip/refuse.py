@@ -9,22 +9,10 @@ from typing import Any
 from torch.optim import LBFGS, Optimizer
 
 from gradclip import ConfigError
-from gradclip.adapters import Patches
-from lightning_clip.framework import (
-    Callback,
-    LightningModule,
-    Trainer,
-    changes_gradients,
-    overriding,
-)
+from gradclip.adapters import Patches, changes_gradients
+from lightning_clip.framework import Callback, LightningModule, Trainer, overriding
 
-__all__ = [
-    "refuse_lbfgs",
-    "refuse_optimizers",
-    "refuse_second_clip",
-    "refuse_setup",
-    "refuse_unreduced",
-]
+__all__ = ["refuse_micro_batches", "refuse_optimizers", "refuse_second_clip", "refuse_setup"]
 
 
 def refuse_setup(trainer: Trainer, kind: type[Callback]) -> None:
@@ -133,11 +121,12 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
             raise ConfigError(msg)
 
 
-def refuse_lbfgs(trainer: Trainer) -> None:
-    """Check that no step of `stage: after_backward` evaluates its closure several times.
+def refuse_micro_batches(trainer: Trainer) -> None:
+    """Check that each backward's gradients can be clipped by themselves.
 
     Raises:
-        ConfigError: If an optimizer is LBFGS.
+        ConfigError: If an optimizer evaluates its closure several times a step, or ranks accumulate
+            their own batches before they reduce.
     """
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         msg = (
@@ -145,14 +134,6 @@ def refuse_lbfgs(trainer: Trainer) -> None:
             "several backwards a step; allowed: other optimizers. Set stage to 'step'."
         )
         raise ConfigError(msg)
-
-
-def refuse_unreduced(trainer: Trainer) -> None:
-    """Check that every backward's gradients are those of all ranks.
-
-    Raises:
-        ConfigError: If ranks accumulate their own batches before they reduce.
-    """
     window = trainer.accumulate_grad_batches
     if trainer.world_size > 1 and window > 1:
         msg = (
