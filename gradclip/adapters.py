@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from gradclip.changes import changes_gradients
 from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
 from gradclip.errors import ConfigError
@@ -21,7 +22,7 @@ from gradclip.patches import Patches
 from gradclip.plan.parameters import configs_for
 from gradclip.records.record import ClipRecord
 
-__all__ = ["ClipperSet", "OncePerStep", "Patches", "window_share"]
+__all__ = ["ClipperSet", "OncePerStep", "Patches", "changes_gradients", "window_share"]
 
 
 class ClipperSet(Sequence[GradientClipper]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import MethodType
 from typing import Any
 
 __all__ = ["Patches"]
@@ -41,7 +42,7 @@ class Patches:
         Args:
             owner: An instance, a class or a module.
             name: Of the attribute; it need not exist.
-            value: Its value until `undo`, which puts back the one before whatever it is by then.
+            value: Its value until `undo`, which puts back the one before, whatever it is by then.
         """
         before = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
@@ -54,22 +55,16 @@ class Patches:
             owner: An instance, or a class whose instances are all to be changed.
             name: Of the method.
             around: Called in its place with the method as it was, then the arguments of the call.
-                After `undo` it is called no more, also where somebody wrapped the replacement,
-                which then stays in place and only passes on.
+                After `undo` it is called no more. Where somebody else wrapped the replacement in
+                the meantime, it stays in place and only passes on.
         """
-        method = getattr(owner, name)
-
-        @functools.wraps(method)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return around(method, *args, **kwargs) if self.is_on else method(*args, **kwargs)
-
-        wrapper.replaced_by = self  # type: ignore[attr-defined]
-        wrapper.before = vars(owner).get(name, _MISSING)  # type: ignore[attr-defined]
+        before = vars(owner).get(name, _MISSING)
+        wrapper = _Wrapper(self, getattr(owner, name), around, before)
         setattr(owner, name, wrapper)
 
         def put_back() -> None:
             if vars(owner).get(name) is wrapper:
-                _restore(owner, name, _alive(wrapper.before))
+                _restore(owner, name, _alive(before))
 
         self._stack.callback(put_back)
 
@@ -83,18 +78,41 @@ class Patches:
         self._stack.close()
 
 
+class _Wrapper:
+    """Stands for a method; where its owner is copied or pickled, the copy has the method itself."""
+
+    def __init__(
+        self, patches: Patches, method: Callable[..., Any], around: Callable[..., Any], before: Any
+    ) -> None:
+        functools.update_wrapper(self, method)
+        self.patches, self.before = patches, before
+        self._method, self._around = method, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.patches.is_on:
+            return self._around(self._method, *args, **kwargs)
+        return self._method(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unwrapped, (self._method,)
+
+
+def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
+
+
 def _alive(value: Any) -> Any:
-    """A replacement, or what stood below those that were undone while another one lay on them."""
-    while not getattr(value, "replaced_by", _ON).is_on:
+    """What stood below wrappers that were undone while another one lay on them."""
+    while isinstance(value, _Wrapper) and not value.patches.is_on:
         value = value.before
     return value
 
 
-def _restore(owner: Any, name: str, before: Any) -> None:
-    if before is not _MISSING:
-        setattr(owner, name, before)
+def _restore(owner: Any, name: str, value: Any) -> None:
+    if value is not _MISSING:
+        setattr(owner, name, value)
     elif name in vars(owner):
         delattr(owner, name)
-
-
-_ON = Patches()

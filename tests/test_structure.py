@@ -73,7 +73,7 @@ def test_adapters_use_public_names_and_never_each_other(package, other):
     assert files
     for path in files:
         for module in imports(path):
-            assert not module.startswith("gradclip."), path
+            assert module == "gradclip.adapters" or not module.startswith("gradclip."), path
             assert not module.startswith((f"{other}_clip", f"{other}.")), path
 
 
