@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,12 +10,11 @@ from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
-from gradclip import ConfigError, GradientClipper, LayoutError
+from gradclip import ConfigError, LayoutError
 
 __all__ = [
     "refuse_closure",
     "refuse_lomo",
-    "refuse_several",
     "refuse_stale",
     "refuse_unreduced",
     "refuse_unsupported",
@@ -64,30 +62,6 @@ def refuse_lomo(accelerator: Accelerator) -> None:
             "accelerate_clip.enable: LOMO and AdaLomo update parameters during backward, before "
             "a norm over all gradients exists; allowed: optimizers that step after it. Use "
             "LOMO's own clip_grad_norm, or another optimizer."
-        )
-        raise ConfigError(msg)
-
-
-def refuse_several(clippers: Sequence[GradientClipper]) -> None:
-    """Raise if several optimizers share what only one can use: a loss, or each backward.
-
-    Raises:
-        ConfigError: If so.
-    """
-    if len(clippers) > 1 and any(clipper.watches_loss for clipper in clippers):
-        msg = (
-            f"accelerate_clip: a policy has watch 'loss' or 'both', and {len(clippers)} optimizers "
-            "are prepared whose losses accelerator.backward(loss) doesn't tell apart; allowed: one "
-            "optimizer. Set watch to 'norm', or give each optimizer a gradclip.GradientClipper "
-            "and call clipper.clip(loss=...) yourself."
-        )
-        raise ConfigError(msg)
-    if len(clippers) > 1 and clippers[0].config.stage == "after_backward":
-        msg = (
-            f"accelerate_clip: stage is 'after_backward', and {len(clippers)} optimizers are "
-            "prepared whose backward calls accelerator.backward(loss) doesn't tell apart; "
-            "allowed: one optimizer. Set stage to 'step', or give each optimizer a "
-            "gradclip.GradientClipper and use its micro_batch yourself."
         )
         raise ConfigError(msg)
 

@@ -78,7 +78,7 @@ def clipped(accelerator, optimizer, calls, factor=1.0):
                 after.append([p.detach().clone() for p in model.parameters()])
                 grads.append([p.grad.clone() for p in model.parameters()])
             opt.zero_grad()
-    assert clip.clippers[0].steps == 3
+    assert clip.steps[0] == 3
     return norms, after, grads
 
 

@@ -38,7 +38,7 @@ def test_lbfgs_is_clipped_at_every_evaluation_and_counted_once(calls):
         assert len(before) - first >= 3
         assert float(clip.last_record.grad_norm) == pytest.approx(before[first], rel=1e-5)
         [counts] = [clipper.state_dict()["counts"] for clipper in clip.clippers]
-        assert counts["steps"] == clip.clippers[0].steps == step + 1
+        assert counts["steps"] == clip.steps[0] == step + 1
     assert min(before) > 0.01
     assert after == pytest.approx([0.01] * len(after), rel=1e-4)
 

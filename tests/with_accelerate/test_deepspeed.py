@@ -88,7 +88,7 @@ def accumulated():
             norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 4.0)))
             opt.step()
             opt.zero_grad()
-    return [math.isnan(norm) for norm in norms], clip.clippers[0].steps
+    return [math.isnan(norm) for norm in norms], clip.steps[0]
 
 
 def thresholds():
@@ -128,7 +128,7 @@ def resumed(folder):
     accelerator = with_deepspeed(2)
     pieces = prepare(accelerator)
     accelerator.load_state(folder)
-    return straight, train(accelerator, *pieces, range(4, STEPS)), pieces[0].clippers[0].steps
+    return straight, train(accelerator, *pieces, range(4, STEPS)), pieces[0].steps[0]
 
 
 class Sentences(torch.utils.data.Dataset):

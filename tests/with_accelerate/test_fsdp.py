@@ -95,7 +95,7 @@ def accumulating(name, each):
             (steps if accelerator.sync_gradients else between).append(float(norm))
             optimizer.step()
             optimizer.zero_grad()
-    assert clip.clippers[0].steps == 3
+    assert clip.steps[0] == 3
     return between, steps
 
 

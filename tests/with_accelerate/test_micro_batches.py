@@ -107,7 +107,7 @@ def test_a_backward_that_accelerate_does_not_see_is_refused():
 def test_several_optimizers_are_refused():
     accelerator, _, _, _ = prepared(config_of())
     other = net()
-    with pytest.raises(ConfigError, match="2 optimizers are prepared whose backward calls"):
+    with pytest.raises(ConfigError, match="'after_backward', and a backward doesn't tell which of 2 optimizers"):
         accelerator.prepare(other, torch.optim.SGD(other.parameters(), lr=0.1))
 
 
