@@ -1,14 +1,14 @@
-"""Everything Accelerate and transformers don't offer publicly. Nothing else here.
+"""Everything that Accelerate and transformers don't offer publicly, and nothing else.
 
-Read in accelerate 1.15.0 and transformers 5.23.0.
+Read in accelerate 1.15.0 and transformers 5.23.0. tests/with_accelerate/test_private.py notices
+changes.
 """
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -20,13 +20,9 @@ from gradclip.adapters import Patches
 __all__ = [
     "Versions",
     "around_training",
-    "check_launch_file",
-    "default_config_file",
     "engine_of",
     "hold_schedule",
     "is_written",
-    "launch",
-    "launch_parser",
     "prepared_models",
     "prepared_optimizers",
     "tells_of_skips",
@@ -82,81 +78,38 @@ def is_written(parameters: Iterable[Parameter], *, since: Versions) -> bool:
     return len(now) != len(since) or any(a is not b or m != n for (a, m), (b, n) in pairs)
 
 
-def launch_parser() -> ArgumentParser:
-    """The parser of `accelerate launch`."""
-    from accelerate.commands.launch import launch_command_parser
-
-    return launch_command_parser()
-
-
-def launch(arguments: Namespace) -> None:
-    """Do what `accelerate launch` does."""
-    from accelerate.commands.launch import launch_command
-
-    launch_command(arguments)
-
-
-def check_launch_file(file: Path) -> None:
-    """Raise as `accelerate launch` would.
-
-    Raises:
-        ValueError: If a key is missing or unknown, or has an unknown value.
-    """
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    load_config_from_file(str(file))
-
-
-def default_config_file() -> Path:
-    """Where `accelerate config` writes."""
-    from accelerate.commands.config import config_args
-
-    return Path(config_args.default_config_file)
-
-
-class Training(Protocol):
-    """What takes part in one call of a transformers Trainer's `train`."""
-
-    def bind(self) -> None:
-        """The Trainer has made a new accelerator, as it does for each trial of a search."""
-
-    def log(self, logs: dict[str, Any]) -> None:
-        """Add to what goes to the history and the reporters."""
-
-    def save(self, folder: str) -> None:
-        """The optimizer's state was written to this checkpoint; called on every process."""
-
-    def load(self, folder: str) -> None:
-        """Everything is prepared, and the optimizer's state was read from this checkpoint."""
-
-
-def around_training(trainer: Any, training: Training, patches: Patches) -> None:
-    """Let something take part in what a Trainer does, until the patches are undone.
+def around_training(trainer: Any, training: Any, patches: Patches) -> None:
+    """Let an object take part in what a Trainer does, until the patches are undone.
 
     Callback events don't do: `on_log` comes after the row of the history is made, `on_save` after
     the checkpoint is pushed and without its folder, and none says where a run is resumed from.
+
+    Args:
+        trainer: The Trainer.
+        training: Its `log` is called with what goes to the history and the reporters, before; its
+            `save` and `load` with the checkpoint's folder (None if there is none to load), after
+            the optimizer's state, on every process; its `bind` after the Trainer has made a new
+            accelerator, as for each trial of a search.
+        patches: What undoes this.
     """
-
-    def create(method: Callable[[], None]) -> None:
-        method()
-        training.bind()
-
-    def log(method: Callable[..., None], logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        training.log(logs)
-        method(logs, *args, **kwargs)
-
-    def save(method: Callable[[str], None], output_dir: str) -> None:
-        method(output_dir)
-        training.save(output_dir)
-
-    def load(method: Callable[[str | None], None], checkpoint: str | None) -> None:
-        method(checkpoint)
-        if checkpoint is not None:
-            training.load(checkpoint)
-
-    patches.wrap(trainer, "create_accelerator_and_postprocess", create)
-    patches.wrap(trainer, "log", log)
-    patches.wrap(trainer, "_save_optimizer_and_scheduler", save)
-    patches.wrap(trainer, "_load_optimizer_and_scheduler", load)
+    patches.wrap(trainer, "create_accelerator_and_postprocess", _then(training.bind))
+    patches.wrap(trainer, "_save_optimizer_and_scheduler", _then(training.save))
+    patches.wrap(trainer, "_load_optimizer_and_scheduler", _then(training.load))
+    patches.wrap(trainer, "log", partial(_log, training.log))
     # What it remembers of its first look; else it would measure, and clip, such gradients itself.
     patches.put(trainer, "_mixed_mesh_grads", False)
+
+
+def _then(call: Callable[..., None]) -> Callable[..., None]:
+    def around(method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        method(*args, **kwargs)
+        call(*args, **kwargs)
+
+    return around
+
+
+def _log(
+    add: Callable[..., None], log: Callable[..., None], logs: Any, *args: Any, **kwargs: Any
+) -> None:
+    add(logs)
+    log(logs, *args, **kwargs)

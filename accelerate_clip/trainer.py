@@ -104,17 +104,17 @@ class _Training:
             if not math.isfinite(logs[key]):
                 del logs[key]
 
-    def save(self, folder: str) -> None:
+    def save(self, output_dir: str) -> None:
         """Write the clipping state beside the optimizer's."""
         clip = clip_of(self._trainer)
         if clip is not None:
-            save_state(clip, folder, each_node=self._trainer.args.save_on_each_node)
+            save_state(clip, output_dir, each_node=self._trainer.args.save_on_each_node)
 
-    def load(self, folder: str) -> None:
-        """Read it."""
+    def load(self, checkpoint: str | None) -> None:
+        """Continue from the clipping state beside the optimizer's."""
         clip = clip_of(self._trainer)
-        if clip is not None:
-            load_state(clip, folder)
+        if clip is not None and checkpoint is not None:
+            load_state(clip, checkpoint)
 
     def _window(self) -> int:
         """By how many batches the Trainer divides each loss."""

@@ -54,8 +54,12 @@ def window(accelerator, clip, model, opt, batches, calls):
     return seen
 
 
-@pytest.mark.parametrize("calls", [True, False], ids=["loop clips", "loop doesn't"])
-def test_each_batch_of_a_window_is_clipped_by_itself(calls):
+def test_each_batch_of_a_window_is_clipped_by_itself():
+    for calls in (True, False):
+        clipped_by_itself(calls)
+
+
+def clipped_by_itself(calls):
     batches = [batch(seed) * size for seed, size in enumerate([1, 5, 1, 2, 3])]
     start = prepared(config_of(), gradient_accumulation_steps=WINDOW)
     steps = window(*start, batches, calls)
@@ -107,7 +111,9 @@ def test_a_backward_that_accelerate_does_not_see_is_refused():
 def test_several_optimizers_are_refused():
     accelerator, _, _, _ = prepared(config_of())
     other = net()
-    with pytest.raises(ConfigError, match="'after_backward', and a backward doesn't tell which of 2 optimizers"):
+    with pytest.raises(
+        ConfigError, match="'after_backward', and a backward doesn't tell which of 2 optimizers"
+    ):
         accelerator.prepare(other, torch.optim.SGD(other.parameters(), lr=0.1))
 
 

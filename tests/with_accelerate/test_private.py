@@ -10,7 +10,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from support.accelerate_cpu import with_scaler
 from torch import nn
 
-from accelerate_clip import private
+from accelerate_clip import launch, private
 
 
 def test_prepared_objects_are_listed():
@@ -62,13 +62,15 @@ def test_every_write_to_a_gradient_shows():
 
 
 def test_the_launcher_is_where_it_was():
-    arguments = private.launch_parser().parse_args(["--num_processes", "2", "a.py", "--lr", "1"])
+    arguments = launch.launch_command_parser().parse_args(
+        ["--num_processes", "2", "a.py", "--lr", "1"]
+    )
     assert (arguments.training_script, arguments.training_script_args) == ("a.py", ["--lr", "1"])
     for name in ("cpu", "module", "no_python", "config_file", "num_processes", "mpirun_hostfile"):
         assert hasattr(arguments, name)
     for name in ("use_deepspeed", "use_fsdp", "use_megatron_lm", "multi_gpu", "tpu"):
         assert getattr(arguments, name) is False
-    assert private.default_config_file().suffix == ".yaml"
+    assert launch.default_config_file.endswith(".yaml")
 
 
 def test_accelerate_prepares_optimizers_through_the_public_method():
