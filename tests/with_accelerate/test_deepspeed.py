@@ -8,7 +8,7 @@ import tempfile
 import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState, GradientState
+from support.accelerate_cpu import fresh
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 
@@ -25,8 +25,7 @@ CASES = {"stage 0": 0, "stage 1": 1, "stage 2": 2, "stage 3": 3}
 
 def with_deepspeed(stage, mixed_precision="no", accumulate=1, **options):
     """A fresh Accelerator on the ranks' own process group."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    fresh()
     plugin = DeepSpeedPlugin(
         zero_stage=stage,
         gradient_accumulation_steps=accumulate,
@@ -145,8 +144,7 @@ def by_trainer(folder):
     from accelerate.state import PartialState
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    fresh()
     backend = PartialState._prepare_backend
     PartialState._prepare_backend = lambda *a, **k: ("gloo", backend(*a, **k)[1])
     settings = {

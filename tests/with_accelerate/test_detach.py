@@ -5,18 +5,13 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from support.accelerate_cpu import fresh
 from support.prepared import batch, net, norm_of, prepared
 
 import accelerate_clip
 from gradclip import ClipByNorm, ClipConfig, RecorderConfig
 
 SMALL = ClipByNorm(max_norm=1e-3)
-
-
-def fresh():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def train(accelerator, model, opt, steps):

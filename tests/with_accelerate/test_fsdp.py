@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from support.accelerate_layouts import LAYOUTS, fresh, prepare, rows_of, share
+from support.accelerate_cpu import fresh
+from support.accelerate_layouts import LAYOUTS, prepare, rows_of, share
 from support.nets import parallel_net
 from support.ranks import run_on_ranks
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler

@@ -5,9 +5,8 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
-from support.accelerate_cpu import with_scaler
+from support.accelerate_cpu import fresh, with_scaler
 from support.prepared import batch, net, norm_of, prepared
 from support.ranks import run_on_ranks
 from support.trainers import trainer
@@ -140,8 +139,7 @@ def test_the_trainer_clips_each_batch_of_its_windows(tmp_path):
 def on_ranks(rank, world):
     found = {}
     for each in (True, False):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        fresh()
         plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=each)
         accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
         clip = accelerate_clip.enable(accelerator, config_of())

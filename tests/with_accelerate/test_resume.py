@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from support.accelerate_cpu import fresh
 from support.logged import board_entries
 from torch import nn
 
@@ -17,8 +17,7 @@ POLICY = ZClip(warmup_steps=5)
 
 
 def start(policy=POLICY, **options):
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    fresh()
     accelerator = Accelerator(cpu=True, **options)
     clip = None if policy is None else accelerate_clip.enable(accelerator, policy)
     torch.manual_seed(0)

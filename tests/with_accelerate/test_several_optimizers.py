@@ -132,3 +132,37 @@ def test_one_backward_of_two_losses_is_unscaled_once_for_each(fused):
         first.zero_grad()
         second.zero_grad()
     assert accelerator.scaler.get_scale() == 1024.0
+
+
+def test_an_update_of_the_scale_waits_for_no_longer_than_the_next_backward():
+    """Also where an optimizer that was clipped never steps."""
+    accelerator = with_scaler()
+    accelerator.scaler.set_growth_interval(1)
+    clip = accelerate_clip.enable(accelerator, ClipByNorm(max_norm=0.3))
+    models = [net(0), net(1)]
+    opts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    *models, first, second = accelerator.prepare(*models, *opts)
+
+    def losses():
+        return sum(m(batch() * 4).float().square().mean() for m in models)
+
+    def clip_both_step_first():
+        for model in models:
+            accelerator.clip_grad_norm_(model.parameters(), 0.3)
+        first.step()
+        first.zero_grad()
+        second.zero_grad()
+        return accelerator.scaler.get_scale()
+
+    accelerator.backward(losses())
+    assert clip_both_step_first() == 1024
+    accelerator.backward(losses())
+    assert accelerator.scaler.get_scale() == 2048
+    assert clip_both_step_first() == 2048
+    accelerator.scaler.scale(losses()).backward()  # by the script itself
+    first.step()
+    assert norm_of(grads_of(models[0])) == pytest.approx(0.3, rel=1e-4)
+    assert clip.steps == [3, 0]
+    clip.detach()
+    assert accelerator.scaler.get_scale() == 8192
+    assert "update" not in vars(accelerator.scaler)

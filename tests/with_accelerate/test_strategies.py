@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 from accelerate import Accelerator
-from support.accelerate_layouts import LAYOUTS, fresh, prepare, rows_of, share
+from support.accelerate_cpu import fresh
+from support.accelerate_layouts import LAYOUTS, prepare, rows_of, share
 from support.as_one import POLICIES, STEPS, assert_as_one, can
 from support.nets import whole_parameters
 from support.ranks import run_on_ranks

@@ -5,8 +5,7 @@ import os
 
 import pytest
 import torch
-from support.accelerate_cpu import sharding_on_cpu
-from support.accelerate_layouts import fresh
+from support.accelerate_cpu import fresh, sharding_on_cpu
 from support.ranks import run_on_ranks
 
 import accelerate_clip

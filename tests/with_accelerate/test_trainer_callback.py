@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.accelerate_cpu import sharding_on_cpu
-from support.accelerate_layouts import fresh
+from support.accelerate_cpu import fresh, sharding_on_cpu
 from support.ranks import TESTS, run_on_ranks
 
 import accelerate_clip
@@ -310,6 +309,30 @@ def test_a_trainer_that_never_bound_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "train", functools.partial(stock, trainer))
     with pytest.raises(ConfigError, match="AcceleratedOptimizer isn't clipped; allowed"):
         trainer.train()
+
+
+def test_trainers_are_stock_ones_once_nobody_clips(tmp_path, monkeypatch):
+    import gc
+
+    from accelerate_clip import trainer as following
+
+    monkeypatch.setattr(following, "_followers", set())
+    monkeypatch.setattr(following, "_on_class", [])
+    trainer, callback = made(tmp_path, save_strategy="no", max_steps=1)
+    before = dict(vars(trainer))
+    trainer.train()
+    assert vars(trainer).keys() - before.keys() <= {"current_gradient_accumulation_steps"}
+    stock = type(trainer).train.__wrapped__
+    callback.clip.detach()
+    assert type(trainer).train is not stock
+    trainer.remove_callback(callback)
+    del callback
+    gc.collect()
+    assert type(trainer).train is stock
+    clip = accelerate_clip.enable(trainer.accelerator, CONFIG)
+    assert type(trainer).train is not stock
+    clip.detach()
+    assert type(trainer).train is stock
 
 
 def test_transformers_stays_optional():
