@@ -1,10 +1,10 @@
-"""One clipper for each optimizer of an `Accelerator`, and its own clip calls."""
+"""One clipper for each optimizer of an `Accelerator`, behind the accelerator's own calls."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,25 +14,24 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Module
+from torch.optim import Optimizer
 
-from accelerate_clip.checkpoint import load_clip, save_clip
-from accelerate_clip.engine import EngineClipper, settle_threshold
+from accelerate_clip.checkpoint import load_state, save_state
+from accelerate_clip.engine import ClippedEngine, settle_threshold
 from accelerate_clip.groups import configs_of, named_parameters
 from accelerate_clip.private import prepared_models, prepared_optimizers
-from accelerate_clip.refuse import (
-    refuse_lomo,
-    refuse_several,
-    refuse_stale,
+from accelerate_clip.refuse import refuse_lomo, refuse_stale
+from accelerate_clip.report import Reporter, describe, is_same_rule
+from accelerate_clip.scaler import SharedScaler
+from accelerate_clip.step import (
+    Clipped,
+    ClippedOptimizer,
+    accumulated_norm,
+    micro_batch_contexts,
+    unwrapped,
 )
-from accelerate_clip.replaced import Replaced
-from accelerate_clip.report import Clipper, Reporter, describe, is_same_rule
-from accelerate_clip.step import StepClipper, accumulated_norm, apart, unwrapped
-from gradclip import (
-    ClipConfig,
-    ClipRecord,
-    ConfigError,
-    GradientClipper,
-)
+from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper
+from gradclip.adapters import ClipperSet, Patches
 
 __all__ = ["AcceleratorClip"]
 
@@ -40,38 +39,50 @@ _logger = get_logger(__name__)
 
 
 class AcceleratorClip:
-    """What `enable` returns: one clipper per prepared optimizer, and what they did.
+    """What `enable` returns: one clipper for each prepared optimizer, and what they did.
 
     Args:
         accelerator: Whose optimizers to clip.
         config: What to do.
 
     Attributes:
-        divided_by: By how many batches the script itself divides the loss that it hands to
+        config: The validated configuration.
+        divided_by: Gives by how many batches the script itself divides the loss that it hands to
             `accelerator.backward`: 1, and a window under transformers' `Trainer`.
         owner: The callback that enabled it, if one did.
     """
 
     def __init__(self, accelerator: Accelerator, config: ClipConfig) -> None:
         self.config = config
-        self._accelerator = accelerator
-        self._clippers: list[Clipper] = []
-        self._reporter = Reporter(accelerator, config)
-        self._last_record: ClipRecord | None = None
-        self._said: set[str] = set()
-        self._watched = False
         self.divided_by: Callable[[], int] = lambda: 1
         self.owner: object | None = None
+        self._accelerator = accelerator
+        self._clipped: list[Clipped] = []
+        self._set = ClipperSet()
+        self._reporter = Reporter(accelerator, config.log, lambda: self.steps)
+        self._last_record: ClipRecord | None = None
+        self._said: set[str] = set()
+        self._sees_backwards = False
         self._preparing = 0
-        unsettle = settle_threshold(accelerator)
-        self._adopt()
-        self._replaced = self._take_over()
-        self._replaced.also(unsettle)
+        self._patches = Patches()
+        self._scaler = SharedScaler(accelerator.scaler, lambda: self._clipped, self._patches)
+        settle_threshold(accelerator, self._patches)
+        try:
+            self._adopt()
+        except Exception:
+            self._patches.undo()
+            raise
+        self._take_over()
 
     @property
     def clippers(self) -> list[GradientClipper]:
         """One for each prepared optimizer, in the order of preparation."""
-        return list(self._clippers)
+        return list(self._set)
+
+    @property
+    def steps(self) -> list[int]:
+        """How many steps each prepared optimizer has made: resumed and withheld ones count."""
+        return [one.steps for one in self._clipped]
 
     @property
     def last_record(self) -> ClipRecord | None:
@@ -90,8 +101,8 @@ class AcceleratorClip:
 
         Args:
             parameters: As from `model.parameters()`.
-            max_norm: Replaced by the configuration, which is said once if they differ; infinity
-                leaves it to the configuration.
+            max_norm: Replaced by the configuration, which one warning says if they differ;
+                infinity leaves it to the configuration.
             norm_type: The same.
 
         Returns:
@@ -117,7 +128,7 @@ class AcceleratorClip:
 
         Args:
             parameters: As from `model.parameters()`.
-            clip_value: Replaced by the configuration, which is said once.
+            clip_value: Replaced by the configuration, which one warning says.
 
         Raises:
             ConfigError: If no prepared optimizer owns any of the parameters.
@@ -131,83 +142,74 @@ class AcceleratorClip:
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state, counts and steps of every optimizer: plain tensors and numbers."""
-        return {
-            "clippers": [clipper.state_dict() for clipper in self._clippers],
-            "steps": [clipper.steps for clipper in self._clippers],
-        }
+        return self._set.state_dict() | {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved with any number of processes.
 
-        Trackers get what is left of the steps before, and so does their flight record's file.
+        Before that trackers get the metrics of the steps so far, and the flight record is written.
 
         Raises:
             ConfigError: If it is of other optimizers, policies or parameters.
         """
-        states, steps = state["clippers"], state["steps"]
-        if len(states) != len(self._clippers):
-            msg = (
-                f"The saved clip state is of {len(states)} optimizers, {len(self._clippers)} are "
-                "prepared. Prepare the same ones first."
-            )
-            raise ConfigError(msg)
         self._reporter.give_rest()
-        for clipper, saved, count in zip(self._clippers, states, steps, strict=True):
-            clipper.load_state_dict(saved)
-            clipper.steps = count
-            clipper.expect_new()
+        self._set.load_state_dict(state)
+        for one, steps in zip(self._clipped, state["steps"], strict=True):
+            one.resume(steps)
 
     def flush(self) -> dict[str, float]:
         """What to log of the steps since the last call: see `gradclip.GradientClipper.flush`.
 
         With several optimizers each key ends in `/optimizer<index>`. Where the accelerator has
-        trackers, they get it every `log.every_n_steps` (10) steps, with the script's next call of
-        `accelerator.log` if it makes any, which is such a call.
+        trackers, they get the metrics every `log.every_n_steps` (10) steps; in a script that calls
+        `accelerator.log`, with its next call.
         """
-        return self._reporter.metrics()
+        return self._set.flush()
 
     def place_record(self, folder: str) -> None:
         """Where the flight record goes, unless the accelerator has a folder of its own."""
-        self._reporter.follow(self._clippers, folder)
+        self._reporter.place_record(folder)
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether this prepared optimizer is clipped."""
+        return any(one.prepared is optimizer for one in self._clipped)
 
     def detach(self) -> None:
         """Undo `enable`: the accelerator is a stock one again, which can be enabled anew.
 
-        Trackers get what is left, and the flight record is written.
+        Trackers get the metrics of the last steps, and the flight record is written.
         """
-        if not self._replaced.is_on:
+        if not self._patches.is_on:
             return
         self._reporter.end()
-        for clipper in self._clippers:
-            clipper.detach()
-        self._replaced.undo()
+        for one in self._clipped:
+            one.detach()
+        self._patches.undo()
 
-    def _take_over(self) -> Replaced:
-        accelerator = self._accelerator
-        replaced = Replaced(accelerator)
-        replaced.put("clip_grad_norm_", self.clip_grad_norm_)
-        replaced.put("clip_grad_value_", self.clip_grad_value_)
-        replaced.put("backward", self._watch(accelerator.backward))
-        replaced.put("log", self._reporter.join(accelerator.log))
-        replaced.put("end_training", self._report_before(accelerator.end_training))
-        for name in ("prepare", "prepare_optimizer"):
-            replaced.put(name, self._adopt_after(getattr(accelerator, name)))
-        each_node = accelerator.project_configuration.save_on_each_node
-        for handle in (
-            accelerator.register_save_state_pre_hook(
-                lambda *call: save_clip(self, call[-1], each_node)
-            ),
-            accelerator.register_load_state_pre_hook(lambda *call: load_clip(self, call[-1])),
-        ):
-            replaced.also(handle.remove)
-        accelerator.gradient_clip = self
-        replaced.also(lambda: delattr(accelerator, "gradient_clip"))
-        return replaced
+    def call_on_detach(self, undo: Callable[[], object]) -> None:
+        """Call this too when `detach` is called."""
+        self._patches.callback(undo)
+
+    def _take_over(self) -> None:
+        accelerator, patches = self._accelerator, self._patches
+        for name, around in {
+            "clip_grad_norm_": lambda _, *args, **kwargs: self.clip_grad_norm_(*args, **kwargs),
+            "clip_grad_value_": lambda _, *args, **kwargs: self.clip_grad_value_(*args, **kwargs),
+            "backward": self._backward,
+            "log": self._reporter.join,
+            "end_training": self._end_training,
+            "prepare": self._prepare,
+            "prepare_optimizer": self._prepare,
+        }.items():
+            patches.wrap(accelerator, name, around)
+        patches.put(accelerator, "gradient_clip", self)
+        patches.callback(accelerator.register_save_state_pre_hook(self._save).remove)
+        patches.callback(accelerator.register_load_state_pre_hook(self._load).remove)
 
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)
         if not self._accelerator.sync_gradients:
-            norm = accumulated_norm(self._accelerator, owners, owners[0].norm_type)
+            norm = accumulated_norm(self._accelerator, owners)
             if bool(norm.isnan()) and self._accelerator.is_fsdp2:
                 self._say(
                     "accumulated",
@@ -215,29 +217,24 @@ class AcceleratorClip:
                     "none before it reduces them. Call it when accelerator.sync_gradients is true.",
                 )
             return norm
-        records: list[ClipRecord] = []
-        for clipper in owners:
-            if not self._watched:
-                # The script calls loss.backward() itself: each call here may be a new step.
-                clipper.expect_new()
-            if len(self._clippers) > 1:
-                clipper.unscale()
-            records.append(clipper.clip())
+        if not self._sees_backwards:
+            # The script calls loss.backward() itself: each call here may be a new step.
+            for one in owners:
+                one.expect_new()
+        records = [one.clip() for one in owners]
         self._last_record = records[-1]
-        norms = [record.grad_norm for record in records]
-        if len(norms) == 1:
-            return norms[0]
-        return torch.linalg.vector_norm(torch.stack(norms), records[0].norm_type)
+        if len(records) == 1:
+            return records[0].grad_norm
+        norms = torch.stack([record.grad_norm for record in records])
+        return torch.linalg.vector_norm(norms, records[0].norm_type)
 
-    def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[Clipper]:
-        listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        # By identity: comparing tensors would compare their elements.
-        asked = {id(parameter) for parameter in listed}
-        owners = [c for c in self._clippers if any(id(p) in asked for p in c.parameters)]
+    def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[Clipped]:
+        asked = set([parameters] if isinstance(parameters, Tensor) else parameters)
+        owners = [one for one in self._clipped if not asked.isdisjoint(one.parameters)]
         if not owners:
             msg = (
-                f"accelerator.{call} got {len(listed)} parameters, none of which belongs to one "
-                f"of the {len(self._clippers)} optimizers prepared with this accelerator; "
+                f"accelerator.{call} got {len(asked)} parameters, none of which belongs to one "
+                f"of the {len(self._clipped)} optimizers prepared with this accelerator; "
                 "allowed: parameters of a prepared optimizer. Pass model.parameters() of the "
                 "model that accelerator.prepare returned, and prepare its optimizer too."
             )
@@ -247,40 +244,43 @@ class AcceleratorClip:
     def _adopt(self) -> None:
         """Keep one clipper for each optimizer that is prepared now."""
         refuse_lomo(self._accelerator)
-        before = {id(clipper.prepared): clipper for clipper in self._clippers}
         models = [
             self._accelerator.unwrap_model(model, keep_torch_compile=False)
             for model in prepared_models(self._accelerator)
         ]
         optimizers = prepared_optimizers(self._accelerator)
-        for key in before.keys() - {id(prepared) for prepared in optimizers}:
-            before[key].detach()  # first, as the same optimizer may be prepared anew
-        self._clippers = [c for c in self._clippers if id(c.prepared) in map(id, optimizers)]
+        known = {one.prepared: one for one in self._clipped}
+        for prepared in known.keys() - set(optimizers):
+            known.pop(prepared).detach()  # first, as the same optimizer may be prepared anew
+        self._clipped = list(known.values())
         configs = configs_of(self.config, models, [unwrapped(o) for o in optimizers])
-        now: list[Clipper] = []
+        now: list[Clipped] = []
         try:
             for prepared, config in zip(optimizers, configs, strict=True):
-                known = before.get(id(prepared))
-                now.append(known or self._build(config, prepared, models))
-            refuse_several(now)
+                now.append(known.get(prepared) or self._build(config, prepared, models))
+            clippers = ClipperSet(one.clipper for one in now)
+            clippers.refuse_shared_backward(
+                "accelerate_clip",
+                "give each optimizer a gradclip.GradientClipper and call it yourself.",
+            )
         except Exception:
-            for clipper in now:
-                if clipper not in self._clippers:
-                    clipper.detach()
+            for one in now:
+                if one not in self._clipped:
+                    one.detach()
             raise
-        self._clippers = now
-        self._reporter.follow(now)
+        self._clipped, self._set = now, clippers
+        self._reporter.follow(clippers)
 
     def _build(
         self, config: ClipConfig, prepared: AcceleratedOptimizer, models: list[Module]
-    ) -> Clipper:
+    ) -> Clipped:
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return EngineClipper(config, self._accelerator, prepared, self._after_step)
+            return ClippedEngine(config, self._accelerator, prepared, self._after_step)
         named = named_parameters(models, prepared)
         if not named:
             refuse_stale(self._accelerator, type(prepared.optimizer).__name__)
         try:
-            return StepClipper(config, named, prepared, self._after_step)
+            return ClippedOptimizer(config, named, prepared, self._scaler.step, self._after_step)
         except ConfigError as error:
             if named:
                 raise
@@ -290,46 +290,45 @@ class AcceleratorClip:
             )
             raise ConfigError(msg) from None
 
-    def _adopt_after(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(prepare)
-        def prepare_and_adopt(*args: Any, **kwargs: Any) -> Any:
-            self._preparing += 1
-            try:
-                result = prepare(*args, **kwargs)
-            finally:
-                self._preparing -= 1
-            # `prepare` calls `prepare_optimizer`, before it is done with the parameters.
-            if not self._preparing:
-                self._adopt()
-            return result
+    def _prepare(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._preparing += 1
+        try:
+            result = prepare(*args, **kwargs)
+        finally:
+            self._preparing -= 1
+        # `prepare` calls `prepare_optimizer`, before it is done with the parameters.
+        if not self._preparing:
+            self._adopt()
+        return result
 
-        return prepare_and_adopt
+    def _backward(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._sees_backwards = True
+        self._scaler.catch_up()
+        loss = kwargs.get("loss", args[0] if args else None)
+        with ExitStack() as stack:
+            for one in self._clipped:
+                stack.enter_context(one.backward(loss))
+            with micro_batch_contexts(self._accelerator, self._clipped, self.divided_by()):
+                return backward(*args, **kwargs)
 
-    def _watch(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(backward)
-        def backward_and_watch(*args: Any, **kwargs: Any) -> Any:
-            self._watched = True
-            loss = kwargs["loss"] if "loss" in kwargs else args[0] if args else None
-            marks = [(clipper, clipper.before_backward(loss)) for clipper in self._clippers]
-            with apart(self._accelerator, self._clippers, self.divided_by()):
-                result = backward(*args, **kwargs)
-            for clipper, mark in marks:
-                clipper.after_backward(mark)
-            return result
+    def _after_step(self, one: Clipped) -> None:
+        self._last_record = one.clipper.last_record
+        self._reporter.step(self._clipped.index(one))
 
-        return backward_and_watch
+    def _end_training(self, end_training: Callable[[], Any]) -> Any:
+        self._reporter.end()
+        return end_training()
 
-    def _after_step(self, clipper: Clipper) -> None:
-        self._last_record = clipper.last_record
-        self._reporter.step(clipper)
+    def _save(self, *call: Any) -> None:
+        """What `accelerator.save_state` calls, with models, weights and the folder."""
+        self._scaler.catch_up()
+        save_state(
+            self, call[-1], each_node=self._accelerator.project_configuration.save_on_each_node
+        )
 
-    def _report_before(self, end_training: Callable[[], Any]) -> Callable[[], Any]:
-        @functools.wraps(end_training)
-        def report_and_end() -> Any:
-            self._reporter.end()
-            return end_training()
-
-        return report_and_end
+    def _load(self, *call: Any) -> None:
+        """What `accelerator.load_state` calls, with models and the folder."""
+        load_state(self, call[-1])
 
     def _say(self, what: str, text: str) -> None:
         if what not in self._said:

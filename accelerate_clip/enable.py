@@ -61,5 +61,5 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
     if "transformers.trainer" in sys.modules:
         from accelerate_clip.trainer import follow_trainers
 
-        follow_trainers()
+        clip.call_on_detach(follow_trainers())
     return clip

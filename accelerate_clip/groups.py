@@ -26,15 +26,15 @@ def named_parameters(
     Returns:
         The model's own names; with several models preceded by `model<i>.`.
     """
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    found = {
-        index: [(name, p) for name, p in model.named_parameters() if id(p) in owned]
+    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    found = [
+        (index, name, p)
         for index, model in enumerate(models)
-    }
-    trained = {index: named for index, named in found.items() if named}
-    if len(trained) == 1 and not prefixed:
-        return next(iter(trained.values()))
-    return [(f"model{i}.{name}", p) for i, named in trained.items() for name, p in named]
+        for name, p in model.named_parameters()
+        if p in owned
+    ]
+    is_one = len({index for index, *_ in found}) == 1 and not prefixed
+    return [(name if is_one else f"model{index}.{name}", p) for index, name, p in found]
 
 
 def configs_of(

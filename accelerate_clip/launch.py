@@ -11,14 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import patch_environment
 
-from accelerate_clip.private import (
-    check_launch_file,
-    default_config_file,
-    launch,
-    launch_parser,
-)
 from accelerate_clip.run import CONFIG_VARIABLE
 from gradclip import ConfigError, load_section
 
@@ -50,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[:1] != ["launch"]:
         sys.stderr.write(_USAGE)
         sys.exit(2)
-    arguments = launch_parser().parse_args(given[1:])
+    arguments = launch_command_parser().parse_args(given[1:])
     try:
         _launch(arguments)
     except ConfigError as error:
@@ -79,7 +75,7 @@ def _launch(arguments: Namespace) -> None:
         stock = Path(folder) / "accelerate.yaml"
         stock.write_text(yaml.safe_dump(rest), encoding="utf-8")
         try:
-            check_launch_file(stock)
+            load_config_from_file(str(stock))
         except ValueError as error:
             msg = (
                 f"{file}, beside the section '{SECTION}': {str(error).replace(str(stock), 'it')} "
@@ -89,13 +85,13 @@ def _launch(arguments: Namespace) -> None:
             raise ConfigError(msg) from None
         arguments.config_file = str(stock)
         with patch_environment(**environment):
-            launch(arguments)
+            launch_command(arguments)
 
 
 def _config_file(arguments: Namespace) -> Path:
     if arguments.config_file is not None:
         return Path(arguments.config_file)
-    default = default_config_file()
+    default = Path(default_config_file)
     if default.is_file():
         return default
     msg = (

@@ -1,43 +1,33 @@
-"""Everything Accelerate and transformers don't offer publicly. Nothing else here.
+"""Everything that Accelerate and transformers don't offer publicly, and nothing else.
 
-Read in accelerate 1.15.0 and transformers 5.23.0.
+Read in accelerate 1.15.0 and transformers 5.23.0. tests/with_accelerate/test_private.py notices
+changes.
 """
 
 from __future__ import annotations
 
-import functools
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
-from torch.amp.grad_scaler import OptState
 from torch.nn import Module, Parameter
 
+from gradclip.adapters import Patches
+
 __all__ = [
-    "Prepared",
     "Versions",
-    "around_trainers",
-    "check_launch_file",
-    "default_config_file",
+    "around_training",
     "engine_of",
     "hold_schedule",
-    "keep_unscaled",
-    "launch",
-    "launch_parser",
+    "is_written",
     "prepared_models",
     "prepared_optimizers",
     "tells_of_skips",
-    "unscale",
-    "unscaled",
     "versions",
 ]
-
-Prepared = AcceleratedOptimizer
-"""What `accelerator.prepare` makes of an optimizer; DeepSpeed's is a kind of it."""
 
 Versions = Sequence[tuple[Tensor, int]]
 """Gradients, and how often each was written to."""
@@ -62,31 +52,6 @@ def hold_schedule(optimizer: AcceleratedOptimizer, held: Tensor | bool) -> None:
     optimizer._is_overflow = held
 
 
-def unscale(optimizer: AcceleratedOptimizer) -> None:
-    """Take the loss scale off an optimizer's gradients, unless that was done in this step."""
-    scaler = optimizer.scaler
-    is_live = scaler is not None and scaler.is_enabled()
-    if is_live and unscaled(optimizer)["stage"] is OptState.READY:
-        scaler.unscale_(optimizer.optimizer)
-
-
-def unscaled(optimizer: AcceleratedOptimizer) -> Any:
-    """What the scaler (torch 2.13) knows of an optimizer's gradients; for `keep_unscaled`."""
-    if optimizer.scaler is None:
-        return None
-    return optimizer.scaler._per_optimizer_states[id(optimizer.optimizer)]
-
-
-def keep_unscaled(optimizer: AcceleratedOptimizer, known: Any) -> None:
-    """Remind the scaler that this optimizer's gradients are unscaled.
-
-    Accelerate updates the scaler in the step of each optimizer, which makes it forget what was
-    unscaled for the others; their steps would divide by the scale once more.
-    """
-    if optimizer.scaler is not None:
-        optimizer.scaler._per_optimizer_states[id(optimizer.optimizer)] = known
-
-
 def engine_of(accelerator: Accelerator) -> Any:
     """The DeepSpeed engine that `accelerator.backward` drives."""
     return accelerator.deepspeed_engine_wrapped.engine
@@ -95,99 +60,56 @@ def engine_of(accelerator: Accelerator) -> Any:
 def tells_of_skips(optimizer: AcceleratedOptimizer) -> None:
     """Make `optimizer.step_was_skipped` read DeepSpeed's flag, also where it was added later.
 
-    At stage 0 in fp32 the optimizer has one only once it is clipped.
+    Accelerate looks for the flag once, when it wraps the optimizer; here it looks again. At stage
+    0 in fp32 the optimizer has a flag only once it is clipped.
     """
-    optimizer.__has_overflow__ = hasattr(optimizer.optimizer, "overflow")
+    type(optimizer).__init__(optimizer, optimizer.optimizer)
 
 
 def versions(parameters: Iterable[Parameter]) -> Versions:
-    """What identifies the gradients now in place: torch counts the writes to each tensor."""
+    """The gradients now in place, and torch's count of the writes to each."""
     return [(p.grad, p.grad._version) for p in parameters if p.grad is not None]
 
 
-def launch_parser() -> ArgumentParser:
-    """The parser of `accelerate launch`."""
-    from accelerate.commands.launch import launch_command_parser
-
-    return launch_command_parser()
-
-
-def launch(arguments: Namespace) -> None:
-    """Do what `accelerate launch` does."""
-    from accelerate.commands.launch import launch_command
-
-    launch_command(arguments)
+def is_written(parameters: Iterable[Parameter], *, since: Versions) -> bool:
+    """Whether any gradient is another, or was written to, since `versions` was taken."""
+    now = versions(parameters)
+    pairs = zip(since, now, strict=False)
+    return len(now) != len(since) or any(a is not b or m != n for (a, m), (b, n) in pairs)
 
 
-def check_launch_file(file: Path) -> None:
-    """Raise as `accelerate launch` would.
+def around_training(trainer: Any, training: Any, patches: Patches) -> None:
+    """Let an object take part in what a Trainer does, until the patches are undone.
 
-    Raises:
-        ValueError: If a key is missing or unknown, or has an unknown value.
-    """
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    load_config_from_file(str(file))
-
-
-def default_config_file() -> Path:
-    """Where `accelerate config` writes."""
-    from accelerate.commands.config import config_args
-
-    return Path(config_args.default_config_file)
-
-
-def around_trainers(
-    trainer: type[Any],
-    *,
-    is_clipped: Callable[[Any], bool],
-    before_preparing: Callable[[Any], None],
-    before_logging: Callable[[Any, dict[str, Any]], None],
-    after_saving: Callable[[Any, str], None],
-    after_loading: Callable[[Any, str], None],
-) -> None:
-    """Take part in what every transformers `Trainer` does; each callable is given the trainer.
+    Callback events don't do: `on_log` comes after the row of the history is made, `on_save` after
+    the checkpoint is pushed and without its folder, and none says where a run is resumed from.
 
     Args:
-        trainer: The class.
-        is_clipped: Whether `accelerator.clip_grad_norm_` copes with gradients on different meshes,
-            for which the Trainer would else measure, and clip, by itself.
-        before_preparing: Called in each `train`, once the accelerator is final (a search of
-            hyperparameters makes a new one for each trial).
-        before_logging: With what goes to the history and the reporters.
-        after_saving: With the checkpoint's folder, on every process, where the optimizer's state
-            is in it.
-        after_loading: The same, once everything is prepared and the optimizer's state is loaded.
+        trainer: The Trainer.
+        training: Its `log` is called with what goes to the history and the reporters, before; its
+            `save` and `load` with the checkpoint's folder (None if there is none to load), after
+            the optimizer's state, on every process; its `bind` after the Trainer has made a new
+            accelerator, as for each trial of a search.
+        patches: What undoes this.
     """
-    set_up, log, has_mixed = trainer._hp_search_setup, trainer.log, trainer._has_mixed_mesh_grads
-    save, load = trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler
+    patches.wrap(trainer, "create_accelerator_and_postprocess", _then(training.bind))
+    patches.wrap(trainer, "_save_optimizer_and_scheduler", _then(training.save))
+    patches.wrap(trainer, "_load_optimizer_and_scheduler", _then(training.load))
+    patches.wrap(trainer, "log", partial(_log, training.log))
+    # What it remembers of its first look; else it would measure, and clip, such gradients itself.
+    patches.put(trainer, "_mixed_mesh_grads", False)
 
-    @functools.wraps(set_up)
-    def set_up_and_tell(self: Any, trial: Any) -> None:
-        set_up(self, trial)
-        before_preparing(self)
 
-    @functools.wraps(log)
-    def tell_and_log(self: Any, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        before_logging(self, logs)
-        log(self, logs, *args, **kwargs)
+def _then(call: Callable[..., None]) -> Callable[..., None]:
+    def around(method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        method(*args, **kwargs)
+        call(*args, **kwargs)
 
-    @functools.wraps(has_mixed)
-    def has_mixed_unless_clipped(self: Any, model: Any) -> bool:
-        return not is_clipped(self) and has_mixed(self, model)
+    return around
 
-    @functools.wraps(save)
-    def save_and_tell(self: Any, output_dir: str) -> None:
-        save(self, output_dir)
-        after_saving(self, output_dir)
 
-    @functools.wraps(load)
-    def load_and_tell(self: Any, checkpoint: str | None) -> None:
-        load(self, checkpoint)
-        if checkpoint is not None:
-            after_loading(self, checkpoint)
-
-    trainer._hp_search_setup, trainer.log = set_up_and_tell, tell_and_log
-    trainer._has_mixed_mesh_grads = has_mixed_unless_clipped
-    trainer._save_optimizer_and_scheduler = save_and_tell
-    trainer._load_optimizer_and_scheduler = load_and_tell
+def _log(
+    add: Callable[..., None], log: Callable[..., None], logs: Any, *args: Any, **kwargs: Any
+) -> None:
+    add(logs)
+    log(logs, *args, **kwargs)

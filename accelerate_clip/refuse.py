@@ -1,9 +1,8 @@
-"""What can't be clipped rightly is refused; what would mislead is said."""
+"""Refusals of what can't be clipped exactly, and a warning."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,12 +10,11 @@ from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
-from gradclip import ConfigError, GradientClipper, LayoutError
+from gradclip import ConfigError, LayoutError
 
 __all__ = [
     "refuse_closure",
     "refuse_lomo",
-    "refuse_several",
     "refuse_stale",
     "refuse_unreduced",
     "refuse_unsupported",
@@ -40,11 +38,7 @@ _REFUSED = {
 
 
 def refuse_unsupported(accelerator: Accelerator) -> None:
-    """Raise if gradients can't be reached before the optimizer's step.
-
-    Raises:
-        LayoutError: For Megatron-LM and XLA; says what to do instead.
-    """
+    """Raise a LayoutError for what shows no gradients before its step: Megatron-LM and XLA."""
     kind = accelerator.distributed_type
     if kind not in _REFUSED:
         return
@@ -54,11 +48,7 @@ def refuse_unsupported(accelerator: Accelerator) -> None:
 
 
 def refuse_lomo(accelerator: Accelerator) -> None:
-    """Raise if a prepared optimizer updates parameters during the backward pass.
-
-    Raises:
-        ConfigError: For LOMO and AdaLomo.
-    """
+    """Raise a ConfigError for LOMO and AdaLomo, which update parameters during backward."""
     if accelerator.has_lomo_optimizer:
         msg = (
             "accelerate_clip.enable: LOMO and AdaLomo update parameters during backward, before "
@@ -68,36 +58,8 @@ def refuse_lomo(accelerator: Accelerator) -> None:
         raise ConfigError(msg)
 
 
-def refuse_several(clippers: Sequence[GradientClipper]) -> None:
-    """Raise if several optimizers share what only one can use: a loss, or each backward.
-
-    Raises:
-        ConfigError: If so.
-    """
-    if len(clippers) > 1 and any(clipper.watches_loss for clipper in clippers):
-        msg = (
-            f"accelerate_clip: a policy has watch 'loss' or 'both', and {len(clippers)} optimizers "
-            "are prepared whose losses accelerator.backward(loss) doesn't tell apart; allowed: one "
-            "optimizer. Set watch to 'norm', or give each optimizer a gradclip.GradientClipper "
-            "and call clipper.clip(loss=...) yourself."
-        )
-        raise ConfigError(msg)
-    if len(clippers) > 1 and clippers[0].config.stage == "after_backward":
-        msg = (
-            f"accelerate_clip: stage is 'after_backward', and {len(clippers)} optimizers are "
-            "prepared whose backward calls accelerator.backward(loss) doesn't tell apart; "
-            "allowed: one optimizer. Set stage to 'step', or give each optimizer a "
-            "gradclip.GradientClipper and use its micro_batch yourself."
-        )
-        raise ConfigError(msg)
-
-
 def refuse_unreduced(accelerator: Accelerator) -> None:
-    """Raise if this backward's gradients stay on each process, to be reduced with later ones.
-
-    Raises:
-        ConfigError: If so.
-    """
+    """Raise a ConfigError if this backward's gradients are reduced only with later ones."""
     each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     if accelerator.num_processes > 1 and not accelerator.sync_gradients and not each:
         msg = (
@@ -111,11 +73,7 @@ def refuse_unreduced(accelerator: Accelerator) -> None:
 
 
 def refuse_closure(optimizer: AcceleratedOptimizer, closure: Any = None) -> None:
-    """Raise if a closure is to be evaluated in a step that a loss scale decides on before.
-
-    Raises:
-        ConfigError: If so.
-    """
+    """Raise a ConfigError for a closure in a step that a loss scale decides on before."""
     if closure is not None and optimizer.scaler is not None and optimizer.scaler.is_enabled():
         msg = (
             f"accelerate_clip: {type(optimizer.optimizer).__name__}.step was given a closure, and "
@@ -127,14 +85,9 @@ def refuse_closure(optimizer: AcceleratedOptimizer, closure: Any = None) -> None
 
 
 def refuse_stale(accelerator: Accelerator, optimizer: str) -> None:
-    """Raise where an optimizer that holds no parameter of a prepared model can't train any.
-
-    Raises:
-        ConfigError: Under FSDP1 with flat parameters.
-    """
-    if accelerator.distributed_type != DistributedType.FSDP or accelerator.is_fsdp2:
-        return
-    if not accelerator.state.fsdp_plugin.use_orig_params:
+    """Raise a ConfigError for an optimizer without a prepared parameter under flat FSDP1."""
+    is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+    if is_fsdp1 and not accelerator.state.fsdp_plugin.use_orig_params:
         msg = (
             f"accelerate_clip: {optimizer} holds no parameter of a prepared model, and FSDP1 with "
             "use_orig_params false has flat parameters in place of the model's own, so it would "
@@ -146,7 +99,7 @@ def refuse_stale(accelerator: Accelerator, optimizer: str) -> None:
 
 
 def warn_if_alone(accelerator: Accelerator) -> None:
-    """Say so if a launcher started several processes and Accelerate sees one."""
+    """Warn if a launcher started several processes and Accelerate sees one."""
     started = os.environ.get("WORLD_SIZE", "1")
     if started != "1" and accelerator.num_processes == 1:
         _logger.warning(

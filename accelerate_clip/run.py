@@ -6,12 +6,11 @@ configuration, or a list of policies), or the path of a YAML file. `accelerate-c
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from accelerate import Accelerator
 
 from accelerate_clip.enable import enable
 from gradclip import ClipConfig, ConfigError, as_config
+from gradclip.adapters import Patches
 
 __all__ = ["CONFIG_VARIABLE", "config_from_environment", "enable_on_creation", "main"]
 
@@ -54,16 +54,16 @@ def config_from_environment() -> ClipConfig:
     return as_config({"policies": given} if isinstance(given, list) else given)
 
 
-def enable_on_creation(config: ClipConfig) -> None:
-    """Make every `Accelerator` created from now on clip with this configuration."""
-    create = Accelerator.__init__
+def enable_on_creation(config: ClipConfig) -> Patches:
+    """Clip with this configuration in every new `Accelerator`, until the result is undone."""
 
-    @functools.wraps(create)
-    def create_and_enable(self: Accelerator, *args: Any, **kwargs: Any) -> None:
-        create(self, *args, **kwargs)
-        enable(self, config)
+    def create(method: Callable[..., None], new: Accelerator, *args: Any, **kwargs: Any) -> None:
+        method(new, *args, **kwargs)
+        enable(new, config)
 
-    Accelerator.__init__ = create_and_enable
+    patches = Patches()
+    patches.wrap(Accelerator, "__init__", create)
+    return patches
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,16 +79,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments:
         sys.exit(_USAGE)
     try:
-        enable_on_creation(config_from_environment())
+        config = config_from_environment()
     except ConfigError as error:
         sys.exit(f"accelerate_clip.run: {error}")
     sys.argv[:] = arguments
-    if is_module:
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-        return
-    if not sys.flags.safe_path:
+    if not is_module and not sys.flags.safe_path:
         sys.path[0] = str(Path(arguments[0]).resolve().parent)
-    runpy.run_path(arguments[0], run_name="__main__")
+    patches = enable_on_creation(config)
+    try:
+        if is_module:
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        patches.undo()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -16,32 +16,31 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from accelerate_clip.engine import EngineClipper
-from accelerate_clip.private import (
-    Versions,
-    hold_schedule,
-    keep_unscaled,
-    unscale,
-    unscaled,
-    versions,
-)
+from accelerate_clip.engine import ClippedEngine
+from accelerate_clip.private import hold_schedule, is_written, versions
 from accelerate_clip.refuse import refuse_closure, refuse_unreduced
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
+from gradclip.adapters import OncePerStep, Patches, window_share
 
-__all__ = ["StepClipper", "accumulated_norm", "apart", "unwrapped"]
+__all__ = ["Clipped", "ClippedOptimizer", "accumulated_norm", "micro_batch_contexts", "unwrapped"]
 
 
-class StepClipper(GradientClipper):
-    """A `GradientClipper` that clips a step's gradients only the first time it is asked to.
+class ClippedOptimizer:
+    """A prepared optimizer and its clipper.
 
-    The script may ask (`accelerator.clip_grad_norm_`); the optimizer's own hook asks right before
-    it steps, so that a script that never does is clipped as well.
+    The script may ask to clip (`accelerator.clip_grad_norm_`); the optimizer's own hook asks right
+    before it steps, so that a script that never does is clipped as well.
 
     Args:
         config: What to do.
         named: Names for the optimizer's parameters.
         prepared: The optimizer that `accelerator.prepare` returned.
-        on_step: Called after each step of the underlying optimizer.
+        in_step: Called with this for each step; the step is made within the result.
+        after_step: Called with this after each step, also one that is withheld or overflows.
+
+    Attributes:
+        clipper: What clips it.
+        prepared: The optimizer.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters.
@@ -53,132 +52,113 @@ class StepClipper(GradientClipper):
         config: ClipConfig,
         named: Sequence[tuple[str, Parameter]],
         prepared: AcceleratedOptimizer,
-        on_step: Callable[[StepClipper], None],
+        in_step: Callable[[ClippedOptimizer], AbstractContextManager[None]],
+        after_step: Callable[[ClippedOptimizer], object],
     ) -> None:
-        raw = unwrapped(prepared)
-        scaler = prepared.scaler
-        super().__init__(config, named_parameters=named, optimizer=raw, scaler=scaler)
+        self._raw = unwrapped(prepared)
+        self.clipper = GradientClipper(config, named, self._raw, scaler=prepared.scaler)
         self.prepared = prepared
-        self.steps = 0
-        self._on_step = on_step
-        self._done = False
-        self._backwards = self._batches = 0
-        self._clipped_in_step: bool | None = None
-        self._held: Tensor | bool | None = None
-        self._unscaled: Any = None
-        # First, to see what the step was told before that is taken back.
-        self._handles = [raw.register_step_post_hook(self._after_step), self.attach(raw)]
-        self._own_step = prepared.step
-        # A method of the optimizer's: schedulers bind the function they find to it anew.
-        prepared.step = MethodType(lambda _, *args, **kwargs: self._step(*args, **kwargs), prepared)
+        self._in_step = in_step
+        self._after_step = after_step
+        self._batches = self._backwards = 0
+        self._withheld: Tensor | bool | None = None
+        self._patches = Patches()
+        # First, to see what a fused step was told before that is taken back.
+        self._patches.callback(self._raw.register_step_post_hook(self._see_withheld).remove)
+        self._once = OncePerStep(
+            self.clipper, self._raw, share=self._share, after_step=self._end_step
+        )
+        self._patches.callback(self._once.remove)
+        # A method: schedulers take the function out of it, and bind that anew.
+        step = self._around(prepared.step)
+        self._patches.put(prepared, "step", MethodType(step, prepared))
+
+    @property
+    def steps(self) -> int:
+        """Steps that the optimizer has made, withheld ones too."""
+        return self._once.steps
 
     @property
     def parameters(self) -> list[Parameter]:
         """The optimizer's parameters as they are now."""
         return [p for group in self.prepared.param_groups for p in group["params"]]
 
-    def clip(
-        self,
-        *,
-        grad_scale: Tensor | None = None,
-        loss: Tensor | float | None = None,
-        share: float = 1.0,
-        repeat: bool = False,
-    ) -> ClipRecord:
-        """Clip, unless this step's gradients have been clipped already.
+    @property
+    def awaits_step(self) -> bool:
+        """Whether gradients have been clipped that the optimizer is yet to step with."""
+        return self._once.is_done
 
-        Args:
-            grad_scale: 0-d factor that the gradients still carry (a loss scale).
-            loss: 0-d, this step's, for policies that watch it.
-            share: Batches that were accumulated, as a share of a full window's; also found out
-                from the calls of `accelerator.backward`.
-            repeat: One more evaluation of a closure in a step that was clipped.
-
-        Returns:
-            This step's record.
-        """
-        if self.last_record is None or not self._done or repeat:
-            # A closure that calls `clip_grad_norm_` itself does so at every evaluation.
-            repeat = repeat or self._clipped_in_step is True
-            share = min(share, self._share)
-            super().clip(grad_scale=grad_scale, loss=loss, share=share, repeat=repeat)
-            self._clipped_in_step = None if self._clipped_in_step is None else True
-            self._unscaled = unscaled(self.prepared)
-            self._done = True
-        else:
-            keep_unscaled(self.prepared, self._unscaled)
-        assert self.last_record is not None
-        return self.last_record
-
-    def unscale(self) -> None:
-        """Take the loss scale off now: it may change in another optimizer's step before this."""
-        if not self._done:
-            unscale(self.prepared)
+    def clip(self) -> ClipRecord:
+        """Clip, unless this step's gradients have been clipped already; the step's record."""
+        return self._once.clip()
 
     def expect_new(self) -> None:
-        """The gradients to come, or now in place, are not those that were clipped."""
-        self._done = False
+        """Say that other gradients are in place, or will be, than those that were clipped."""
+        self._once.expect_new()
 
-    def before_backward(self, loss: Tensor | None) -> Versions | None:
-        """Observe the loss. What `after_backward` needs; None while nothing is clipped yet."""
-        self.batch, self._batches = self._batches, self._batches + 1
-        if self.watches_loss and loss is not None:
+    def resume(self, steps: int) -> None:
+        """Go on after this many steps, of another run."""
+        self._once.steps = steps
+        self._once.expect_new()
+
+    @contextmanager
+    def backward(self, loss: Tensor | None) -> Iterator[None]:
+        """Around one `accelerator.backward`: count it, observe its loss, and see what it wrote."""
+        self.clipper.batch, self._batches = self._batches, self._batches + 1
+        if self.clipper.watches_loss and loss is not None:
             # A scaler may have left a step out, whose losses are still waiting.
-            self.observe_loss(loss, first=all(p.grad is None for p in self.parameters))
-        return versions(self.parameters) if self._done else None
-
-    def after_backward(self, before: Versions | None) -> None:
-        """Count it, and expect new gradients if it wrote any of this optimizer's."""
+            is_first = all(p.grad is None for p in self.parameters)
+            self.clipper.observe_loss(loss, first=is_first)
+        before = versions(self.parameters) if self.awaits_step else None
+        yield
         self._backwards += 1
-        if before is None:
-            return
-        now = versions(self.parameters)
-        pairs = zip(before, now, strict=False)
-        if len(now) != len(before) or any(a is not b or m != n for (a, m), (b, n) in pairs):
-            self._done = False
+        if before is not None and is_written(self.parameters, since=before):
+            self.expect_new()
 
     def detach(self) -> None:
         """Stop clipping before steps."""
-        for handle in self._handles:
-            handle.remove()
-        self.prepared.step = self._own_step
+        self._patches.undo()
 
-    @property
     def _share(self) -> float:
         """Batches since the last step, as a share of those Accelerate divides losses by."""
         window = self.prepared.gradient_state.num_steps
-        return min(1.0, self._backwards / window) if self._backwards else 1.0
+        return window_share(self._backwards or window, window)
 
-    def _step(self, *args: Any, **kwargs: Any) -> None:
+    def _around(self, step: Callable[..., None]) -> Callable[..., None]:
         """What the prepared optimizer's step is now."""
-        refuse_closure(self.prepared, *args, **kwargs)
-        self._clipped_in_step = False
-        try:
-            self._own_step(*args, **kwargs)
-        finally:
-            self._clipped_in_step = None
-        if self._done and self.prepared.gradient_state.sync_gradients:
-            self._end_step()  # an overflow, for which the scaler left the step out
-        elif self._held is not None:
-            hold_schedule(self.prepared, self._held)
-        self._held = None
+
+        def clip_and_step(prepared: AcceleratedOptimizer, *args: Any, **kwargs: Any) -> None:
+            if not self._patches.is_on or not prepared.gradient_state.sync_gradients:
+                step(*args, **kwargs)
+                return
+            refuse_closure(prepared, *args, **kwargs)
+            self._withheld = None
+            with self._in_step(self), self._once.in_step():
+                step(*args, **kwargs)
+            if self._withheld is not None:
+                hold_schedule(prepared, self._withheld)
+
+        return clip_and_step
 
     @torch.no_grad()
-    def _after_step(self, *_: object) -> None:
-        if self.config.schedule_on_skip != "advance":
-            # Only a withheld step leaves no gradient at all, or is told so on the device: no other
-            # has its record read on the host, and that one when the schedule asks.
-            told = getattr(unwrapped(self.prepared), "found_inf", None) is not None
-            may_be = told or all(p.grad is None for p in self.parameters)
-            record = self.last_record
-            self._held = record.skipped if may_be and record is not None else False
-        self._end_step()
+    def _see_withheld(self, *_: object) -> None:
+        """Find out whether the step just made was withheld, for the schedule."""
+        record = self.clipper.last_record
+        if self.clipper.config.schedule_on_skip == "advance" or record is None:
+            return
+        # Only a withheld step leaves no gradient at all, or is told so on the device: no other
+        # has its record read on the host, and that one when the schedule asks.
+        told = getattr(self._raw, "found_inf", None) is not None
+        may_be = told or all(p.grad is None for p in self.parameters)
+        self._withheld = record.skipped if may_be else False
 
     def _end_step(self) -> None:
-        self.steps += 1
         self._backwards = 0
-        self._done = False
-        self._on_step(self)
+        self._after_step(self)
+
+
+Clipped = ClippedOptimizer | ClippedEngine
+"""What has a clipper: a prepared optimizer, or a DeepSpeed engine."""
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
@@ -189,46 +169,44 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
 
 
 @contextmanager
-def apart(
-    accelerator: Accelerator, clippers: Sequence[StepClipper | EngineClipper], divided_by: int
+def micro_batch_contexts(
+    accelerator: Accelerator, clipped: Sequence[Clipped], divided_by: int
 ) -> Iterator[None]:
-    """Around one backward, which is clipped by itself if `stage` says so.
+    """Around one backward, which is clipped by itself if `stage` is "after_backward".
 
     Args:
         accelerator: Whose backward it is.
-        clippers: Of its optimizers.
-        divided_by: By how many batches the loss was divided before Accelerate does so.
+        clipped: Its optimizers.
+        divided_by: By how many batches the loss was divided before Accelerate divides it.
 
     Raises:
         ConfigError: If this backward's gradients aren't reduced over processes.
     """
     with ExitStack() as stack:
-        for clipper in clippers:
-            if clipper.config.stage == "after_backward":
+        for one in clipped:
+            if one.clipper.config.stage == "after_backward":
                 refuse_unreduced(accelerator)
                 share = 1 / (accelerator.gradient_accumulation_steps * divided_by)
-                stack.enter_context(clipper.micro_batch(share=share))
+                stack.enter_context(one.clipper.micro_batch(share=share))
         yield
 
 
-def accumulated_norm(
-    accelerator: Accelerator, clippers: Sequence[StepClipper | EngineClipper], norm_type: float
-) -> Tensor:
+def accumulated_norm(accelerator: Accelerator, clipped: Sequence[Clipped]) -> Tensor:
     """The norm of gradients that aren't complete yet.
 
     Args:
         accelerator: While its `sync_gradients` is false.
-        clippers: Of which optimizers.
-        norm_type: p of the p-norm.
+        clipped: Of which optimizers.
 
     Returns:
         0-d, of this process's gradients; of all ranks' where each batch is reduced
         (`sync_each_batch`); else NaN under FSDP2, which shows none before it reduces them.
         Always NaN under DeepSpeed, which shows none at all.
     """
-    parameters = [p for clipper in clippers for p in clipper.parameters]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return torch.tensor(math.nan)
+    norm_type = clipped[0].clipper.norm_type
+    parameters = [p for one in clipped for p in one.parameters]
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         norm = clip_grad_norm_(parameters, math.inf, norm_type)
     elif accelerator.is_fsdp2:

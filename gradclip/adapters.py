@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,10 @@ class OncePerStep:
         self._share = share
         self._after_step = after_step
         self._is_done = False
-        # First, to see what the step was told before that is taken back.
+        self._clips_in_step: int | None = None
+        # The post-hook first: it has to see what a fused step was told before that is taken back.
         self._handles = [
-            optimizer.register_step_post_hook(lambda *_: self.end_step()),
+            optimizer.register_step_post_hook(self._end_made_step),
             clipper.attach(optimizer, clip=self.clip),
         ]
 
@@ -212,14 +214,33 @@ class OncePerStep:
             This step's record.
         """
         if not self._is_done or repeat:
+            # A closure that calls this by itself does so at every evaluation.
+            repeat = repeat or bool(self._clips_in_step)
             self.clipper.clip(grad_scale=grad_scale, share=self._share(), repeat=repeat)
             self._is_done = True
+            if self._clips_in_step is not None:
+                self._clips_in_step += 1
         assert self.clipper.last_record is not None
         return self.clipper.last_record
 
     def expect_new(self) -> None:
         """Say that other gradients are in place, or will be, than those that were clipped."""
         self._is_done = False
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around the trainer's call that makes the optimizer step.
+
+        Needed where a `GradScaler` may leave the step out at an overflow, which is then counted,
+        and where a closure calls `clip` by itself: its evaluations are then one step.
+        """
+        self._clips_in_step = 0
+        try:
+            yield
+        finally:
+            self._clips_in_step = None
+        if self._is_done:  # an overflow
+            self.end_step()
 
     def end_step(self) -> None:
         """Say that the step is over; called by itself after each step that the optimizer makes."""
@@ -231,6 +252,9 @@ class OncePerStep:
         """Clip no more."""
         for handle in self._handles:
             handle.remove()
+
+    def _end_made_step(self, *_: object) -> None:
+        self.end_step()
 
 
 def window_share(batches: int, window: int) -> float:

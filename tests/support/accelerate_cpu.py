@@ -5,13 +5,23 @@ import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, Replicate
 
+MULTI_DEVICE = Accelerator.multi_device
+
+
+def fresh():
+    """Forget what accelerators before have left in this process."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    Accelerator.multi_device = MULTI_DEVICE
+
 
 def joined(**kwargs):
-    """An Accelerator that joins the ranks a test started."""
+    """A fresh Accelerator that joins the ranks a test started."""
+    fresh()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     return Accelerator(**kwargs)
 
@@ -48,13 +58,14 @@ def with_fsdp(plugin, **kwargs):
 
 def with_tensor_parallel(plugin=None, **kwargs):
     """One whose model's layers are cut; unpatched it would be wrapped in DDP."""
-    Accelerator.multi_device = property(lambda self: self.distributed_type != DistributedType.FSDP)
     if plugin is not None:
         # Accelerate 1.15 imports a name that transformers 5.23 no longer has.
         from transformers.integrations import tensor_parallel
 
         tensor_parallel.ReplicateParallel = Replicated
-    return with_fsdp(plugin, **kwargs)
+    accelerator = with_fsdp(plugin, **kwargs)
+    Accelerator.multi_device = property(lambda self: self.distributed_type != DistributedType.FSDP)
+    return accelerator
 
 
 class Replicated:

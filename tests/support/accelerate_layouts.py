@@ -2,7 +2,6 @@
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ParallelismConfig
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -75,9 +74,3 @@ def share(accelerator, rows):
 def rows_of(step):
     generator = torch.Generator().manual_seed(1000 + step)
     return torch.randn(8, 4, generator=generator) * (6.0 if step % 7 == 6 else 1.0)
-
-
-def fresh():
-    """Forget the accelerators before."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()

@@ -1,6 +1,6 @@
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from support.accelerate_cpu import fresh
 
 
 @pytest.fixture(autouse=True)
@@ -8,5 +8,4 @@ def fresh_accelerate(monkeypatch):
     """Accelerate keeps its state in singletons; tests that patch the class get it restored."""
     monkeypatch.setattr(Accelerator, "__init__", Accelerator.__init__)
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    fresh()

@@ -1,6 +1,5 @@
 """Steps on one process: who clips, how often, and what a withheld step leaves behind."""
 
-import copy
 import math
 
 import pytest
@@ -91,7 +90,7 @@ def test_a_loop_that_never_clips_is_clipped_once_a_step(counted):
         assert norm_of(grads_of(model)) == pytest.approx(0.3, rel=1e-5)
     assert [bool(record.clipped) for record in counted] == [True] * 3
     assert clip.last_record is counted[-1]
-    assert [type(clipper).__mro__[1] for clipper in clip.clippers] == [GradientClipper]
+    assert [type(clipper) for clipper in clip.clippers] == [GradientClipper]
 
 
 def test_clip_grad_value_is_the_configuration_too_and_once(counted, caplog):
@@ -173,21 +172,6 @@ def test_without_accelerator_backward_each_call_clips(counted):
     assert len(counted) == 2
 
 
-def test_a_closure_is_clipped_after_its_backward(counted):
-    accelerator, _, model, opt = prepared(ClipByNorm(max_norm=0.3))
-
-    def closure():
-        opt.zero_grad()
-        loss = model(batch()).square().mean()
-        accelerator.backward(loss)
-        return loss
-
-    opt.step(closure)
-    opt.step(closure)
-    assert norm_of(grads_of(model)) == pytest.approx(0.3, rel=1e-5)
-    assert len(counted) == 2
-
-
 def test_each_optimizer_has_its_own_clipper(counted):
     accelerator = Accelerator(cpu=True)
     clip = accelerate_clip.enable(accelerator, ClipByNorm(max_norm=0.3))
@@ -244,33 +228,6 @@ def test_names_are_the_models_own_and_groups_match_them():
     accelerator.backward(model(batch()).sum())
     opt.step()
     assert set(clip.last_record.per_parameter) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("calls", [True, False], ids=["loop clips", "loop doesn't"])
-def test_a_withheld_step_changes_nothing_and_holds_the_schedule(optimizer, calls):
-    accelerator, clip, model, opt = prepared(ClipByNorm(max_norm=0.3), optimizer=optimizer)
-    schedule = accelerator.prepare(torch.optim.lr_scheduler.StepLR(opt.optimizer, 1, 0.5))
-    rates = []
-    for step in range(4):
-        loss = model(batch(step)).square().mean()
-        accelerator.backward(loss * math.nan if step == 1 else loss)
-        before = copy.deepcopy((list(model.parameters()), opt.state_dict()["state"]))
-        if calls:
-            accelerator.clip_grad_norm_(model.parameters(), 0.3)
-        opt.step()
-        schedule.step()
-        if step == 1:
-            assert bool(clip.last_record.skipped)
-            after = (list(model.parameters()), opt.state_dict()["state"])
-            assert all(map(torch.equal, before[0], after[0]))
-            flat = [[v for s in state.values() for v in s.values()] for _, state in (before, after)]
-            assert [v is None for v in flat[0]] == [v is None for v in flat[1]]
-            assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True) if a is not None)
-        assert accelerator.optimizer_step_was_skipped == (step == 1)
-        rates.append(opt.param_groups[0]["lr"])
-        opt.zero_grad()
-    assert rates == pytest.approx([0.05, 0.05, 0.025, 0.0125])
 
 
 def test_raise_stops_with_the_gradients_as_they_were():

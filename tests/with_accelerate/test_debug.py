@@ -17,8 +17,7 @@ def config_of(**options):
 
 @pytest.mark.filterwarnings("ignore:Seems like .optimizer.step.* has been overridden")
 @pytest.mark.parametrize("apply", ["auto", "fold"])
-@pytest.mark.parametrize("calls", [True, False], ids=["loop clips", "loop doesn't"])
-def test_right_programs_pass_and_end_as_without_it(calls, apply):
+def test_right_programs_pass_and_end_as_without_it(apply):
     ends = []
     for debug in (False, True):
         accelerator = with_scaler()
@@ -30,7 +29,7 @@ def test_right_programs_pass_and_end_as_without_it(calls, apply):
             opt.zero_grad()
             loss = model(batch(step)).float().square().mean()
             accelerator.backward(loss * (float("inf") if step == 2 else 1.0))
-            if calls:
+            if step % 2:
                 accelerator.clip_grad_norm_(model.parameters(), LIMIT)
             opt.step()
         ends.append([p.detach() for p in model.parameters()])

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from support.accelerate_cpu import with_scaler
-from support.accelerate_layouts import LAYOUTS, fresh
+from support.accelerate_cpu import fresh, with_scaler
+from support.accelerate_layouts import LAYOUTS
 from support.nets import parallel_net
 from support.prepared import batch, grads_of, net, norm_of
 from support.ranks import run_on_ranks

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from support.accelerate_layouts import LAYOUTS, fresh, rows_of, share
+from support.accelerate_cpu import fresh
+from support.accelerate_layouts import LAYOUTS, rows_of, share
 from support.nets import parallel_net, whole_parameters
 from support.ranks import run_on_ranks
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler

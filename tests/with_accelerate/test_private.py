@@ -10,7 +10,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from support.accelerate_cpu import with_scaler
 from torch import nn
 
-from accelerate_clip import private
+from accelerate_clip import launch, private
 
 
 def test_prepared_objects_are_listed():
@@ -42,21 +42,6 @@ def test_a_held_step_is_a_skipped_step(scaled):
         assert (opt.param_groups[0]["lr"] == rate) == bool(held)
 
 
-def test_the_scaler_remembers_until_an_update_what_was_unscaled():
-    accelerator = with_scaler()
-    model = nn.Linear(2, 1)
-    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    accelerator.backward(model(torch.ones(1, 2)).float().sum())
-    accelerator.unscale_gradients(opt)
-    known = private.unscaled(opt)
-    accelerator.scaler.update()
-    assert private.unscaled(opt) is not known
-    private.keep_unscaled(opt, known)
-    before = [p.grad.clone() for p in model.parameters()]
-    opt.step()
-    assert all(torch.equal(old, p.grad) for old, p in zip(before, model.parameters(), strict=True))
-
-
 def test_the_scheduler_asks_step_was_skipped():
     assert "opt.step_was_skipped" in inspect.getsource(AcceleratedScheduler.step)
     assert isinstance(AcceleratedOptimizer.step_was_skipped, property)
@@ -64,29 +49,35 @@ def test_the_scheduler_asks_step_was_skipped():
 
 def test_every_write_to_a_gradient_shows():
     parameter = nn.Parameter(torch.ones(3))
-    assert private.versions([parameter]) == []
-    parameter.sum().backward()
-    [(grad, version)] = private.versions([parameter])
-    parameter.sum().backward()
-    assert private.versions([parameter])[0][0] is grad
-    assert private.versions([parameter])[0][1] > version
+    for grad in (None, torch.ones(3), torch.ones(3)):
+        before = private.versions([parameter])
+        assert not private.is_written([parameter], since=before)
+        parameter.grad = grad
+        assert private.is_written([parameter], since=before) == (grad is not None)
+    for _ in range(2):
+        before = private.versions([parameter])
+        parameter.sum().backward()
+        assert private.versions([parameter])[0][0] is parameter.grad is grad
+        assert private.is_written([parameter], since=before)
 
 
 def test_the_launcher_is_where_it_was():
-    arguments = private.launch_parser().parse_args(["--num_processes", "2", "a.py", "--lr", "1"])
+    arguments = launch.launch_command_parser().parse_args(
+        ["--num_processes", "2", "a.py", "--lr", "1"]
+    )
     assert (arguments.training_script, arguments.training_script_args) == ("a.py", ["--lr", "1"])
     for name in ("cpu", "module", "no_python", "config_file", "num_processes", "mpirun_hostfile"):
         assert hasattr(arguments, name)
     for name in ("use_deepspeed", "use_fsdp", "use_megatron_lm", "multi_gpu", "tpu"):
         assert getattr(arguments, name) is False
-    assert private.default_config_file().suffix == ".yaml"
+    assert launch.default_config_file.endswith(".yaml")
 
 
 def test_accelerate_prepares_optimizers_through_the_public_method():
     assert "self.prepare_optimizer(" in inspect.getsource(Accelerator._prepare_one)
 
 
-def test_the_trainer_calls_what_is_wrapped():
+def test_the_trainer_calls_what_is_replaced():
     trainer = pytest.importorskip("transformers").Trainer
     for caller, call in {
         "train": "self._hp_search_setup(trial)",
@@ -94,6 +85,7 @@ def test_the_trainer_calls_what_is_wrapped():
         "_maybe_log_save_evaluate": "self.log(logs, start_time)",
         "_save_checkpoint": "self._save_optimizer_and_scheduler(output_dir)",
         "_prepare_for_training": "self._load_optimizer_and_scheduler(resume_from_checkpoint)",
+        "_has_mixed_mesh_grads": "if self._mixed_mesh_grads is None:",
         "_clip_grad_norm": "self._has_mixed_mesh_grads(model)",
         "_get_grad_norm": "self._has_mixed_mesh_grads(model)",
         "_run_epoch": "if not self.accelerator.optimizer_step_was_skipped",

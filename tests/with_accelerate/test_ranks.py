@@ -6,8 +6,7 @@ import tempfile
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from support.accelerate_cpu import joined, with_fsdp
+from support.accelerate_cpu import fresh, joined, with_fsdp
 from support.accelerate_layouts import sharding
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
@@ -95,13 +94,12 @@ def saved_and_resumed(rank, world, kind, folder):
     train(accelerator, clip, model, opt, range(7))
     accelerator.save_state(folder)
     straight = train(accelerator, clip, model, opt, range(7, STEPS))
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+    fresh()
     accelerator = joined() if kind == "ddp" else with_fsdp(sharding(2))
     clip, model, opt = prepare(accelerator)
     accelerator.load_state(folder)
     resumed = train(accelerator, clip, model, opt, range(7, STEPS))
-    return straight, resumed, clip.clippers[0].steps
+    return straight, resumed, clip.steps[0]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

@@ -37,7 +37,7 @@ def clipped_norms(config, make, optimizers=(torch.optim.SGD, torch.optim.SGD), a
         opt.step()
         norms.append(norm_of(grads_of(part)))
         opt.zero_grad()
-    assert [clipper.steps for clipper in clip.clippers] == [1, 1]
+    assert clip.steps == [1, 1]
     return norms
 
 
@@ -54,17 +54,16 @@ def two_modules():
 MAIN = [ClipByNorm(max_norm=9.0)]
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(
-    ("make", "first", "second"),
+    ("make", "first", "second", "accelerator"),
     [
-        (one_module, "generator.*", "critic.*"),
-        (two_modules, "model0.*", "model1.*"),
+        (one_module, "generator.*", "critic.*", None),
+        (two_modules, "model0.*", "model1.*", with_scaler),
     ],
 )
-def test_a_group_for_each_optimizer(make, first, second, scaled):
+def test_a_group_for_each_optimizer(make, first, second, accelerator):
     config = ClipConfig(policies=MAIN, groups=[only(first, 0.5), only(second, 0.25)])
-    accelerator = with_scaler() if scaled else None
+    accelerator = accelerator and accelerator()
     norms = clipped_norms(config, make, accelerator=accelerator)
     assert norms == pytest.approx([0.5, 0.25], rel=1e-4)
 
@@ -102,7 +101,7 @@ def test_state_and_measurements_are_each_optimizers_own():
         assert all(map(torch.equal, left, grads_of(pair.critic)))
         first.zero_grad()
         second.zero_grad()
-    assert [clipper.steps for clipper in clip.clippers] == [2, 4]
+    assert clip.steps == [2, 4]
     names = [set(clipper.last_record.per_parameter) for clipper in clip.clippers]
     assert all(name.startswith("generator.") for name in names[0])
     assert all(name.startswith("critic.") for name in names[1])
@@ -133,3 +132,37 @@ def test_one_backward_of_two_losses_is_unscaled_once_for_each(fused):
         first.zero_grad()
         second.zero_grad()
     assert accelerator.scaler.get_scale() == 1024.0
+
+
+def test_an_update_of_the_scale_waits_for_no_longer_than_the_next_backward():
+    """Also where an optimizer that was clipped never steps."""
+    accelerator = with_scaler()
+    accelerator.scaler.set_growth_interval(1)
+    clip = accelerate_clip.enable(accelerator, ClipByNorm(max_norm=0.3))
+    models = [net(0), net(1)]
+    opts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    *models, first, second = accelerator.prepare(*models, *opts)
+
+    def losses():
+        return sum(m(batch() * 4).float().square().mean() for m in models)
+
+    def clip_both_step_first():
+        for model in models:
+            accelerator.clip_grad_norm_(model.parameters(), 0.3)
+        first.step()
+        first.zero_grad()
+        second.zero_grad()
+        return accelerator.scaler.get_scale()
+
+    accelerator.backward(losses())
+    assert clip_both_step_first() == 1024
+    accelerator.backward(losses())
+    assert accelerator.scaler.get_scale() == 2048
+    assert clip_both_step_first() == 2048
+    accelerator.scaler.scale(losses()).backward()  # by the script itself
+    first.step()
+    assert norm_of(grads_of(models[0])) == pytest.approx(0.3, rel=1e-4)
+    assert clip.steps == [3, 0]
+    clip.detach()
+    assert accelerator.scaler.get_scale() == 8192
+    assert "update" not in vars(accelerator.scaler)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.accelerate_cpu import sharding_on_cpu
-from support.accelerate_layouts import fresh
+from support.accelerate_cpu import fresh, sharding_on_cpu
 from support.ranks import TESTS, run_on_ranks
 
 import accelerate_clip
@@ -86,7 +85,7 @@ def run_and_resume(folder, world, kind):
     with sharding_on_cpu() if kind == "fsdp2" else contextlib.nullcontext():
         trainer, callback = made(folder, **copy.deepcopy(given))
     trainer.train()
-    assert callback.clip.clippers[0].steps == 6
+    assert callback.clip.steps[0] == 6
     with sharding_on_cpu() if kind == "fsdp2" else contextlib.nullcontext():
         again, _ = made(folder, **copy.deepcopy(given))
     again.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
@@ -262,7 +261,7 @@ def test_added_later_trained_twice_and_searched(tmp_path):
     plain.hp_search_backend = None
     plain.train()
     assert callback.clip is plain.accelerator.gradient_clip is not first
-    assert callback.clip.clippers[0].steps == 6
+    assert callback.clip.steps[0] == 6
 
 
 def test_one_that_was_removed_clips_no_more(tmp_path):
@@ -276,7 +275,7 @@ def test_one_that_was_removed_clips_no_more(tmp_path):
     trainer.remove_callback(callback)
     trainer.train()
     assert not any(key.startswith("clip/") for row in trainer.state.log_history for key in row)
-    assert callback.clip.clippers[0].steps == 6
+    assert callback.clip.steps[0] == 6
     assert not hasattr(trainer.accelerator, "gradient_clip")
     other = accelerate_clip.GradientClipCallback({"policies": [{"type": "norm", "max_norm": 0.1}]})
     trainer.add_callback(other)
@@ -293,7 +292,7 @@ def test_one_that_serves_two_trainers_in_turn_clips_each_with_fresh_state(tmp_pa
     for trainer in (first, second, first):
         trainer.train()
         assert callback.clip is trainer.accelerator.gradient_clip
-        assert callback.clip.clippers[0].steps == 6
+        assert callback.clip.steps[0] == 6
         assert rows_of(trainer)[0]["clip/limit"] == 5.0
 
 
@@ -306,9 +305,34 @@ def test_two_that_clip_are_refused(tmp_path):
 
 def test_a_trainer_that_never_bound_it_is_refused(tmp_path, monkeypatch):
     trainer, _ = made(tmp_path)
-    monkeypatch.setattr(trainer, "_hp_search_setup", lambda _: None)
+    stock = type(trainer).train.__wrapped__
+    monkeypatch.setattr(trainer, "train", functools.partial(stock, trainer))
     with pytest.raises(ConfigError, match="AcceleratedOptimizer isn't clipped; allowed"):
         trainer.train()
+
+
+def test_trainers_are_stock_ones_once_nobody_clips(tmp_path, monkeypatch):
+    import gc
+
+    from accelerate_clip import trainer as following
+
+    monkeypatch.setattr(following, "_followers", set())
+    monkeypatch.setattr(following, "_on_class", [])
+    trainer, callback = made(tmp_path, save_strategy="no", max_steps=1)
+    before = dict(vars(trainer))
+    trainer.train()
+    assert vars(trainer).keys() - before.keys() <= {"current_gradient_accumulation_steps"}
+    stock = type(trainer).train.__wrapped__
+    callback.clip.detach()
+    assert type(trainer).train is not stock
+    trainer.remove_callback(callback)
+    del callback
+    gc.collect()
+    assert type(trainer).train is stock
+    clip = accelerate_clip.enable(trainer.accelerator, CONFIG)
+    assert type(trainer).train is not stock
+    clip.detach()
+    assert type(trainer).train is stock
 
 
 def test_transformers_stays_optional():
