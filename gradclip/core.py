@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip.config import ClipConfig
+from gradclip.decide import decide_all
 from gradclip.effect.effect import Effect, apply
 from gradclip.effect.elements import ElementMemory
 from gradclip.errors import ClipError, ConfigError
@@ -33,7 +34,6 @@ from gradclip.layouts import (
     gathered,
     is_first_rank,
     is_flat,
-    is_flattened,
     refuse_shared_names,
 )
 from gradclip.measure import measure_each, measure_step
@@ -41,7 +41,6 @@ from gradclip.plan.build import build_plan, needs_regions
 from gradclip.plan.in_backward import BackwardWatch
 from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
-from gradclip.policies import decide_all
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import TAKEN, Recorder
 from gradclip.state import carry_over
@@ -342,9 +341,9 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
 
 
 def _how_it_lies(plan: Plan) -> tuple[object, ...]:
-    """What `module.to(device)`, and a wrapping by FSDP1, change of every parameter at once."""
+    """What `module.to(device)`, or flattening by FSDP1, changes of every parameter at once."""
     first = next(iter(plan.parameters.values()))
-    return first.device, is_flattened(first)
+    return first.device, first.shape
 
 
 def _refuse_scopes(plan: Plan, config: ClipConfig, *, grouped: bool, flat: Sequence[str]) -> None:

@@ -14,7 +14,8 @@ from gradclip.config import ClipConfig
 from gradclip.core import Core, Sources
 from gradclip.errors import ConfigError, DebugError
 from gradclip.layouts.local import local_part
-from gradclip.measure import combine, measure
+from gradclip.measure import measure_recorded
+from gradclip.norms import combine
 from gradclip.policies import ElementPolicy
 from gradclip.types import Beginning, Given, Grads, Step, Verdict
 
@@ -136,10 +137,8 @@ class CheckedCore(Core):
 
     def _measured(self) -> Tensor:
         on = self.machinery
-        grads, norm_type = on.layout.collect(on.plan.slots), on.plan.recorded
-        asked = {norm_type: on.plan.norm_types[norm_type]}
-        (norms,) = measure([(on.plan.as_measured(grads.counted), asked)], on.layout, on.kernel)
-        return norms[norm_type]
+        grads = on.layout.collect(on.plan.slots)
+        return measure_recorded(on.plan, grads, on.layout, on.kernel)
 
     def _compare(self, verdict: Verdict, factor: Tensor | None, done: str) -> None:
         """Each measured slot is at most its norm before times its coefficient, and the limit."""

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gradclip.plan.plan import Plan
 from gradclip.types import Collected, Grads, Kernel, Layout, Measurable, Units
-
-if TYPE_CHECKING:
-    from gradclip.plan.plan import Plan
 
 __all__ = [
     "Source",
-    "combine",
-    "combine_runs",
-    "is_wide",
     "measure",
     "measure_each",
+    "measure_recorded",
     "measure_step",
 ]
 
@@ -28,15 +23,6 @@ Norms = dict[float, Tensor]
 
 Source = Grads | Units | Measurable
 """What can be measured."""
-
-
-def is_wide(norm_type: float, dtypes: Iterable[torch.dtype]) -> bool:
-    """Whether |g|^p of a gradient of these dtypes can leave the range of float64.
-
-    Float32 gradients fit up to p = 6 (1.4e-45^6 and 3.4e38^6 are both doubles).
-    """
-    double = not {torch.float64, torch.complex128}.isdisjoint(dtypes)
-    return math.isfinite(norm_type) and (norm_type > 6 or double)
 
 
 def measure(
@@ -50,7 +36,7 @@ def measure(
     Args:
         sources: What this rank adds to the norms (gradients, parameters, what element policies
             make of them), one list per slot or divided into units; and for each p whether it is
-            wide (see `is_wide`). The same p on every rank.
+            wide (see `gradclip.norms.is_wide`). The same p on every rank.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
 
@@ -118,15 +104,22 @@ def measure_step(
         norms; for each p the norms of the weights, None where no policy asks.
     """
     sources: list[tuple[Source, Mapping[float, bool]]] = [
-        (plan.as_measured(grads.counted), plan.norm_types),
+        (_as_measured(plan, grads.counted), plan.norm_types),
         *((probe, plan.probe_types[index]) for index, probe in probes.items()),
     ]
     if plan.weight_types:
         weights = layout.weights(plan.slots).counted
-        sources.append((plan.as_measured(weights), plan.weight_types))
+        sources.append((_as_measured(plan, weights), plan.weight_types))
     norms, *more = measure(sources, layout, kernel)
     probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
     return norms, probed, more[0] if more else None
+
+
+def measure_recorded(plan: Plan, grads: Collected, layout: Layout, kernel: Kernel) -> Tensor:
+    """The recorded norm alone, of each measured slot or unit; arguments as for `measure_step`."""
+    asked = {plan.recorded: plan.norm_types[plan.recorded]}
+    [norms] = measure([(_as_measured(plan, grads.counted), asked)], layout, kernel)
+    return norms[plan.recorded]
 
 
 def measure_each(
@@ -152,46 +145,5 @@ def measure_each(
     return found if grad_scale is None else found / grad_scale
 
 
-def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> Tensor:
-    """The p-norm of unions of slots from the p-norms of the slots, without overflow.
-
-    Args:
-        norms: Shape (n,), float64.
-        norm_type: p, or inf.
-        members: Int64 of shape (m, k), the slots of each union, filled up with n; None for one of
-            all. A table of m times n would grow with the square of a model's parameters.
-
-    Returns:
-        Shape (m,), or 0-d for one union. Sums run over a dim, in one order on every device, so
-        that ranks agree bitwise.
-    """
-    united = norms if members is None else torch.cat([norms, norms.new_zeros(1)]).take(members)
-    if united.shape[-1] == 1:
-        return united.squeeze(-1)
-    peak = united.amax(-1)
-    if norm_type == math.inf:
-        return peak
-    scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
-    return scale * (united / scale.unsqueeze(-1)).pow(norm_type).sum(-1).pow(1.0 / norm_type)
-
-
-def combine_runs(norms: Tensor, norm_type: float, lengths: Tensor) -> Tensor:
-    """The p-norm of runs of units, one after the other, from the p-norms of the units.
-
-    Args:
-        norms: Shape (units,), float64.
-        norm_type: p, or inf.
-        lengths: Int64 of shape (runs,), at least 1 each; their sum is the number of units.
-
-    Returns:
-        Shape (runs,). Each run is added up in one order on every device, so that ranks agree
-        bitwise.
-    """
-    peak = torch.segment_reduce(norms, "max", lengths=lengths, unsafe=True)
-    if norm_type == math.inf:
-        return peak
-    scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
-    each = torch.repeat_interleave(scale, lengths, output_size=norms.numel())
-    powers = (norms / each).pow(norm_type)
-    total = torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
-    return scale * total.pow(1.0 / norm_type)
+def _as_measured(plan: Plan, grads: Grads) -> Grads | Units:
+    return grads if plan.unit_map is None else plan.unit_map.units(grads)

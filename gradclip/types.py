@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "Beginning",
     "Collected",
+    "Decides",
     "Decision",
     "Edit",
     "Elementwise",
@@ -178,6 +179,58 @@ class Decision:
     stop: Tensor | None = None
     changes: Tensor | None = None
     elements: tuple[Tensor, ...] = ()
+
+
+class Decides(Protocol):
+    """What a step asks of a policy (`gradclip.policies.base.Policy`)."""
+
+    @property
+    def type(self) -> str:
+        """What YAML calls it."""
+        ...
+
+    @property
+    def after(self) -> int:
+        """Optimizer steps before it exists."""
+        ...
+
+    @property
+    def measured(self) -> tuple[Scope, float | None]:
+        """The scope and the p of the norm that it decides on; None if it needs no norm."""
+        ...
+
+    @property
+    def counters(self) -> frozenset[str]:
+        """State that also moves on a step that is withheld or not finite."""
+        ...
+
+    @property
+    def withholds(self) -> bool:
+        """Whether it can withhold a step."""
+        ...
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether it needs the norms of the parameters themselves."""
+        ...
+
+    @property
+    def uses_sizes(self) -> bool:
+        """Whether it needs the number of elements of each slot."""
+        ...
+
+    @property
+    def watches_loss(self) -> bool:
+        """Whether it needs the loss."""
+        ...
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """The state before the first step."""
+        ...
+
+    def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
+        """This step's decision and the state after it."""
+        ...
 
 
 class Elementwise(Protocol):

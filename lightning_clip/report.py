@@ -93,9 +93,9 @@ class Reporter:
                 self._give(trainer, index, metrics)
 
     def _give(self, trainer: Trainer, index: int, metrics: dict[str, float]) -> None:
-        step, key = self._filed[index], "clip/grad_norm_histogram" + self._clippers.suffix(index)
+        step = self._filed[index]
         for logger in trainer.loggers:
             if self._log.histograms:  # first: to W&B it is part of the row that metrics complete
-                self._clippers[index].recorder.give_histogram(logger.experiment, key, step)
+                self._clippers.give_histogram(index, logger.experiment, step)
             logger.log_metrics(metrics, step=step)
             logger.save()

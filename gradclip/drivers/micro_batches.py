@@ -18,7 +18,8 @@ from gradclip.drivers.losses import Losses
 from gradclip.drivers.scaler import LossScale
 from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.layouts import is_flattened
-from gradclip.measure import combine, measure
+from gradclip.measure import measure_recorded
+from gradclip.norms import combine
 from gradclip.records.record import ClipRecord
 from gradclip.stops import nonfinite_names, shown
 from gradclip.types import Given, Step
@@ -117,10 +118,8 @@ class MicroBatches:
             assert self._scaler is not None
             self._scaler.settle(leave=False)
             skipped = skipped | window.record.finite.logical_not()
-        norm_type, grads = on.plan.recorded, on.layout.collect(on.plan.slots)
-        asked = {norm_type: on.plan.norm_types[norm_type]}
-        (norms,) = measure([(on.plan.as_measured(grads.counted), asked)], on.layout, on.kernel)
-        total = combine(norms[norm_type], norm_type)
+        grads = on.layout.collect(on.plan.slots)
+        total = combine(measure_recorded(on.plan, grads, on.layout, on.kernel), on.plan.recorded)
         record = replace(
             window.record,
             clipped_norm=torch.where(skipped, window.record.grad_norm, total),

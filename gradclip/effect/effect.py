@@ -41,7 +41,7 @@ def apply(
     if verdict.withheld:
         _drop(plan)
         return
-    kernel.scale_(grads if plan.unit_map is None else plan.as_measured(grads), verdict.coef)
+    kernel.scale_(grads if plan.unit_map is None else plan.unit_map.units(grads), verdict.coef)
     for edit in verdict.edits:
         assert memory is not None
         memory.edit_(edit, grads, kernel, grad_scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, compress
 
 import torch
@@ -104,11 +104,17 @@ def _large(grad: Tensor, norm_type: float, buffer: Tensor) -> float:
     """Sum of |g|^p from norms of rows, added up in float64; half precision uses the buffer."""
     if grad.dtype == torch.float64:
         return _exact([grad], norm_type)
+    half = grad.element_size() < 4
+    blocks = _copies([grad], buffer) if half else flat_chunks(grad, CHUNK_SIZE)
+    return _by_rows(blocks, norm_type)
+
+
+def _by_rows(blocks: Iterable[Tensor], norm_type: float) -> float:
+    """Sum of |g|^p over one-dimensional float32 tensors."""
     total = 0.0
     norms: list[Tensor] = []
     held = 0
-    half = grad.element_size() < 4
-    for block in _copies([grad], buffer) if half else flat_chunks(grad, CHUNK_SIZE):
+    for block in blocks:
         rows, rest = divmod(block.numel(), ROW)
         if rows:
             whole = block[: rows * ROW].view(rows, ROW)
@@ -143,8 +149,9 @@ def _add_small(
     """Concatenate small gradients and add the power sum of each to its slot."""
     buffer = torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
     if owners[0] == owners[-1]:
-        single = buffer.float() if buffer.element_size() < 4 else buffer
-        sums[owners[0]] += _large(single, norm_type, single)
+        double = buffer.dtype == torch.float64
+        whole = _exact([buffer], norm_type) if double else _by_rows([buffer.float()], norm_type)
+        sums[owners[0]] += whole
         return
     powers = buffer.double().abs_().pow_(norm_type)
     totals = torch.segment_reduce(powers, "sum", lengths=torch.tensor(sizes), unsafe=True)

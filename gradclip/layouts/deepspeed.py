@@ -137,7 +137,7 @@ class DeepSpeedLayout(LocalLayout):
         flat = [group["params"] for group in engine.optimizer.param_groups]
         if self.kind == "DeepSpeedZeroOptimizer_Stage3":
             flat = [engine.optimizer.fp32_partitioned_groups_flat]
-        self._devices = tuple(dict.fromkeys(p.device for p in chain.from_iterable(flat)))
+        self.devices = tuple(dict.fromkeys(p.device for p in chain.from_iterable(flat)))
         self._slots: Sequence[Sequence[Tensor]] = ()
         self._members: dict[int, list[tuple[int, Address]]] = {}
         self._in_step = False

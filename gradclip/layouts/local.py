@@ -45,13 +45,9 @@ class LocalLayout:
         self._some_complex = any(p.is_complex() for p in parameters.values())
         self._groups = list(groups)
         parts = [local_part(p) for p in parameters.values()]
-        self._devices = tuple(dict.fromkeys(part.device for part in parts))
+        devices = dict.fromkeys(part.device for part in parts)
+        self.devices = tuple(devices) or (torch.device("cpu"),)
         self._some_empty = not all(part.numel() for part in parts)
-
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """The devices of local gradients; norms and decisions are computed on the first."""
-        return self._devices or (torch.device("cpu"),)
 
     def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
         """Take `.grad` of each parameter that has one.

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradclip.measure import combine
+from gradclip.norms import combine
 from gradclip.policies.base import AdaptivePolicy, coefficient, filled
 from gradclip.policies.history import run
 from gradclip.policies.schedule import Limit

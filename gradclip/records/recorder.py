@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradclip.errors import ConfigError
-from gradclip.measure import combine
+from gradclip.norms import combine
 from gradclip.plan.plan import Plan
 from gradclip.records.interval import Interval, Streaks
 from gradclip.records.record import COLUMNS, ByName, ClipRecord
@@ -257,7 +257,9 @@ class Recorder:
         """What happened, not counted."""
         plan, verdict = self._plan, step.verdict
         both = torch.stack([step.norms, step.norms * verdict.coef])
-        grad_norm, clipped_norm = combine(both, plan.recorded).unbind()
+        whole = both.shape[1] == 1  # one slot of all: nothing to combine
+        totals = both.squeeze(1) if whole else combine(both, plan.recorded)
+        grad_norm, clipped_norm = totals.unbind()
         named = self.named(partial(plan.by_slot, step.norms))
         return self.tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded)
 

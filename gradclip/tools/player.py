@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from gradclip.config import ClipConfig
+from gradclip.decide import decide_all
 from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
 from gradclip.plan.plan import Rule
-from gradclip.policies import ElementPolicy, Policy, decide_all
-from gradclip.stops import is_withheld
+from gradclip.policies import ElementPolicy, Policy
+from gradclip.stops import refuse_stop
 from gradclip.tools.curves import Bools, Floats, Steps
 from gradclip.tools.trace import TraceHeader
 
@@ -88,8 +89,10 @@ class Player:
                     loss=one_loss if self._watches_loss else None,
                     skip_nonfinite=self._on_nonfinite == "skip",
                 )
+                skipped = verdict.skip is not None and bool(verdict.skip)
                 try:
-                    skipped = is_withheld(verdict, self._rules, where, raises=raises)
+                    if skipped or raises:
+                        refuse_stop(verdict, self._rules, where, raises=raises)
                 except (NonFiniteError, SkipLimitError) as error:
                     stopped = str(error)
                     break
