@@ -11,6 +11,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from gradclip.private import writes as count
+
 __all__ = ["changes_gradients"]
 
 
@@ -27,14 +29,14 @@ def changes_gradients(run: Callable[[], Any], parameters: Iterable[Parameter]) -
     Returns:
         What `run` returned, and whether any of the gradients is another tensor or was written to.
     """
-    before = [(p, p.grad, 0 if p.grad is None else p.grad._version) for p in parameters]
+    before = [(p, p.grad, 0 if p.grad is None else count(p.grad)) for p in parameters]
     writes = _Writes()
     # torch's versions don't count foreach operations on DTensors, such as clip_grad_norm_'s.
     is_sharded = any(is_traceable_wrapper_subclass(grad) for _, grad, _ in before)
     with writes if is_sharded else nullcontext():
         result = run()
     changed = any(
-        p.grad is not grad or (grad is not None and grad._version != version) or writes.has(grad)
+        p.grad is not grad or (grad is not None and count(grad) != version) or writes.has(grad)
         for p, grad, version in before
     )
     return result, changed

@@ -112,7 +112,7 @@ class GradientClipper:
                 self._core, self._losses, self._scaler, in_engine=in_engine
             )
         self._attached: weakref.ref[Attached] | None = None  # its optimizer keeps it alive
-        self._beginning = self._core.beginning
+        self._beginning = self._core.begin()
         self.batch: int | None = None
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class GradientClipper:
         given = self._completed(given, grad_scale, loss)
         if repeat and self.last_record is not None:
             return clip_again(self._core, given, self._beginning)
-        self._beginning = self._core.beginning
+        self._beginning = self._core.begin()
         step = self._core.look(given, self._beginning)
         record = self._core.commit(step)
         self._core.write(step)

@@ -150,11 +150,6 @@ class Core:
         self._stop = DeferredStop(config.log.every_n_steps or 10)
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
 
-    @property
-    def beginning(self) -> Beginning:
-        """What the next step begins with."""
-        return Beginning(self.states, self.recorder.tally.counts.select(0, TAKEN))
-
     def current(self) -> Machinery:
         """The machinery, built anew if parameters were added, replaced or moved.
 
@@ -167,12 +162,17 @@ class Core:
             self.machinery = on
         return self.machinery
 
+    def begin(self) -> Beginning:
+        """What the next step begins with, for the parameters as they are now."""
+        self.current()
+        return Beginning(self.states, self.recorder.tally.counts.select(0, TAKEN))
+
     def look(self, given: Given, since: Beginning | None = None) -> Step:
         """Measure, reduce, decide. Nothing has happened yet when it returns.
 
         Args:
             given: What is known of the gradients.
-            since: What the step began with, if it isn't what the core has now.
+            since: What the step began with; None to begin one.
 
         Raises:
             NonFiniteError: If a gradient isn't finite and that is an error.
@@ -180,7 +180,8 @@ class Core:
                 to stop then.
             ConfigError: If gradients were lost, or used, before a clip could see them.
         """
-        on, (states, taken) = self.current(), since or self.beginning
+        states, taken = since or self.begin()
+        on = self.machinery
         grads = on.layout.collect(on.plan.slots)
         watch = self._backward_watch
         if watch is not None and not watch.look(on.plan.parameters):

@@ -17,6 +17,7 @@ from gradclip.layouts.local import local_part
 from gradclip.measure import measure_recorded
 from gradclip.norms import combine
 from gradclip.policies import ElementPolicy
+from gradclip.private import writes
 from gradclip.types import Beginning, Given, Grads, Step, Verdict
 
 __all__ = ["CheckedCore"]
@@ -114,7 +115,7 @@ class CheckedCore(Core):
     def _remember(self) -> None:
         """What gradients are like now, to tell whether any is written to."""
         self._seen = {
-            p: (TensorWeakRef(p.grad), local_part(p.grad)._version)
+            p: (TensorWeakRef(p.grad), writes(local_part(p.grad)))
             for p in self.machinery.plan.parameters.values()
             if p.grad is not None
         }
@@ -123,7 +124,7 @@ class CheckedCore(Core):
         known, grad = self._seen.get(parameter), parameter.grad
         if known is None or grad is None:
             return False
-        return known[0]() is grad and known[1] == local_part(grad)._version
+        return known[0]() is grad and known[1] == writes(local_part(grad))
 
     def _after_step(self) -> None:
         """A folded step leaves clipped gradients behind; others may leave anything."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip.layouts.local import local_part
+from gradclip.private import is_view
 from gradclip.records.record import ClipRecord
 
 __all__ = ["Accumulated", "add_up", "is_borrowed"]
@@ -94,4 +95,4 @@ def is_borrowed(grad: Tensor) -> bool:
     part = local_part(grad)
     if part.is_sparse:
         return False
-    return part._is_view() or part.untyped_storage().nbytes() > part.nbytes
+    return is_view(part) or part.untyped_storage().nbytes() > part.nbytes

@@ -1,8 +1,4 @@
-"""A `GradScaler` that scales the loss: gradients are unscaled once, and overflows are seen.
-
-Read in torch 2.13 (`torch/amp/grad_scaler.py`), which shows nowhere whether gradients were
-unscaled but in `_per_optimizer_states`: read here, never written.
-"""
+"""A `GradScaler` that scales the loss: gradients are unscaled once, and overflows are seen."""
 
 from __future__ import annotations
 
@@ -12,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler, OptState
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
+from gradclip.private import is_unscaled
 
 __all__ = ["LossScale"]
 
@@ -63,8 +60,7 @@ class LossScale:
         Returns:
             The factor that gradients still carry, 0-d float32; None if they carry none.
         """
-        state = self._scaler._per_optimizer_states[id(self._optimizer)]
-        if state["stage"] is not OptState.READY:
+        if is_unscaled(self._scaler, self._optimizer):
             return None
         # A sharded scaler tells all ranks of an overflow only while it unscales.
         if leave and type(self._scaler).unscale_ is GradScaler.unscale_:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
+from gradclip.private import takes_scale
+
 __all__ = ["FusedStep", "takes_factors"]
 
 
@@ -20,7 +22,7 @@ def takes_factors(optimizer: Any) -> bool:
     """Whether every group of an optimizer is stepped by one of torch's fused kernels."""
     return (
         isinstance(optimizer, Adam | SGD | Adagrad)
-        and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        and takes_scale(optimizer)
         and all(group.get("fused") for group in optimizer.param_groups)
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch.nn import Parameter
 
 from gradclip.errors import ConfigError
+from gradclip.private import has_gradient_hooks, optimizers_in_backward, writes
 
 __all__ = ["BackwardWatch", "refuse_marked"]
 
@@ -22,15 +23,13 @@ _WAY_OUT = (
 def refuse_marked(parameters: Mapping[str, Parameter]) -> None:
     """Refuse parameters that `torch.distributed.optim._apply_optimizer_in_backward` marked.
 
-    It leaves the optimizers on each parameter, in an attribute read in torch 2.13.
-
     Raises:
         ConfigError: If one is marked.
     """
     found = {
         name: f"{type(optimizer).__name__} of _apply_optimizer_in_backward"
         for name, parameter in parameters.items()
-        for optimizer in getattr(parameter, "_in_backward_optimizers", ())
+        for optimizer in optimizers_in_backward(parameter)
     }
     if found:
         raise ConfigError(_stepped(list(found), f"stepped by {next(iter(found.values()))}"))
@@ -48,7 +47,7 @@ class BackwardWatch:
     """
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
-        self._writes = {p: p._version for p in parameters.values()}
+        self._writes = {p: writes(p) for p in parameters.values()}
 
     def look(self, parameters: Mapping[str, Parameter]) -> bool:
         """Check the parameters that never had a gradient; the others are watched no more.
@@ -66,10 +65,10 @@ class BackwardWatch:
             ConfigError: If parameters were stepped in backward, and none has a gradient.
         """
         stepped: set[Parameter] = set()
-        for p, writes in list(self._writes.items()):
+        for p, before in list(self._writes.items()):
             if p.grad is not None:
                 del self._writes[p]
-            elif _has_hooks(p) and p._version != writes:
+            elif has_gradient_hooks(p) and writes(p) != before:
                 stepped.add(p)
         if stepped:
             names = [name for name, p in parameters.items() if p in stepped]
@@ -79,11 +78,6 @@ class BackwardWatch:
             _logger.warning("%s", msg)
             self._writes.clear()  # said once
         return bool(self._writes)
-
-
-def _has_hooks(parameter: Parameter) -> bool:
-    """Whether a hook runs on its gradient: private attributes of tensors, read in torch 2.13."""
-    return bool(parameter._post_accumulate_grad_hooks or parameter._backward_hooks)
 
 
 def _stepped(names: list[str], how: str) -> str:

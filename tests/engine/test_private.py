@@ -1,0 +1,58 @@
+"""If one of these fails, torch keeps something elsewhere than gradclip/private.py looks for it."""
+
+import warnings
+
+import torch
+
+from gradclip.private import (
+    has_gradient_hooks,
+    is_unscaled,
+    is_view,
+    optimizers_in_backward,
+    takes_scale,
+    writes,
+)
+
+
+def test_writes_and_views_of_a_tensor():
+    tensor = torch.zeros(4)
+    row = tensor[:2]
+    before = writes(tensor)
+    row.add_(1)
+    torch._foreach_mul_([tensor], 2.0)
+    assert writes(tensor) == before + 2
+    assert is_view(row)
+    assert not is_view(tensor)
+
+
+def test_hooks_on_a_parameters_gradient():
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        assert not has_gradient_hooks(parameter)
+        getattr(parameter, register)(print)
+        assert has_gradient_hooks(parameter)
+
+
+def test_optimizers_that_torch_applies_in_backward():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    assert optimizers_in_backward(parameter) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing it uses torch.jit.script
+        from torch.distributed.optim import _apply_optimizer_in_backward
+    _apply_optimizer_in_backward(torch.optim.SGD, [parameter], {"lr": 0.1})
+    assert [type(o) for o in optimizers_in_backward(parameter)] == [torch.optim.SGD]
+
+
+def test_which_steps_take_a_scale_and_what_a_scaler_has_unscaled():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    assert takes_scale(torch.optim.AdamW([parameter], fused=True))
+    optimizer = torch.optim.AdamW([parameter])
+    assert not takes_scale(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    assert not is_unscaled(scaler, optimizer)
+    scaler.scale(parameter.sum()).backward()
+    scaler.unscale_(optimizer)
+    assert is_unscaled(scaler, optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not is_unscaled(scaler, optimizer)
