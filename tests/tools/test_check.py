@@ -182,8 +182,6 @@ def test_a_merged_key_is_named_by_the_line_it_is_merged_in(tmp_path):
 
 def test_a_class_path_imports_nothing(tmp_path):
     """jsonargparse would import what a class path names."""
-    checked = check_file(
-        written(tmp_path, trainer(callback("\n          class_path: this.ZClip")))
-    )
+    checked = check_file(written(tmp_path, trainer(callback("\n          class_path: this.ZClip"))))
     assert "class_path is 'this.ZClip'; did you mean 'gradclip.ZClip'?" in checked.fault
     assert "this" not in sys.modules
