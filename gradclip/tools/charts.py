@@ -48,7 +48,7 @@ class Clipping(NamedTuple):
 
 
 class Colors(NamedTuple):
-    """Of one configuration."""
+    """Colours of one configuration."""
 
     limit: str
     clipped: str
@@ -56,7 +56,7 @@ class Colors(NamedTuple):
 
 
 def colors_of(count: int) -> list[Colors]:
-    """Colours of so many configurations; for a single clipping, marks stand out from the limit."""
+    """Colours of so many configurations; with one alone, its marks stand out from its limit."""
     if count == 1:
         return [Colors(COLORS[0], VERMILION, PURPLE)]
     return [Colors(color, color, color) for color in islice(cycle(COLORS), count)]
@@ -157,11 +157,8 @@ def plot_png(path: str | Path, title: str, norm: Curve, clippings: Sequence[Clip
         entries.append((_describe(clipping), colors.limit))
     _name_lines(upper, entries)
     _shape_axes(upper, lower, norm)
-    legend = (
-        "▼ clipped   ✖ withheld"
-        if any(clipping.counts.skipped for clipping in clippings)
-        else "▼ clipped"
-    )
+    withheld = any(clipping.counts.skipped for clipping in clippings)
+    legend = "▼ clipped   ✖ withheld" if withheld else "▼ clipped"
     upper.text(1.02, 0.0, legend, color="0.35", size=9, transform=upper.transAxes)
     figure.savefig(path, metadata={"Software": None})
 

@@ -1,4 +1,4 @@
-"""What clipping did in a run: how often, to which steps, and who made them large."""
+"""What clipping did in a run: how often, to which steps, and which parameters made them large."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_MARKS = 5000
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind.
+    """The trace or the log of a run.
 
     Attributes:
         path: The file that was read.
@@ -138,7 +138,7 @@ def _is_trace(path: Path) -> bool:
 
 
 def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Report | None:
-    """Read a run once, in memory that doesn't grow with it.
+    """Read a run once, in bounded memory.
 
     Args:
         run: What to read.
