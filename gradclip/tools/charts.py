@@ -48,7 +48,7 @@ class Clipping(NamedTuple):
 
 
 class Colors(NamedTuple):
-    """Of one configuration."""
+    """Colours of one configuration."""
 
     limit: str
     clipped: str
@@ -56,23 +56,23 @@ class Colors(NamedTuple):
 
 
 def colors_of(count: int) -> list[Colors]:
-    """Colours of so many configurations; for a single one, marks stand out from the limit."""
+    """Colours of so many configurations; with one alone, its marks stand out from its limit."""
     if count == 1:
         return [Colors(COLORS[0], VERMILION, PURPLE)]
     return [Colors(color, color, color) for color in islice(cycle(COLORS), count)]
 
 
-def clip_rate(norm: Curve, made: Clipping) -> tuple[Steps, Floats]:
+def clip_rate(norm: Curve, clipping: Clipping) -> tuple[Steps, Floats]:
     """The share of steps that were clipped, over the run.
 
     Args:
         norm: Any curve of the run; its buckets say where the steps are.
-        made: Its clipped steps must be known.
+        clipping: Its clipped steps must be known.
 
     Returns:
         Int64 of shape (bins,), the last step of each bin, and float64 of that shape, the share.
     """
-    steps, clipped = made.counts.steps, _known(made.clipped)
+    steps, clipped = clipping.counts.steps, _known(clipping.clipped)
     buckets = max(1, len(norm.step))
     # All buckets but the last hold equally many steps, a power of two.
     width = 2 ** math.ceil(math.log2(max(1.0, steps / buckets)))
@@ -83,7 +83,7 @@ def clip_rate(norm: Curve, made: Clipping) -> tuple[Steps, Floats]:
     held = np.full(len(ends), width * together)
     held[-1:] = max(1, steps - width * together * (len(ends) - 1))
     found = np.bincount(np.searchsorted(ends, clipped), minlength=len(ends))[: len(ends)]
-    return ends, np.minimum(1.0, found * (made.counts.clipped / max(1, len(clipped))) / held)
+    return ends, np.minimum(1.0, found * (clipping.counts.clipped / max(1, len(clipped))) / held)
 
 
 def find_marks(norm: Curve, steps: Steps | None) -> tuple[Steps, Floats]:
@@ -101,9 +101,9 @@ def find_marks(norm: Curve, steps: Steps | None) -> tuple[Steps, Floats]:
     return steps[first], np.where(np.isfinite(high), high, top)
 
 
-def find_clip_marks(norm: Curve, made: Sequence[Clipping]) -> list[tuple[Steps, Floats]]:
+def find_clip_marks(norm: Curve, clippings: Sequence[Clipping]) -> list[tuple[Steps, Floats]]:
     """Marks of each configuration; none where several configurations would hide the norm."""
-    found = [find_marks(norm, one.clipped) for one in made]
+    found = [find_marks(norm, clipping.clipped) for clipping in clippings]
     most = MOST_MARKS if len(found) > 1 else math.inf
     return [marks if len(marks[0]) <= most else find_marks(norm, None) for marks in found]
 
@@ -112,20 +112,20 @@ def _known(steps: Steps | None) -> Steps:
     return np.empty(0, np.int64) if steps is None else steps
 
 
-def _describe(made: Clipping) -> str:
-    counts = made.counts
-    text = f"{made.name}\n{counts.clipped / max(1, counts.steps):.2%} clipped"
+def _describe(clipping: Clipping) -> str:
+    counts = clipping.counts
+    text = f"{clipping.name}\n{counts.clipped / max(1, counts.steps):.2%} clipped"
     return f"{text}\n{counts.skipped:,} withheld" if counts.skipped else text
 
 
-def plot_png(path: str | Path, title: str, norm: Curve, made: Sequence[Clipping]) -> None:
+def plot_png(path: str | Path, title: str, norm: Curve, clippings: Sequence[Clipping]) -> None:
     """Draw a run: the norm with the limits above it, and the clip rate below.
 
     Args:
         path: The PNG file to write.
         title: Plain text.
         norm: The norm before clipping.
-        made: One for each configuration, with limits and steps.
+        clippings: One for each configuration, with limits and steps.
     """
     from matplotlib.figure import Figure
     from matplotlib.transforms import offset_copy
@@ -138,24 +138,27 @@ def plot_png(path: str | Path, title: str, norm: Curve, made: Sequence[Clipping]
     upper.plot(norm.step, norm.last, color=GREY, linewidth=0.8)
     line = {"drawstyle": "steps-mid", "linewidth": 1.8, "solid_joinstyle": "round"}
     entries = [("gradient norm", GREY)]
-    drawn = zip(made, colors_of(len(made)), find_clip_marks(norm, made), strict=True)
-    for row, (one, colors, clip_marks) in enumerate(drawn):
-        if one.limit is not None:
-            upper.plot(one.limit.step, one.limit.last, color=colors.limit, **line)
+    drawn = zip(clippings, colors_of(len(clippings)), find_clip_marks(norm, clippings), strict=True)
+    for row, (clipping, colors, clip_marks) in enumerate(drawn):
+        if clipping.limit is not None:
+            upper.plot(clipping.limit.step, clipping.limit.last, color=colors.limit, **line)
         for marks, shape, size, color in (
             (clip_marks, "v", 3.5, colors.clipped),
-            (find_marks(norm, one.skipped), "X", 6.5, colors.skipped),
+            (find_marks(norm, clipping.skipped), "X", 6.5, colors.skipped),
         ):
             style = {"markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.3}
             shift = offset_copy(upper.transData, figure, y=4 + 6 * row, units="points")
             upper.plot(*marks, shape, color=color, transform=shift, clip_on=False, **style)
-        ends, rate = clip_rate(norm, one)
+        ends, rate = clip_rate(norm, clipping)
         edges = np.concatenate([norm.step[:1], ends])
-        lower.stairs(100 * rate, edges, color=colors.clipped, linewidth=1.5, fill=len(made) == 1)
-        entries.append((_describe(one), colors.limit))
+        lower.stairs(
+            100 * rate, edges, color=colors.clipped, linewidth=1.5, fill=len(clippings) == 1
+        )
+        entries.append((_describe(clipping), colors.limit))
     _name_lines(upper, entries)
     _shape_axes(upper, lower, norm)
-    legend = "▼ clipped   ✖ withheld" if any(one.counts.skipped for one in made) else "▼ clipped"
+    withheld = any(clipping.counts.skipped for clipping in clippings)
+    legend = "▼ clipped   ✖ withheld" if withheld else "▼ clipped"
     upper.text(1.02, 0.0, legend, color="0.35", size=9, transform=upper.transAxes)
     figure.savefig(path, metadata={"Software": None})
 

@@ -49,7 +49,7 @@ class _Event(NamedTuple):
 
 def draw_figure(
     norm: Curve,
-    made: Sequence[Clipping],
+    clippings: Sequence[Clipping],
     *,
     loss: Curve | None = None,
     nonfinite: Steps | None = None,
@@ -59,7 +59,7 @@ def draw_figure(
 
     Args:
         norm: The norm before clipping.
-        made: One for each configuration.
+        clippings: One for each configuration.
         loss: Drawn in a row of its own.
         nonfinite: Int64, steps that were not finite.
         notes: Shown when the pointer is on their step, which is marked.
@@ -69,11 +69,11 @@ def draw_figure(
     """
     from plotly.subplots import make_subplots
 
-    events = [event for event in _name_events(made, nonfinite) if len(event.steps)]
+    events = [event for event in _name_events(clippings, nonfinite) if len(event.steps)]
     wanted = {
         "gradient norm": 0.55,
         "loss": 0.18 * (loss is not None),
-        "clip rate": 0.15 * any(one.clipped is not None for one in made),
+        "clip rate": 0.15 * any(clipping.clipped is not None for clipping in clippings),
         "": (0.06 + 0.03 * len(events)) * bool(events),
     }
     heights = {name: height for name, height in wanted.items() if height}
@@ -86,20 +86,20 @@ def draw_figure(
     )
     _shape_figure(figure, rows, norm)
     _draw_band(figure, norm, "gradient norm", GREY, rows)
-    _draw_limits(figure, norm, made)
+    _draw_limits(figure, norm, clippings)
     _draw_notes(figure, notes)
     if loss is not None:
         _draw_band(figure, loss, "loss", PURPLE, rows)
-    for one, colors in zip(made, colors_of(len(made)), strict=True):
-        if one.clipped is not None:
-            ends, rate = clip_rate(norm, one)
+    for clipping, colors in zip(clippings, colors_of(len(clippings)), strict=True):
+        if clipping.clipped is not None:
+            ends, rate = clip_rate(norm, clipping)
             figure.add_scatter(
                 x=np.concatenate([norm.step[:1], ends]),
                 y=np.concatenate([rate[:1], rate]),
                 mode="lines",
                 line={"shape": "vh", "color": colors.clipped, "width": 1.6},
-                fill="tozeroy" if len(made) == 1 else "none",
-                name=_label("clip rate", one, made),
+                fill="tozeroy" if len(clippings) == 1 else "none",
+                name=_label("clip rate", clipping, clippings),
                 hovertemplate="%{y:.1%}",
                 showlegend=False,
                 **rows["clip rate"],
@@ -109,10 +109,15 @@ def draw_figure(
     return figure
 
 
-def _name_events(made: Sequence[Clipping], nonfinite: Steps | None) -> Iterator[_Event]:
-    for one, colors in zip(made, colors_of(len(made)), strict=True):
-        if one.skipped is not None:
-            yield _Event("withheld", _label("withheld", one, made), one.skipped, colors.skipped)
+def _name_events(clippings: Sequence[Clipping], nonfinite: Steps | None) -> Iterator[_Event]:
+    for clipping, colors in zip(clippings, colors_of(len(clippings)), strict=True):
+        if clipping.skipped is not None:
+            yield _Event(
+                "withheld",
+                _label("withheld", clipping, clippings),
+                clipping.skipped,
+                colors.skipped,
+            )
     if nonfinite is not None:
         yield _Event("not finite", "not finite", nonfinite, VERMILION)
 
@@ -144,19 +149,19 @@ def _draw_events(
     figure.update_yaxes(range=[-0.7, len(events) - 0.3], **ticks, **place)
 
 
-def _draw_limits(figure: Any, norm: Curve, made: Sequence[Clipping]) -> None:
+def _draw_limits(figure: Any, norm: Curve, clippings: Sequence[Clipping]) -> None:
     """The limits, and marks on what they clipped."""
-    drawn = zip(made, colors_of(len(made)), find_clip_marks(norm, made), strict=True)
-    for one, colors, (x, y) in drawn:
-        if one.limit is None:
+    drawn = zip(clippings, colors_of(len(clippings)), find_clip_marks(norm, clippings), strict=True)
+    for clipping, colors, (x, y) in drawn:
+        if clipping.limit is None:
             continue
-        group = one.name if len(made) > 1 else None
+        group = clipping.name if len(clippings) > 1 else None
         figure.add_scatter(
-            x=one.limit.step,
-            y=one.limit.last,
+            x=clipping.limit.step,
+            y=clipping.limit.last,
             mode="lines",
             line={"shape": "hvh", "color": colors.limit, "width": 2},
-            name=_label("limit", one, made),
+            name=_label("limit", clipping, clippings),
             hovertemplate="%{y:.4g}",
             legendgroup=group,
             **_TOP,
@@ -166,10 +171,10 @@ def _draw_limits(figure: Any, norm: Curve, made: Sequence[Clipping]) -> None:
             y=y,
             mode="markers",
             marker={"symbol": "triangle-down", "size": 6, "color": colors.clipped},
-            name=_label("clipped", one, made),
+            name=_label("clipped", clipping, clippings),
             hoverinfo="skip",
             legendgroup=group,
-            showlegend=len(made) == 1 and len(x) > 0,
+            showlegend=len(clippings) == 1 and len(x) > 0,
             **_TOP,
         )
 
@@ -214,8 +219,8 @@ def _draw_band(
     )
 
 
-def _label(what: str, one: Clipping, made: Sequence[Clipping]) -> str:
-    return what if len(made) == 1 else f"{what}, {_plain(one.name)}"
+def _label(what: str, clipping: Clipping, clippings: Sequence[Clipping]) -> str:
+    return what if len(clippings) == 1 else f"{what}, {_plain(clipping.name)}"
 
 
 def _plain(text: str) -> str:

@@ -120,7 +120,7 @@ def import_log(
         )
         raise ConfigError(msg)
     step = np.unique(steps)
-    columns = {role: _on(step, *series) for role, series in logged.items()}
+    columns = {role: _last_values(step, *series) for role, series in logged.items()}
     norm = columns["grad_norm"]
     if repeated := len(steps) - len(step):
         notes.append(f"{repeated} steps were logged again; the last value of each stands")
@@ -150,7 +150,7 @@ def import_log(
 
 
 def _choose(log: Log, asked: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Column of the log by column of the trace, and what to say about it."""
+    """Column of the log by column of the trace, and remarks for the reader."""
     for role, name in asked.items():
         if name not in log.names:
             close = difflib.get_close_matches(name, log.names, n=3, cutoff=0.3)
@@ -232,7 +232,7 @@ def _collect(log: Log, taken: Mapping[str, str]) -> dict[str, Series]:
     return {role: (np.array(steps[role]), np.array(values[role])) for role in roles}
 
 
-def _on(step: Steps, steps: Steps, values: Floats) -> Floats:
+def _last_values(step: Steps, steps: Steps, values: Floats) -> Floats:
     """The last value on each of these rising steps; NaN where there is none."""
     unique, from_end = np.unique(steps[::-1], return_index=True)
     last = values[::-1][from_end]

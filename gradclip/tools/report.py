@@ -1,4 +1,4 @@
-"""What clipping did in a run: how often, to which steps, and who made them large."""
+"""What clipping did in a run: how often, to which steps, and which parameters made them large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradclip.records.culprits import not_finite, shares
 from gradclip.records.trace_file import FORMAT
-from gradclip.tools.charts import Counts
+from gradclip.tools.charts import Clipping, Counts
 from gradclip.tools.curves import Curve, CurveBuilder, Steps, Thinned
 from gradclip.tools.imports import import_log
 from gradclip.tools.trace import Chunk, Trace, TraceHeader
@@ -26,7 +26,7 @@ MOST_MARKS = 5000
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind.
+    """The trace or the log of a run.
 
     Attributes:
         path: The file that was read.
@@ -83,15 +83,11 @@ class Report:
         run: What was read.
         first: Number of the first step.
         last: Number of the last step.
-        counts: How many steps were read, and how many of them were clipped and withheld.
-        nonfinite: How many were not finite.
-        columns: What the trace gives; see `Chunk.columns`.
+        clipping: Counts, and over the steps the limit and what was clipped and withheld.
+        nonfinite: How many steps were not finite.
         norm: The norm before clipping.
-        limit: The limit.
-        loss: The loss.
-        clipped_steps: Int64; an even choice of them where there are many.
-        skipped_steps: Int64, likewise.
-        nonfinite_steps: Int64, likewise.
+        loss: The loss; None if unknown.
+        nonfinite_steps: Int64; an even choice of them where there are many.
         largest: The step with the largest finite norm, if any.
         worst: Steps with known norms of their parameters, else those with the largest norms;
             largest first.
@@ -101,14 +97,10 @@ class Report:
     run: Run
     first: int
     last: int
-    counts: Counts
+    clipping: Clipping
     nonfinite: int
-    columns: frozenset[str]
     norm: Curve
-    limit: Curve
-    loss: Curve
-    clipped_steps: Steps
-    skipped_steps: Steps
+    loss: Curve | None
     nonfinite_steps: Steps
     largest: Spike | None
     worst: tuple[Spike, ...]
@@ -146,7 +138,7 @@ def _is_trace(path: Path) -> bool:
 
 
 def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Report | None:
-    """Read a run once, in memory that doesn't grow with it.
+    """Read a run once, in bounded memory.
 
     Args:
         run: What to read.
@@ -186,14 +178,16 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
         run=run,
         first=first,
         last=last,
-        counts=Counts(steps, clipped, skipped),
+        clipping=Clipping(
+            name="gradclip",
+            counts=Counts(steps, clipped, skipped),
+            limit=limit.curve() if "limit" in columns else None,
+            clipped=clipped_steps if "clipped" in columns else None,
+            skipped=skipped_steps if columns & {"clipped", "skipped"} else None,
+        ),
         nonfinite=nonfinite,
-        columns=frozenset(columns),
         norm=norm.curve(),
-        limit=limit.curve(),
-        loss=loss.curve(),
-        clipped_steps=clipped_steps,
-        skipped_steps=skipped_steps,
+        loss=loss.curve() if "loss" in columns else None,
         nonfinite_steps=nonfinite_steps,
         largest=spikes.largest,
         worst=spikes.worst,

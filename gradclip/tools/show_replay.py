@@ -68,7 +68,7 @@ def draw_replay(replay: Replay, title: str, *, png: Path | None, html: Path | No
         png: The picture to write; None for none.
         html: The page to write; None for none.
     """
-    made = [
+    clippings = [
         Clipping(
             name=o.name,
             counts=Counts(o.steps, o.clipped, o.skipped),
@@ -79,10 +79,10 @@ def draw_replay(replay: Replay, title: str, *, png: Path | None, html: Path | No
         for o in replay.outcomes
     ]
     if png is not None:
-        plot_png(png, title, replay.norm, made)
+        plot_png(png, title, replay.norm, clippings)
     if html is not None:
         rows, notes = _rows(replay), [_extent(replay), *replay.notes]
-        figure = draw_figure(replay.norm, made)
+        figure = draw_figure(replay.norm, clippings)
         write_page(html, "replay.html", title, figure, rows=rows, notes=notes)
 
 

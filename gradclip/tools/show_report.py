@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gradclip.records.trace_file import null_unless_finite
-from gradclip.tools.charts import Clipping
 from gradclip.tools.figure import Note, draw_figure
 from gradclip.tools.page import write_page
 from gradclip.tools.report import Report, Spike
@@ -27,13 +26,13 @@ SHOWN_PARAMETERS = 5
 
 def describe_as_json(report: Report, page: Path) -> str:
     """Everything but the curves, as JSON; null is unknown, or not finite."""
-    counts, header = report.counts, report.run.header
+    counts = report.clipping.counts
     steps, clipped, skipped, nonfinite = _totals(report)
     content = {
         "run": str(report.run.path),
         "page": str(page),
         "notes": report.run.notes,
-        "norm_type": header.norm_type,
+        "norm_type": report.run.header.norm_type,
         "steps": steps,
         "clipped": clipped,
         "clip_rate": None if clipped is None else clipped / steps,
@@ -64,13 +63,13 @@ def describe_as_text(report: Report) -> RenderableType:
         table = _table("Steps that were not finite", "step", "batch", "done")
         table.add_column("parameters that were not finite, nearest the loss first", overflow="fold")
         for spike in report.broken:
-            table.add_row(*_cells(spike, "step", "batch", "deed", "names"))
+            table.add_row(*_cells(spike, "step", "batch", "action", "names"))
         parts.append(table)
     if report.worst:
         table = _table("Steps that stood out", "step", "batch", "norm", "limit", "done")
         table.add_column("parameters by their share of the norm", overflow="fold")
         for spike in report.worst:
-            table.add_row(*_cells(spike, "step", "batch", "grad_norm", "limit", "deed", "top"))
+            table.add_row(*_cells(spike, "step", "batch", "grad_norm", "limit", "action", "top"))
         parts.append(table)
     return Group(*parts)
 
@@ -90,20 +89,13 @@ def _cells(spike: Spike, *keys: str) -> list[Text]:
 
 def write_report(report: Report, path: Path) -> None:
     """Write the page; it is one file that needs nothing else."""
-    known = report.columns
-    made = Clipping(
-        name="gradclip",
-        counts=report.counts,
-        limit=report.limit if "limit" in known else None,
-        clipped=report.clipped_steps if "clipped" in known else None,
-        skipped=report.skipped_steps if known & {"clipped", "skipped"} else None,
-    )
+    notes = [Note(s.step, s.grad_norm, list(_lines(s))) for s in report.worst + report.broken]
     figure = draw_figure(
         report.norm,
-        [made],
-        loss=report.loss if "loss" in known else None,
+        [report.clipping],
+        loss=report.loss,
         nonfinite=report.nonfinite_steps,
-        notes=[Note(s.step, s.grad_norm, list(_lines(s))) for s in report.worst + report.broken],
+        notes=notes,
     )
     config = report.run.header.config
     write_page(
@@ -115,7 +107,7 @@ def write_report(report: Report, path: Path) -> None:
         facts=_facts(report),
         broken=[_show(spike) for spike in report.broken],
         worst=[_show(spike) for spike in report.worst],
-        explained=_explain_spikes(report),
+        explained=_explain_shares(report),
         config=None if config is None else yaml.safe_dump(dict(config), sort_keys=False),
     )
 
@@ -124,8 +116,9 @@ def _totals(report: Report) -> tuple[int, int | None, int, int]:
     """Steps of the whole run: all, clipped (None if unknown), withheld, not finite."""
     if whole := report.run.header.counts:
         return whole["steps"], whole["clipped"], whole["skipped"], whole["nonfinite"]
-    steps, clipped, skipped = report.counts
-    return steps, clipped if "clipped" in report.columns else None, skipped, report.nonfinite
+    steps, clipped, skipped = report.clipping.counts
+    known = report.clipping.clipped is not None
+    return steps, clipped if known else None, skipped, report.nonfinite
 
 
 def _facts(report: Report) -> list[tuple[str, str, str]]:
@@ -147,8 +140,8 @@ def _facts(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _extent(report: Report) -> list[str]:
-    """What the numbers are of, where that isn't plain."""
-    held, steps = report.counts.steps, _totals(report)[0]
+    """The steps that the numbers are of."""
+    held, steps = report.clipping.counts.steps, _totals(report)[0]
     span = f"steps {report.first:,} to {report.last:,}"
     if held < steps:
         line = f"The chart shows the last {held:,}, {span}; the tables hold earlier ones too."
@@ -157,13 +150,10 @@ def _extent(report: Report) -> list[str]:
     return [line, *report.run.notes]
 
 
-def _explain_spikes(report: Report) -> str:
-    if any(spike.shares for spike in report.worst):
-        return _explain_share(report.run.header.norm_type)
-    return "The trace doesn't hold the norms of parameters; a flight record does."
-
-
-def _explain_share(norm_type: float) -> str:
+def _explain_shares(report: Report) -> str:
+    norm_type = report.run.header.norm_type
+    if not any(spike.shares for spike in report.worst):
+        return "The trace doesn't hold the norms of parameters; a flight record does."
     if math.isinf(norm_type):
         return "A share is the parameter's largest element over that of all."
     return (
@@ -180,13 +170,13 @@ def _show(spike: Spike) -> dict[str, Any]:
         "batch": "" if spike.batch is None else f"{spike.batch:,}",
         "grad_norm": f"{spike.grad_norm:.4g}",
         "limit": "" if math.isnan(spike.limit) else f"{spike.limit:.4g}".replace("inf", "none"),
-        "deed": _deed(spike),
+        "action": _action(spike),
         "parts": [{"percent": f"{part:.1%}", "text": f"{part:.1%} {name}"} for name, part in top],
         "names": _enumerate(spike.not_finite),
     }
 
 
-def _deed(spike: Spike) -> str:
+def _action(spike: Spike) -> str:
     if spike.skipped:
         return "withheld"
     if not spike.clipped:
@@ -201,11 +191,11 @@ def _enumerate(names: tuple[str, ...]) -> str:
 
 
 def _lines(spike: Spike) -> Iterator[str]:
-    """What the figure says of a step."""
+    """The text of a step in the figure."""
     shown = _show(spike)
     what = f"norm {shown['grad_norm']}" if spike.finite else "not finite"
-    deed = f", {shown['deed']}" if shown["deed"] else ""
-    yield f"step {shown['step']}: {what}{deed}"
+    action = f", {shown['action']}" if shown["action"] else ""
+    yield f"step {shown['step']}: {what}{action}"
     yield from spike.not_finite[:SHOWN_PARAMETERS]
     if spike.finite:
         yield from (part["text"] for part in shown["parts"])

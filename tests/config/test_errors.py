@@ -96,6 +96,12 @@ def test_the_good_file_and_every_fault_of_a_bad_one(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_yaml(path)
     assert len(str(caught.value).splitlines()) == 3
+    path.write_text(GOOD.replace("max_norm", "max_nrm"))
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path)
+    misspelt, missing = str(caught.value).splitlines()  # the better hint stands first
+    assert "did you mean 'max_norm'" in misspelt
+    assert "policies[1].max_norm is missing" in missing
 
 
 def test_every_way_to_write_a_small_number(tmp_path):

@@ -195,8 +195,8 @@ def test_a_report_does_not_grow_with_the_run(tmp_path):
 
     shares_read = []
     report = summarize(Run(trace.path, trace.header, chunks(), trace.size_hint), shares_read.append)
-    assert report.counts == (100_000, 100_000, 1000)
-    assert len(report.clipped_steps) <= MOST_MARKS
+    assert report.clipping.counts == (100_000, 100_000, 1000)
+    assert len(report.clipping.clipped) <= MOST_MARKS
     assert len(report.norm.step) <= 2000
     assert len(report.worst) <= 24
     assert len(shares_read) == 1000
