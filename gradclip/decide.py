@@ -33,22 +33,26 @@ def decide_all(
     """Ask the policies in order, each seeing the norms as those before it leave them.
 
     Scaling a slot by c scales its p-norm by c, for every p, so gradients are read once whatever
-    the number of policies. The state of a step that is not finite or is withheld is the old one.
+    the number of policies. A step that isn't finite, or is withheld, changes no state but the
+    counters of such steps.
 
     Args:
         rules: The policies in order.
-        norms: For each p, float64 of shape (measured slots,).
+        norms: For each p the norms of the gradients, float64 of shape (measured slots,).
         states: One per rule.
         step: 0-d float64, the optimizer steps taken before this one.
-        probed: By index of a rule, the norms it decides on in place of those of the gradients,
-            float64 of shape (measured slots,).
-        weights: The same norms of the parameters, for each p that a policy asks for.
+        probed: By index of a rule, the norms that it decides on in place of those of the
+            gradients, float64 of shape (measured slots,).
+        weights: The norms of the parameters, for each p that a policy asks for.
         loss: 0-d float64, equal on every rank, if the caller gave one.
         watched: Int64 indices of the measured slots that may withhold a step; None for all.
         skip_nonfinite: Whether a step that isn't finite is withheld.
         held: 0-d bool, the step is withheld whatever policies say.
-        share: What part of a full accumulation window the gradients hold. Policies that remember
+        share: The gradients' share of a full accumulation window, up to 1. Policies that remember
             see norms divided by it, and their limits are multiplied by it.
+
+    Returns:
+        What all policies together decided, and the states after the step, one per rule.
     """
     every = torch.stack(list(norms.values()))
     finite = torch.isfinite(every if watched is None else every.index_select(1, watched)).all()
@@ -57,42 +61,44 @@ def decide_all(
     skip = _either(finite.logical_not() if skip_nonfinite else None, held)
     stop: Tensor | None = None
     edits: list[Edit] = []
-    has_gradient = (every != 0).any()  # a step without any gradient is none
-    after: list[State] = []
+    has_gradient = (every != 0).any()
+    learnt: list[State] = []
     for index, (rule, state) in enumerate(zip(rules, states, strict=True)):
         norm_type = rule.policy.measured[1] or next(iter(norms))
         measured = probed[index] if index in probed else norms[norm_type]
-        own = weights.get(norm_type) if weights and rule.policy.uses_weights else None
-        own_share = 1.0 if not state or rule.elementwise is not None else share
+        weight_norms = weights.get(norm_type) if weights and rule.policy.uses_weights else None
+        # A policy on elements remembers elements, which no division of norms would reach.
+        seen_share = 1.0 if not state or rule.elementwise is not None else share
         stats = Stats(
-            norms=rule.gather(measured * coef, norm_type) / own_share,
+            norms=rule.gather(measured * coef, norm_type) / seen_share,
             finite=finite,
             step=step,
             sizes=rule.sizes,
-            weights=None if own is None else rule.gather(own, norm_type),
+            weights=None if weight_norms is None else rule.gather(weight_norms, norm_type),
             loss=loss,
         )
         decision, new = rule.policy.decide(stats, state)
         learns = has_gradient
-        if watched is not None:  # what isn't watched may still not reach state
+        if watched is not None:
+            # NaN in a slot that isn't watched doesn't withhold the step, and may not reach a state.
             learns = has_gradient & torch.isfinite(stats.norms).all()
             new = _select(learns, new, state)
         if rule.policy.after:
             starts = step >= rule.policy.after
             learns = learns & starts
-            decision, new = _once(starts, decision, new, state)
+            decision, new = _from_start(starts, decision, new, state)
         if rule.elementwise is not None:
             new = _select(learns, new, state)
             edits.append(_edit(rule.elementwise, rule, decision, has_gradient, learns))
-        after.append(new)
+        learnt.append(new)
         coef = coef * rule.spread(decision.coef)
-        limit = torch.minimum(limit, decision.limit.min() * own_share)
+        limit = torch.minimum(limit, decision.limit.min() * seen_share)
         skip = _either(skip, decision.skip)
         stop = _either(stop, decision.stop)
     keeps = finite if skip is None else finite & skip.logical_not()
     kept = [
         _select(keeps, new, old, rule.policy.counters)
-        for rule, new, old in zip(rules, after, states, strict=True)
+        for rule, new, old in zip(rules, learnt, states, strict=True)
     ]
     edits = [replace(edit, learns=edit.learns & keeps) for edit in edits]
     return Verdict(coef, limit, finite, skip, stop, tuple(edits)), kept
@@ -101,7 +107,7 @@ def decide_all(
 def _edit(
     policy: Elementwise, rule: Rule, decision: Decision, has_gradient: Tensor, learns: Tensor
 ) -> Edit:
-    """A decision on elements, for the slots as they are measured and written."""
+    """A decision on elements, spread from the policy's slots to the plan's."""
     assert decision.changes is not None
     values = tuple(rule.by_slot(value) for value in decision.elements)
     return Edit(
@@ -110,13 +116,16 @@ def _edit(
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Whether one of two holds; None stands for a rule that can't hold at all."""
     if a is None or b is None:
         return b if a is None else a
     return a | b
 
 
-def _once(starts: Tensor, decision: Decision, new: State, old: State) -> tuple[Decision, State]:
-    """A policy's answer from its first step on; until then as if it weren't there."""
+def _from_start(
+    starts: Tensor, decision: Decision, new: State, old: State
+) -> tuple[Decision, State]:
+    """A policy's answer from its first step on; until then that of a policy that does nothing."""
     late = replace(
         decision,
         coef=torch.where(starts, decision.coef, 1.0),
@@ -129,6 +138,7 @@ def _once(starts: Tensor, decision: Decision, new: State, old: State) -> tuple[D
 
 
 def _select(keeps: Tensor, new: State, old: State, counters: Iterable[str] = ()) -> State:
+    """The new state where it is to be kept, else the old one; counters always move."""
     if new is old:
         return old
     return {

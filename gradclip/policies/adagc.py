@@ -88,14 +88,14 @@ class AdaGC(AdaptivePolicy):
         """Hold each slot to its multiple, and take its clipped norm in."""
         norms, seen = stats.norms, state["seen"]
         ready = seen >= max(1, self.warmup_steps - 1)
-        own = self.factor * self._floored(state["mean"], seen > 0)
-        own = torch.where(ready, own, self._share(norms, stats.step))
-        limit = self.bounded(own, stats.step)
+        found = self.factor * self._floored(state["mean"], seen > 0)
+        found = torch.where(ready, found, self._warmup_limit(norms, stats.step))
+        limit = self.bounded(found, stats.step)
         decision = Decision(coefficient(norms, limit, 0.0), limit)
-        return decision, self._update(norms, own, ready, state)
+        return decision, self._update(norms, found, ready, state)
 
     def _floored(self, mean: Tensor, started: Tensor) -> Tensor:
-        """Running means, none of them too small to recover from."""
+        """Running means, raised to a share of their median, so that none is stuck near 0."""
         if self.mean_floor:
             # NaN before any slot has started: `fmax` then keeps the mean. `nanmedian` would take
             # the lower of two middles, and wait for the device.
@@ -103,8 +103,8 @@ class AdaGC(AdaptivePolicy):
             mean = torch.fmax(mean, self.mean_floor * middle)
         return mean.clamp(min=self.eps)
 
-    def _share(self, norms: Tensor, step: Tensor) -> Tensor:
-        """Each slot's part of the limit on the norm of all slots, shape (slots,)."""
+    def _warmup_limit(self, norms: Tensor, step: Tensor) -> Tensor:
+        """During warm-up, the limit of each slot that holds the norm of all to `warmup_norm`."""
         if self.warmup_norm is None:
             return torch.full_like(norms, math.inf)
         whole = combine(norms, self.norm_type)
@@ -112,11 +112,13 @@ class AdaGC(AdaptivePolicy):
         coef = coefficient(whole, most, self.eps)
         return torch.where((coef < 1) & (norms > 0), coef * norms, most)
 
-    def _update(self, norms: Tensor, own: Tensor, ready: Tensor, state: State) -> State:
+    def _update(self, norms: Tensor, limit: Tensor, ready: Tensor, state: State) -> State:
+        """The state after these norms, held to the limit before floor and ceiling."""
         observed = norms > 0
-        above = ready & (norms > own)
-        below = ready & (norms * self.factor**2 < own)
-        taken = torch.minimum(norms, own)
+        above = ready & (norms > limit)
+        # The limit is factor * mean, so this is norms < mean / factor.
+        below = ready & (norms * self.factor**2 < limit)
+        taken = torch.minimum(norms, limit)
         mean, seen = state["mean"], state["seen"] + observed
 
         if self.warmup == "mean":

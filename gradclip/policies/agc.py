@@ -29,8 +29,8 @@ class AGC(AdaptivePolicy):
     and GPT-2's Conv1D, or for the columns of an embedding), `axes: optax` takes the rule of the
     JAX layout. Scope "parameter" takes whole tensors instead.
 
-    State: none. Ranks: norms of weights and gradients travel in one message, so units may be cut
-    over ranks.
+    State: none. Ranks: norms of weights and gradients travel in one message, so a unit may be
+    spread over ranks.
 
     Departures: none from timm. With `eps: 0` a unit whose weights are 0 can never be trained, as
     in composer; the default keeps it alive.

@@ -28,9 +28,9 @@ __all__ = [
 class Policy(BaseModel):
     """Pure mathematics: reduced statistics and state in, decision and state out.
 
-    A field is the configuration: one field is one YAML key and one keyword. The engine measures,
-    reduces and applies, and it drops the new state of a step that is withheld or not finite, so
-    a policy needs to know neither about ranks nor about NaN.
+    A field has the same name in Python and in YAML. The engine measures, reduces and applies, and
+    it drops the new state of a step that is withheld or not finite, so a policy needs to know
+    neither about ranks nor about NaN.
     """
 
     model_config = STRICT
@@ -38,7 +38,7 @@ class Policy(BaseModel):
     counters: ClassVar[frozenset[str]] = frozenset()
     """State that also moves on a step that is withheld or not finite: counts of such steps."""
     withholds: ClassVar[bool] = False
-    """Whether it can withhold a step; it then looks at what is watched, not at what is counted."""
+    """Whether it can withhold a step. It then sees the norm of the watched parameters alone."""
     uses_weights: ClassVar[bool] = False
     """Whether it needs the norms of the parameters themselves."""
     uses_sizes: ClassVar[bool] = False
@@ -49,7 +49,7 @@ class Policy(BaseModel):
     type: str
     """Selects this policy in YAML."""
     after: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps before this policy exists: until then it neither acts nor learns."""
+    """Optimizer steps to wait: until then the policy neither clips nor learns."""
 
     @property
     @abstractmethod
@@ -62,22 +62,32 @@ class Policy(BaseModel):
         return ()
 
     def unit_dims(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        """What tells the units of a parameter apart: the rows of dim 0; a vector is one unit.
+        """The dims whose indices tell the units of a parameter apart.
+
+        Units are slices along dim 0; a vector or a scalar is one unit.
 
         Returns:
-            The first dim that does, and the one after the last; (0, 0) if there is one unit.
+            The first such dim, and the one after the last; (0, 0) if there is one unit.
         """
         del name
         return (0, 1) if len(shape) > 1 else (0, 0)
 
     def init(self, slots: int, device: torch.device) -> State:
-        """The state before the first step, for so many slots; empty for a fixed rule."""
+        """The state before the first step, for a number of slots; empty for a fixed rule."""
         del slots, device
         return {}
 
     @abstractmethod
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
-        """This step's decision and the state after it; changes nothing in place."""
+        """Decide on one step; changes nothing in place.
+
+        Args:
+            stats: What was measured, for each of the policy's slots.
+            state: From `init`, or the state after the step before.
+
+        Returns:
+            The decision and the state after this step.
+        """
 
 
 class NormPolicy(Policy):
@@ -98,10 +108,10 @@ class NormPolicy(Policy):
 
 
 class AdaptivePolicy(NormPolicy):
-    """A policy that finds its own limit, between two that are given."""
+    """A policy that adapts its limit, between a floor and a ceiling that the user may give."""
 
     max_norm: Limit | None = None
-    """A fixed ceiling, the only limit before the policy has one of its own; null for none."""
+    """The limit never exceeds this. During warm-up it is the only limit; null for none."""
     min_norm: Limit | None = None
     """Norms at or below this are never clipped, whatever the policy finds; null for none."""
 
@@ -137,7 +147,7 @@ def refuse_endless_warmup(warmup_steps: int, window: int) -> None:
 
 
 def after(step: int, policy: Policy) -> Policy:
-    """The same policy, acting and learning only once so many optimizer steps were taken.
+    """The same policy, which neither clips nor learns before that many optimizer steps.
 
     Raises:
         pydantic.ValidationError: If `step` isn't an integer of at least 0.

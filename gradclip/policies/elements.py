@@ -24,8 +24,8 @@ class ElementPolicy(Policy):
     units of the gradient, whatever factor the gradients still carry, and in float32, or float64
     where the gradient is.
 
-    What it remembers of every element lies beside the gradient, cut over ranks as that is. It
-    stays as it was on a step that is withheld, isn't finite, or has no gradient at all.
+    What it remembers of every element is sharded over ranks as the gradient is. It stays as it was
+    on a step that is withheld, isn't finite, or has no gradient at all.
     """
 
     memory: ClassVar[tuple[str, ...]] = ()
@@ -33,13 +33,13 @@ class ElementPolicy(Policy):
     probes: ClassVar[bool] = False
     """Whether it decides on norms of `probe`, not of the gradient."""
     alone: ClassVar[bool] = False
-    """Whether nothing else in its list may scale gradients: `probe` doesn't scale with them."""
+    """Whether no other policy of its list may scale gradients: `probe` doesn't scale with them."""
     clamps: ClassVar[bool] = False
     """Whether `clip` is a clamp to the first of its values and no more."""
 
     @property
     def borrows(self) -> str | None:
-        """What the optimizer may have of every element that stands for the first memory."""
+        """The name of an optimizer's state that it uses in place of its first memory, if any."""
         return None
 
     @property
@@ -59,12 +59,15 @@ class ElementPolicy(Policy):
     def clip(
         self, grad: Tensor, memory: Memory, values: tuple[Tensor, ...]
     ) -> tuple[Tensor, Memory]:
-        """A part of a gradient as it shall be, and the memory after it; changes nothing in place.
+        """Clip a chunk of a gradient; changes nothing in place.
 
         Args:
             grad: Any number of elements of one parameter.
             memory: What is remembered of them, of the same shape.
-            values: What `decide` gave for their slot.
+            values: What `decide` gave for their slot, 0-d each.
+
+        Returns:
+            The clipped chunk, and its memory after this step.
         """
 
 

@@ -76,15 +76,16 @@ class EmaClip(AdaptivePolicy):
         norms = stats.norms
         ready = state["seen"] >= self.warmup_steps
         mean = state["mean"] / torch.where(ready, state["weight"], 1.0)
-        own = torch.where(ready, self.factor * mean, math.inf)
-        limit = self.bounded(own, stats.step)
-        new = self._update(norms, own, ready & (norms < mean / self.factor), state)
+        found = torch.where(ready, self.factor * mean, math.inf)
+        limit = self.bounded(found, stats.step)
+        new = self._update(norms, found, ready & (norms < mean / self.factor), state)
         return Decision(coefficient(norms, limit, self.eps), limit), new
 
-    def _update(self, norms: Tensor, own: Tensor, below: Tensor, state: State) -> State:
+    def _update(self, norms: Tensor, limit: Tensor, below: Tensor, state: State) -> State:
+        """The state after these norms, held to the limit before floor and ceiling."""
         observed = norms > 0
-        above = norms > own
-        taken = norms if self.update == "raw" else torch.minimum(norms, own)
+        above = norms > limit
+        taken = norms if self.update == "raw" else torch.minimum(norms, limit)
         moves = observed & above.logical_not() if self.update == "skip" else observed
 
         mean = self.decay * state["mean"] + (1 - self.decay) * taken

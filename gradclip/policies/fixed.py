@@ -1,4 +1,4 @@
-"""Limits that never move: a norm, a root mean square, and not stepping on NaN."""
+"""Limits that the user gives: on a norm, or on a root mean square."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last values of each slot, newest in the last row, statistics of them, and runs."""
+"""The last values of each slot, newest in the last row; their statistics; runs of norms."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ def pushed(rows: Tensor, values: Tensor, taken: Tensor) -> Tensor:
         rows: Shape (window, slots).
         values: Shape (slots,).
         taken: Bool of shape (slots,), or 0-d.
+
+    Returns:
+        New rows. The oldest value of a slot that takes one is gone.
     """
     moved = torch.cat([rows.narrow(0, 1, rows.shape[0] - 1), values.unsqueeze(0)])
     return torch.where(taken, moved, rows)
@@ -51,7 +54,10 @@ def percentile_of_last(rows: Tensor, seen: Tensor, share: float) -> Tensor:
 
 
 def mean_and_std(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of the last min(seen, window) values, (slots,)."""
+    """Mean and unbiased standard deviation of the last min(seen, window) values.
+
+    Arguments are as for `percentile_of_last`; both results are of shape (slots,).
+    """
     held = last_rows(rows, seen)
     count = seen.clamp(max=rows.shape[0])
     mean = torch.where(held, rows, 0.0).sum(0) / count.clamp(min=1)
@@ -60,7 +66,11 @@ def mean_and_std(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def median_and_mad(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Median, and the standard deviation that 1.4826 times the median distance to it stands for."""
+    """Median, and 1.4826 times the median distance to it.
+
+    For normally distributed values the latter is their standard deviation, which outliers then
+    don't inflate. Arguments and results are as for `mean_and_std`.
+    """
     center = percentile_of_last(rows, seen, 0.5)
     return center, 1.4826 * percentile_of_last((rows - center).abs(), seen, 0.5)
 

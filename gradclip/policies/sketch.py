@@ -22,8 +22,8 @@ BINS = math.ceil(math.log(LARGEST) / _STEP) - _FIRST + 1
 def taken_in(counts: Tensor, values: Tensor) -> Tensor:
     """Counts with one more value for each slot.
 
-    Bin i holds values in (g^(i-1), g^i] with g = (1 + a) / (1 - a): the logarithm is cut evenly,
-    so that the middle of a bin is within a share a of every value in it.
+    Bin i holds values in (g^(i-1), g^i] with g = (1 + a) / (1 - a): bins are equally wide in the
+    logarithm, so that the middle of a bin is within a share a of every value in it.
 
     Args:
         counts: Float64 of shape (BINS, slots).
@@ -36,9 +36,9 @@ def taken_in(counts: Tensor, values: Tensor) -> Tensor:
     (2019).
     """
     usable = torch.isfinite(values) & (values > 0)
-    place = (torch.where(usable, values, 1.0).log() / _STEP).ceil() - _FIRST
-    place = place.clamp(0, BINS - 1).long().unsqueeze(0)
-    return counts.scatter_add(0, place, usable.to(counts.dtype).unsqueeze(0))
+    index = (torch.where(usable, values, 1.0).log() / _STEP).ceil() - _FIRST
+    index = index.clamp(0, BINS - 1).long().unsqueeze(0)
+    return counts.scatter_add(0, index, usable.to(counts.dtype).unsqueeze(0))
 
 
 def quantile(counts: Tensor, share: float) -> Tensor:
@@ -59,7 +59,7 @@ def quantile(counts: Tensor, share: float) -> Tensor:
     return low + (high - low) * (rank - rank.floor())
 
 
-def _middle(place: Tensor) -> Tensor:
-    """The value of a bin whose relative distance to both of its ends is the same."""
-    top = ((place + _FIRST).double() * _STEP).exp()
+def _middle(index: Tensor) -> Tensor:
+    """The value in a bin that is relatively as far from its lower end as from its upper one."""
+    top = ((index + _FIRST).double() * _STEP).exp()
     return top * (1 - ACCURACY)

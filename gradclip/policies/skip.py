@@ -19,10 +19,10 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Withholding(Policy):
-    """What withholds steps counts them: in a row are those with no step taken in between.
+    """A policy that withholds steps, and counts how many of them came in a row.
 
-    Steps that others withhold come in between as well, and neither end nor lengthen a row: two
-    policies whose rows begin apart would otherwise never let the same step pass.
+    A row ends with the next step that is taken. Steps that another policy withholds neither end nor
+    lengthen it: two policies whose rows begin apart would otherwise never let the same step pass.
     """
 
     withholds: ClassVar[bool] = True
@@ -34,7 +34,7 @@ class Withholding(Policy):
         return {"withheld": zeros, "before": zeros.clone()}
 
     def _counted(self, stats: Stats, state: State, skip: Tensor) -> State:
-        """The counts after a step; `before` is the engine's to keep if the step isn't taken."""
+        """The counts after a step. The engine keeps the old `before` if the step isn't taken."""
         withheld = state["withheld"] + skip
         return {
             "withheld": withheld,
@@ -64,7 +64,7 @@ class SkipNonfinite(Withholding):
 
     @property
     def measured(self) -> tuple[Scope, float | None]:
-        """Whatever norm is measured anyway tells whether gradients are finite."""
+        """None of its own: any norm that is measured shows whether gradients are finite."""
         return "global", None
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
@@ -213,8 +213,8 @@ class SkipSpike(SkipPolicy):
         zeros = torch.zeros(slots, dtype=torch.float64, device=device)
         rows = zeros.repeat(self.window, 1)
         held = state["held_norms"].clone()
-        own = {"norms": rows, "losses": rows.clone(), "held_losses": held}
-        return {**state, **own, "seen": zeros.clone(), "ready": zeros.clone()}
+        values = {"norms": rows, "losses": rows.clone(), "held_losses": held}
+        return {**state, **values, "seen": zeros.clone(), "ready": zeros.clone()}
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Tell a spike, withhold it, or take its values in."""

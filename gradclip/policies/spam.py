@@ -35,8 +35,8 @@ class Spam(ElementPolicy):
     and float64; where v is kept here, `square`, one float32 for each element. All of it is
     restored; with `save: false` it starts anew, warm-up included.
 
-    Ranks: whether any element is clipped is decided from one reduced maximum; v is cut over ranks
-    as the gradient is.
+    Ranks: whether any element is clipped is decided from one reduced maximum; v is sharded over
+    ranks as the gradient is.
 
     Departures: an element that never had a gradient (v = 0: the row of an embedding not seen so
     far) is left alone, where the reference clips it to 0, for ever if the optimizer's v is all it

@@ -34,8 +34,8 @@ class UClip(ElementPolicy):
     false` it starts anew from d = 0. d belongs to the parameters as they are: start with fresh
     state when some are initialised anew.
 
-    Ranks: decided from the reduced norm of g + d (`clip/grad_norm` is that of g); d is cut over
-    ranks as the gradient is.
+    Ranks: decided from the reduced norm of g + d (`clip/grad_norm` is that of g); d is
+    sharded over ranks as the gradient is.
 
     Departures: the cap on d. A step that isn't finite leaves g and d as they are; a gradient of
     zeros alone is no step.
