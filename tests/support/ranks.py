@@ -101,28 +101,30 @@ class Ranks:
         """What each rank answers; errors as `run` says."""
         deadline = time.monotonic() + timeout
         found: dict[int, Any] = {}
-        try:
-            while waiting := [line for i, line in enumerate(self.lines) if i not in found]:
-                ready = wait(waiting, max(0, deadline - time.monotonic()))
-                if not ready:
-                    late = [i for i in range(len(self.lines)) if i not in found]
-                    msg = f"ranks {late} of {len(self.lines)} did not answer in {timeout} seconds"
-                    raise TimeoutError(msg)
-                for line in ready:
-                    rank = self.lines.index(line)
-                    ok, value, spent = pickle.loads(line.recv_bytes())
-                    self.spent |= spent
-                    if not ok:
-                        msg = f"rank {rank} of {len(self.lines)}:\n{value}"
-                        raise RuntimeError(msg)
-                    found[rank] = pickle.loads(value)
-        except (EOFError, ConnectionError):
-            for process in self.processes:
-                process.join(1)
-            codes = {i: p.exitcode for i, p in enumerate(self.processes) if p.exitcode is not None}
-            msg = f"ranks died, with exit codes {codes}"
-            raise RuntimeError(msg) from None
+        while waiting := [line for i, line in enumerate(self.lines) if i not in found]:
+            ready = wait(waiting, max(0, deadline - time.monotonic()))
+            if not ready:
+                late = [i for i in range(len(self.lines)) if i not in found]
+                msg = f"ranks {late} of {len(self.lines)} did not answer in {timeout} seconds"
+                raise TimeoutError(msg)
+            answers = {self.lines.index(line): self._answer(line) for line in ready}
+            # A traceback says more than the end of another rank that it caused.
+            for rank, (kind, value) in sorted(answers.items(), key=lambda item: item[1][0]):
+                if kind != "result":
+                    msg = f"rank {rank} of {len(self.lines)} {kind}:\n{value}"
+                    raise RuntimeError(msg)
+                found[rank] = value
         return [found[rank] for rank in range(len(self.lines))]
+
+    def _answer(self, line: Connection) -> tuple[str, Any]:
+        try:
+            raised, value, spent = pickle.loads(line.recv_bytes())
+        except (EOFError, ConnectionError):
+            process = self.processes[self.lines.index(line)]
+            process.join(1)
+            return "stopped", f"exit code {process.exitcode}"
+        self.spent |= spent
+        return ("raised", value) if raised else ("result", pickle.loads(value))
 
     def stop(self) -> None:
         for process in self.processes:
@@ -155,7 +157,7 @@ def _rank(rank: int, world: int, store: str, line: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    line.send_bytes(pickle.dumps((True, pickle.dumps("ready"), False)))
+    line.send_bytes(pickle.dumps((False, pickle.dumps("ready"), False)))
     while True:
         try:
             task = line.recv_bytes()
@@ -164,9 +166,9 @@ def _rank(rank: int, world: int, store: str, line: Connection) -> None:
         try:
             with settled():
                 path, name, args = pickle.loads(task)
-                answer = True, pickle.dumps(_load(path, name)(rank, world, *args))
+                answer = False, pickle.dumps(_load(path, name)(rank, world, *args))
         except BaseException:
-            answer = False, traceback.format_exc()
+            answer = True, traceback.format_exc()
         line.send_bytes(pickle.dumps((*answer, is_spent())))
 
 
