@@ -107,9 +107,8 @@ class Reporter:
         if step is not None:
             send(ours)
         for index in sorted(indices) if self._log.histograms else ():
-            key = "clip/grad_norm_histogram" + self._clippers.suffix(index)
             for tracker in self._accelerator.trackers:
-                self._clippers[index].recorder.give_histogram(tracker.tracker, key, step)
+                self._clippers.give_histogram(index, tracker.tracker, step)
         if step is None:
             send(ours)
 

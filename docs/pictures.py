@@ -1,4 +1,4 @@
-"""Draws docs/images/policies/: what every policy does over one recorded run with spikes.
+"""Draw docs/images/policies/: what every policy does over one recorded run with spikes.
 
 make pictures
 """
@@ -45,17 +45,17 @@ FOLDER = Path(__file__).parent / "images" / "policies"
 
 @dataclass(frozen=True)
 class Picture:
-    """What to draw for one policy.
+    """The picture of one policy.
 
     Attributes:
-        policy: With settings as its page shows them.
-        title: What to see.
+        policy: The policy, with settings as on its page.
+        title: What there is to see.
         shown: The slot whose norm and limit are drawn: a parameter, or a unit as `name[row]`; None
             for all parameters together.
-        norm_type: p of the norm drawn.
-        quantity: The name of that norm.
-        shows_after: Whether to draw the norm after clipping as a line too.
-        bad: Steps at which one element of the recorded gradients is made NaN.
+        norm_type: The p of the norm.
+        quantity: The name of this norm.
+        shows_after: Whether to draw the norm after clipping as a line, too.
+        bad: Steps in which one element of the recorded gradients becomes NaN.
     """
 
     policy: Policy
@@ -67,7 +67,7 @@ class Picture:
     bad: Sequence[int] = field(default=())
 
 
-LAYER = "attention.weight"  # has spikes of its own
+LAYER = "attention.weight"  # the layer that also has spikes which the others don't have
 PICTURES = {
     "norm": Picture(
         ClipByNorm(max_norm=2.0),
@@ -159,14 +159,14 @@ SHAPES = {
     "mlp.bias": (16,),
     "head.weight": (12, 8),
 }
-SIZES = (0.5, 0.5, 0.6, 0.15, 0.35)  # of the parameters' gradients; together about 1
+SIZES = (0.5, 0.5, 0.6, 0.15, 0.35)  # norms of the parameters' gradients; together about 1
 SPIKES = {55: 9.0, 110: 14.0, 160: 30.0, 185: 6.0, 290: 8.0, 330: 18.0}  # in all parameters
-LOCAL = {80: 20.0, 135: 12.0, 215: 25.0, 310: 15.0}  # in one parameter
-POINTS = {70: 40.0, 145: 60.0, 270: 50.0, 345: 40.0}  # in one element of it
-NEW_LEVEL, RISE = 225, 2.5  # a lasting change
-GROWTH = 1.003  # of weights at each step
+LOCAL = {80: 20.0, 135: 12.0, 215: 25.0, 310: 15.0}  # in LAYER
+POINTS = {70: 40.0, 145: 60.0, 270: 50.0, 345: 40.0}  # in one element of LAYER
+NEW_LEVEL, RISE = 225, 2.5  # a lasting change of level: from which step, by which factor
+GROWTH = 1.003  # factor on the weights at each step
 
-# Okabe and Ito's palette, told apart also by colour-blind readers; marks differ in shape as well.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Marks also differ in shape.
 GREY, BLUE, VERMILION, BLACK = "#6E7B8B", "#0072B2", "#D55E00", "#222222"
 GREEN = "#009E73"
 
@@ -181,17 +181,18 @@ def record_run() -> list[list[torch.Tensor]]:
         grads = []
         for (name, shape), size in zip(SHAPES.items(), SIZES, strict=True):
             values = random.normal(size=shape)
-            own = size * level * random.lognormal(0, 0.12)
+            norm = size * level * random.lognormal(0, 0.12)
             if name == LAYER:
-                own *= LOCAL.get(step, 1.0)
+                norm *= LOCAL.get(step, 1.0)
                 values.flat[step % values.size] *= POINTS.get(step, 1.0)
-            grads.append(torch.tensor(values * own / np.sqrt(values.size), dtype=torch.float32))
+            values *= norm / np.sqrt(values.size)
+            grads.append(torch.tensor(values, dtype=torch.float32))
         run.append(grads)
     return run
 
 
 def weights() -> dict[str, torch.nn.Parameter]:
-    """Parameters at the start; they grow over the run, as where nothing decays them."""
+    """Parameters at the start; `replay` lets them grow, as without weight decay."""
     random = np.random.default_rng(8)
     return {
         name: torch.nn.Parameter(torch.tensor(random.normal(0, 8, shape), dtype=torch.float32))
@@ -201,7 +202,7 @@ def weights() -> dict[str, torch.nn.Parameter]:
 
 @dataclass(frozen=True)
 class Replay:
-    """One value per step; NaN where there is none."""
+    """One value per step; NaN if there is none."""
 
     before: np.ndarray
     after: np.ndarray
@@ -210,7 +211,7 @@ class Replay:
 
 
 def replay(picture: Picture, run: Sequence[Sequence[torch.Tensor]]) -> Replay:
-    """Feed the recorded gradients to a clipper and note what became of them."""
+    """Clip the recorded gradients, and note their norms before and after."""
     parameters = weights()
     clipper = GradientClipper(picture.policy, parameters.items())
     slots = clipper.state_dict()["policies"][0]["slots"]
@@ -231,16 +232,18 @@ def replay(picture: Picture, run: Sequence[Sequence[torch.Tensor]]) -> Replay:
 
 
 def norm_of(parameters: Mapping[str, torch.nn.Parameter], picture: Picture) -> float:
-    """Of the gradients that are shown; NaN if they were dropped."""
+    """The norm of the gradients that are shown; NaN if they were dropped."""
     name, _, row = (picture.shown or "").rstrip("]").partition("[")
     grads = [p.grad for n, p in parameters.items() if name in ("", n)]
-    held = [(g[int(row)] if row else g).double().flatten() for g in grads if g is not None]
-    return float(torch.linalg.vector_norm(torch.cat(held), picture.norm_type)) if held else np.nan
+    parts = [(g[int(row)] if row else g).double().flatten() for g in grads if g is not None]
+    if not parts:
+        return np.nan
+    return float(torch.linalg.vector_norm(torch.cat(parts), picture.norm_type))
 
 
 @contextmanager
 def limits_of(policy: Policy) -> Iterator[list[list[float]]]:
-    """The limit of each of the policy's slots, for every step decided inside."""
+    """For every step decided inside, the limit of each slot of the policy."""
     decide, found = type(policy).decide, []
 
     def noted(self: Policy, stats: Any, state: Any) -> Any:
@@ -260,9 +263,9 @@ def draw(picture: Picture, run: Replay, path: Path) -> None:
     factor = run.before / run.after
     clipped = factor > 1 + 1e-6
     axes.hlines(run.limit, steps - 0.6, steps + 0.6, BLUE, linewidth=2.6)
-    for some, size in ((clipped & (factor < 1.5), 1.8), (clipped & (factor >= 1.5), 4.5)):
-        axes.vlines(steps[some], run.after[some], run.before[some], VERMILION, linewidth=0.9)
-        axes.plot(steps[some], run.before[some], "v", color=VERMILION, markersize=size)
+    for marked, size in ((clipped & (factor < 1.5), 1.8), (clipped & (factor >= 1.5), 4.5)):
+        axes.vlines(steps[marked], run.after[marked], run.before[marked], VERMILION, linewidth=0.9)
+        axes.plot(steps[marked], run.before[marked], "v", color=VERMILION, markersize=size)
     skipped = run.skipped
     axes.plot(steps[skipped], run.before[skipped], "x", color=BLACK, markersize=7, mew=1.8)
     ends = {picture.quantity: (float(np.median(run.before[-15:])), GREY)}
@@ -281,7 +284,7 @@ def draw(picture: Picture, run: Replay, path: Path) -> None:
 
 
 def draw_curves(run: Sequence[Sequence[torch.Tensor]], path: Path) -> None:
-    """A limit that follows each of the three curves."""
+    """Three limits, each of which follows a schedule."""
     figure, axes = canvas("One limit, three curves: linear, cosine, and cosine after a warm-up")
     places = {"linear": (240, 1.3), "cosine": (147, 1.7), "warmup_cosine": (62, 7.2)}
     for (name, schedule), color in zip(CURVES.items(), (BLUE, VERMILION, GREEN), strict=True):
@@ -317,7 +320,7 @@ def canvas(title: str) -> tuple[Figure, Axes]:
 
 
 def label(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
-    """Name lines where they end, from the bottom up and never on top of each other."""
+    """Name each line where it ends, from the bottom up, so that names don't overlap."""
     last = -1.0
     low, high = np.log(axes.get_ylim())
     for name, (value, color) in sorted(ends.items(), key=lambda item: item[1][0]):
@@ -328,7 +331,7 @@ def label(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
 
 
 def main() -> None:
-    """Draw the pictures named, or all."""
+    """Draw the pictures that the command line names, or all."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     run = record_run()
     for name in sys.argv[1:] or [*PICTURES, "schedules"]:

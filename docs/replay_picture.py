@@ -1,4 +1,4 @@
-"""Draws docs/images/replay.png: one recorded run of a small GPT, and three ways to clip it."""
+"""Draw docs/images/replay.png: one recorded run of a small GPT, and three ways to clip it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws docs/images/report.png: the page that `gradclip report` makes of a small GPT's run.
+"""Draw docs/images/report.png: the page that `gradclip report` makes of a small GPT's run.
 
 make pictures; needs Chromium.
 """
@@ -31,7 +31,7 @@ SIZE = "1200,1400"
 
 
 def record_run(path: Path) -> None:
-    """Train on partly corrupted text; once a NaN appears in the third block's backward."""
+    """Train on partly corrupted text; at one step the third block's backward makes a NaN."""
     setting, text = Setting(context=64, width=64), Text()
     torch.manual_seed(SEED)
     model = setting.model(text)
@@ -55,7 +55,7 @@ def record_run(path: Path) -> None:
 
 
 def break_once(module: nn.Module) -> None:
-    """Multiply what comes back through the next output of a module by NaN."""
+    """Multiply the gradient of the next output of a module by NaN."""
 
     def spoil(_: nn.Module, __: object, output: Tensor) -> None:
         output.register_hook(lambda grad: grad * float("nan"))

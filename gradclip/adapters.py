@@ -10,20 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from gradclip.changes import changes_gradients
 from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
-from gradclip.drivers.attached import clip_before_step
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.plan.parameters import configs_for
 from gradclip.records.record import ClipRecord
 
-__all__ = ["ClipperSet", "OncePerStep", "Patches", "window_share"]
+__all__ = ["ClipperSet", "OncePerStep", "Patches", "changes_gradients", "window_share"]
 
 
 class ClipperSet(Sequence[GradientClipper]):
@@ -102,6 +103,25 @@ class ClipperSet(Sequence[GradientClipper]):
             for index in (range(len(self)) if indices is None else indices)
             for key, value in self[index].flush().items()
         }
+
+    def give_histogram(self, index: int, writer: Any, step: int | None) -> None:
+        """Give the norms of the last `flush` to what has histograms; anything else is left alone.
+
+        The key is `clip/grad_norm_histogram`, with the clipper's suffix.
+
+        Args:
+            index: Of which clipper.
+            writer: TensorBoard's `SummaryWriter`, or a W&B run.
+            step: At which step, if known.
+        """
+        norms = self[index].recorder.norms
+        key = f"clip/grad_norm_histogram{self.suffix(index)}"
+        if norms and hasattr(writer, "add_histogram"):
+            writer.add_histogram(key, torch.tensor(norms), step)
+        elif norms and type(writer).__module__.startswith("wandb"):
+            import wandb
+
+            writer.log({key: wandb.Histogram(norms)}, commit=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every clipper: plain tensors, numbers and strings. Every rank calls it."""
@@ -195,7 +215,7 @@ class OncePerStep:
         # The post-hook first: it has to see what a fused step was told before that is taken back.
         self._handles = [
             optimizer.register_step_post_hook(self._end_made_step),
-            clip_before_step(clipper, optimizer, self.clip),
+            clipper.attach(optimizer, clip=self.clip),
         ]
 
     @property

@@ -1,39 +1,36 @@
-"""One clipping step: gradients -> measure -> reduce -> decide -> apply -> record."""
+"""`GradientClipper`: the public face of a clipping step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
-from gradclip.config import ClipConfig, PolicyLike, RecorderConfig, as_config
-from gradclip.core import LaidOut
-from gradclip.debug import Checks
-from gradclip.drivers.attached import clip_before_step
-from gradclip.drivers.deepspeed import Halves, clip_inside_step
+from gradclip.config import ClipConfig, PolicyLike, as_config
+from gradclip.core import Core, Sources
+from gradclip.debug import CheckedCore
+from gradclip.drivers.attached import Attached
+from gradclip.drivers.closures import clip_again
+from gradclip.drivers.deepspeed import clip_inside_step
+from gradclip.drivers.losses import Losses
 from gradclip.drivers.micro_batches import MicroBatches
 from gradclip.drivers.scaler import LossScale
-from gradclip.effect.effect import apply
-from gradclip.errors import ClipError, ConfigError
+from gradclip.errors import ConfigError
 from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
-from gradclip.layouts.deepspeed import ZeroLayout
-from gradclip.measure import measure_each, measure_step
-from gradclip.plan.in_backward import refuse_lost_gradients
-from gradclip.policies import decide_all
-from gradclip.records.record import ClipRecord, Tally
-from gradclip.records.recorder import Recorder, Seen
-from gradclip.state import carry_over, pack, unpack
-from gradclip.stops import DeferredStop, Losses, is_withheld, where_not_finite
-from gradclip.types import Collected, Handle, Layout, Verdict
+from gradclip.layouts.deepspeed import DeepSpeedLayout
+from gradclip.records.record import ClipRecord
+from gradclip.records.recorder import Recorder
+from gradclip.state import pack, unpack
+from gradclip.types import Given, Handle, Layout
 
 __all__ = ["GradientClipper"]
 
@@ -44,9 +41,9 @@ class GradientClipper:
     Args:
         policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
             path of a YAML file.
-        named_parameters: Names for the parameters, as from `model.named_parameters()`, where
-            wrappers (DDP, FSDP1, `torch.compile`) leave no trace; without an optimizer, also
-            which parameters to clip.
+        named_parameters: The model, or names for the parameters as from
+            `model.named_parameters()`, where wrappers (DDP, FSDP1, `torch.compile`) leave no
+            trace; without an optimizer, also which parameters to clip.
         optimizer: Whose parameters to clip, and whose parameter groups scope "group" means. A
             DeepSpeed engine stands for its optimizer; it then has to be attached.
         process_group: One more group of ranks to reduce over, which hold other parameters of the
@@ -54,7 +51,7 @@ class GradientClipper:
             groups, first match first (`{"*.experts.*": expert_group}`); None in it, as for
             what no pattern matches, says that every rank holds a copy, and the first of each
             group one to count. For scopes other than "global" one name on several ranks means
-            one parameter, cut over them.
+            one parameter, sharded over them.
         layout: How parameters are laid out over ranks; found out from them if not given.
         kernel: "cpu", "accelerator" or "reference"; by the device if not given.
         scaler: The `GradScaler` that scales the loss, if any. `clip` then sees to it that gradients
@@ -63,10 +60,8 @@ class GradientClipper:
 
     Attributes:
         config: The validated configuration.
-        recorder: The last steps; `recorder.write()` makes a file of them at any time.
         batch: Index of the last batch whose gradients the next `clip` gets, for the flight
             record; None if unknown. Set it before.
-        last_record: What the last `clip` returned, also one made by `attach`; None before it.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters.
@@ -82,12 +77,10 @@ class GradientClipper:
         (True, 1.0)
     """
 
-    _is_attached = False
-
     def __init__(
         self,
         policy: PolicyLike,
-        named_parameters: Iterable[tuple[str, Parameter]] | None = None,
+        named_parameters: Module | Iterable[tuple[str, Parameter]] | None = None,
         optimizer: Optimizer | Any | None = None,
         *,
         process_group: Groups | None = None,
@@ -96,26 +89,31 @@ class GradientClipper:
         scaler: GradScaler | None = None,
     ) -> None:
         self.config: ClipConfig = as_config(policy)
-        self._zero = ZeroLayout.of(optimizer, layout)
-        if self._zero is not None:
-            layout, optimizer = self._zero, self._zero.groups
-            named_parameters = named_parameters or self._zero.engine.module.named_parameters()
-        named = None if named_parameters is None else list(named_parameters)
-        self._micro_batches = MicroBatches(self)
-        self._checks = Checks(self, optimizer)
-        self._loss_scale = LossScale(scaler, optimizer, in_engine=self._zero is not None)
-        self._on = LaidOut(self.config, named, optimizer, process_group, layout, kernel)
-        self._finds_hooks = layout is None
-        rules, device = self._on.plan.rules, self._on.device
-        self._states = [rule.policy.init(len(rule.names), device) for rule in rules]
-        self._tally = Tally(device, (self.config.recorder or RecorderConfig()).steps)
-        self.recorder = Recorder(self.config, self._tally, owner=self)
-        self.recorder.lay(self._on.plan, device, reads_block=self._on.kernel.reads_block)
-        self.batch: int | None = None
+        self._engine_layout = DeepSpeedLayout.of(optimizer, layout)
+        in_engine = self._engine_layout is not None
+        if self._engine_layout is not None:
+            layout, optimizer = self._engine_layout, self._engine_layout.groups
+            named_parameters = named_parameters or self._engine_layout.engine.module
+        if not (named_parameters is None or isinstance(named_parameters, Module)):
+            named_parameters = list(named_parameters)
+        sources = Sources(named_parameters, optimizer, process_group, layout, kernel)
+        self._scaler = None
+        if scaler is not None:
+            self._scaler = LossScale(scaler, optimizer, in_engine=in_engine)
+        if self.config.debug:
+            self._core: Core = CheckedCore(self.config, sources, in_engine=in_engine)
+        else:
+            self._core = Core(self.config, sources)
+        rules = self._core.machinery.plan.rules
         self._losses = Losses() if any(rule.policy.watches_loss for rule in rules) else None
-        self._latch = DeferredStop(self.config.log.every_n_steps or 10)
-        self._before = (self._states, self._tally.taken)
-        self.last_record: ClipRecord | None = None
+        self._micro_batches: MicroBatches | None = None
+        if self.config.stage == "after_backward":
+            self._micro_batches = MicroBatches(
+                self._core, self._losses, self._scaler, in_engine=in_engine
+            )
+        self._attached: weakref.ref[Attached] | None = None  # its optimizer keeps it alive
+        self._beginning = self._core.beginning
+        self.batch: int | None = None
 
     @torch.no_grad()
     def clip(
@@ -129,7 +127,7 @@ class GradientClipper:
         """Clip this step's gradients. Call after backward, before the optimizer's step.
 
         Every rank must call it for every step, whatever gradients it has. With `apply: fold` the
-        step that follows does the clipping, and gradients are as they were until then.
+        optimizer's next step clips; until then gradients are unchanged.
 
         Args:
             grad_scale: 0-d factor that the gradients still carry (a loss scale). Norms and
@@ -142,7 +140,8 @@ class GradientClipper:
                 fixed, and what is recorded, are of the gradients as they are.
             repeat: These are gradients of one more evaluation of the closure of a step that was
                 clipped (LBFGS). They are clipped as that step was, but neither counted nor learnt
-                from; the step's record is returned.
+                from; the step's record is returned, which says whether one was withheld or not
+                finite.
 
         Returns:
             What was measured and done; tensors on the device, equal on every rank.
@@ -153,26 +152,19 @@ class GradientClipper:
             SkipLimitError: If a policy's bound on withheld steps in a row is reached, and it is to
                 stop then; up to `log.every_n_steps` steps later, all withheld, where the device
                 withholds. Gradients and state are as they were.
-            ConfigError: If `share` is out of range; no rank ever had a gradient, and a hook may
-                have taken them; or a policy watches the loss and no rank has one.
+            ConfigError: If `share` is out of range; a hook stepped an optimizer in backward; or a
+                policy watches the loss and no rank has one.
         """
-        if not 0 < share <= 1:
-            msg = f"clip: share is {share}; allowed: above 0, and 1 for a full window."
-            raise ConfigError(msg)
-        if self._micro_batches.at_step(grad_scale, loss, repeat=repeat):
-            return self._micro_batches.end_step()
-        if loss is not None:
-            self.observe_loss(loss)
-        rule, scaled = self.config.on_nonfinite, self._loss_scale.is_live
-        if scaled:
-            rule = "skip"  # an overflow is how the scaler finds its scale, and it skips the step
-            if grad_scale is None:
-                grad_scale = self._loss_scale.settle(leave=self._on.effect.unscales)
-        self._checks.before(grad_scale, told=grad_scale is not None)
-        grads, verdict, record = self._decide(grad_scale, rule, share=share, repeat=repeat)
-        how = (self._on.plan, self._on.kernel, self._on.memory, grad_scale)
-        self._on.effect.carry_out(verdict, grads.all, *how, scaler_follows=scaled)
-        self._checks.after(verdict)
+        given = self._given("clip", share)
+        if self._micro_batches is not None:  # stage: after_backward
+            return self._micro_batches.end_step(given, grad_scale, loss, repeat=repeat)
+        given = self._completed(given, grad_scale, loss)
+        if repeat and self.last_record is not None:
+            return clip_again(self._core, given, self._beginning)
+        self._beginning = self._core.beginning
+        step = self._core.look(given, self._beginning)
+        record = self._core.commit(step)
+        self._core.write(step)
         return record
 
     def micro_batch(
@@ -192,66 +184,46 @@ class GradientClipper:
             ConfigError: If `stage` is "step", or `share` is out of range.
             NonFiniteError: As `clip`; `.grad` then holds the sum of those before.
         """
-        return self._micro_batches.one(loss, share)
+        if self._micro_batches is None:
+            msg = (
+                "micro_batch: stage is 'step', which clips once a step; allowed: stage "
+                "'after_backward'. Set stage, or leave micro_batch out."
+            )
+            raise ConfigError(msg)
+        given = self._given("micro_batch", share)
+        if loss is not None:
+            self.observe_loss(loss)
+        return self._micro_batches.one(given)
 
-    def _decide(
-        self,
-        grad_scale: Tensor | None,
-        on_nonfinite: str,
-        *,
-        share: float = 1.0,
-        repeat: bool = False,
-        micro: bool = False,
-    ) -> tuple[Collected, Verdict, ClipRecord]:
-        """Everything but the writing, for which DeepSpeed has a moment of its own."""
-        on = self._now()
-        plan = on.plan
-        if not repeat:
-            self._before = (self._states, self._tally.taken)
-        before, taken = self._before
-        grads = on.layout.collect(plan.slots)
-        probes = on.memory.probes(grads.counted, grad_scale)
-        loss = self._losses.mean(on.device) if self._losses is not None else None
-        norms, probed, weights = measure_step(plan, grads, probes, on.layout, on.kernel)
-        if self._finds_hooks and not any(grads.all):
-            refuse_lost_gradients(plan.parameters, norms[plan.recorded], self._tally.counts[0])
-        if grad_scale is not None:
-            norms = {p: norm / grad_scale for p, norm in norms.items()}
-        verdict, states = decide_all(
-            plan.rules,
-            norms,
-            before,
-            step=taken,
-            probed=probed,
-            weights=weights,
-            loss=loss,
-            watched=plan.watched,
-            skip_nonfinite=on_nonfinite == "skip",
-            held=self._latch.reached,
+    def _given(self, call: str, share: float) -> Given:
+        """What is known before a look: all but the loss, and the scale that gradients carry."""
+        if not 0 < share <= 1:
+            msg = f"{call}: share is {share}; allowed: above 0, and 1 for a full window."
+            raise ConfigError(msg)
+        attached = None if self._attached is None else self._attached()
+        scaled = self._scaler is not None and self._scaler.is_live
+        return Given(
             share=share,
+            batch=self.batch,
+            # An overflow is how a scaler finds its scale, and the scaler skips the step.
+            on_nonfinite="skip" if scaled else self.config.on_nonfinite,
+            in_step=attached is not None and attached.is_stepping,
+            scaler_steps=scaled,
         )
-        each = partial(measure_each, plan, on.layout, on.kernel, grad_scale)
-        seen = Seen(norms[plan.recorded], self.batch, loss, each)
-        raises = on_nonfinite == "raise"
-        on_device = on.kernel.reads_block if micro else on.effect.withholds_on_device
-        if on_device and not raises:
-            self._latch.look(verdict, plan.rules)
-        else:
-            where = partial(where_not_finite, plan.parameters, on.layout, on.kernel)
-            try:
-                withheld = is_withheld(verdict, plan.rules, where, raises=raises)
-            except ClipError:
-                self.recorder.witness(verdict, seen)
-                raise
-            verdict = replace(verdict, withheld=withheld)
-        if repeat and self.last_record is not None:
-            edits = [replace(e, learns=torch.zeros_like(e.learns)) for e in verdict.edits]
-            return grads, replace(verdict, edits=tuple(edits)), self.last_record
-        self._states = states
-        if micro:
-            return grads, verdict, self._micro_batches.record(verdict, seen)
-        self.last_record = self.recorder.record(verdict, seen)
-        return grads, verdict, self.last_record
+
+    def _completed(
+        self, given: Given, grad_scale: Tensor | None, loss: Tensor | float | None
+    ) -> Given:
+        """The same with the loss, and the scale unless a scaler's could be taken off."""
+        if loss is not None:
+            self.observe_loss(loss)
+        if grad_scale is None and given.scaler_steps and self._scaler is not None:
+            leave = self._core.machinery.effect.unscales(in_step=given.in_step)
+            grad_scale = self._scaler.settle(leave=leave)
+        mean = None
+        if self._losses is not None:
+            mean = self._losses.mean(self._core.machinery.device)
+        return replace(given, grad_scale=grad_scale, loss=mean)
 
     def flush(self) -> dict[str, float]:
         """What to log of the steps since the last call, in one copy to the host.
@@ -266,9 +238,19 @@ class GradientClipper:
         return self.recorder.flush()
 
     @property
+    def recorder(self) -> Recorder:
+        """The last steps; `recorder.write()` makes a file of them at any time."""
+        return self._core.recorder
+
+    @property
+    def last_record(self) -> ClipRecord | None:
+        """What the last `clip` returned, also one made by `attach`; None before it."""
+        return self._core.last_record
+
+    @property
     def norm_type(self) -> float:
         """The p of the norm that records hold: that of the first policy on norms, else 2."""
-        return self._on.plan.recorded
+        return self._core.machinery.plan.recorded
 
     @property
     def watches_loss(self) -> bool:
@@ -292,7 +274,9 @@ class GradientClipper:
                 self._losses.forget()
             self._losses.observe(loss)
 
-    def attach(self, optimizer: Optimizer | Any) -> Handle:
+    def attach(
+        self, optimizer: Optimizer | Any, *, clip: Callable[..., object] | None = None
+    ) -> Handle:
         """Clip by itself before every `optimizer.step()`, also with a closure or a GradScaler.
 
         A closure's gradients are clipped each time it is evaluated (LBFGS), and the step is counted
@@ -302,6 +286,8 @@ class GradientClipper:
         Args:
             optimizer: The one this clipper was built with: an optimizer, or a DeepSpeed engine,
                 which then clips inside `engine.step()` with this clipper alone.
+            clip: For adapters: called in place of this clipper's `clip`, with its `grad_scale` and
+                `repeat`. It sees to it that a step that was clipped by hand isn't clipped again.
 
         Returns:
             A handle; `handle.remove()` stops it.
@@ -310,23 +296,38 @@ class GradientClipper:
             ConfigError: If the clipper is attached already or was built with another optimizer, or
                 a DeepSpeed engine's threshold disagrees; in a step, if `clip` was called for it.
         """
-        if self._zero is not None:
-            halves = Halves(self.config, self._decide, self._write)
-            return clip_inside_step(halves, self._zero, optimizer)
-        return clip_before_step(self, optimizer)
+        if self._engine_layout is not None:
+            return clip_inside_step(self._core, self._engine_layout, optimizer, self._of_engine)
+        attached = None if self._attached is None else self._attached()
+        if attached is not None and attached.is_on:
+            msg = (
+                "attach: this clipper is attached already, so each step would be clipped and "
+                "counted twice; allowed: one attachment. Leave the second out, or call remove() of "
+                "the handle that the first returned."
+            )
+            raise ConfigError(msg)
+        attached = Attached(
+            self._core,
+            optimizer,
+            clip or self.clip,
+            losses=self._losses,
+            scaler=self._scaler,
+            once=clip is not None,
+        )
+        self._attached = weakref.ref(attached)
+        return attached
 
-    def _write(self, verdict: Verdict, bucket: int, tensors: Sequence[Tensor]) -> None:
-        """The other half: apply to what DeepSpeed is about to step with."""
-        assert self._zero is not None
-        parts = self._zero.parts(self._on.plan.slots, bucket, tensors)
-        apply(verdict, parts, self._on.plan, self._on.kernel, self._on.memory)
+    def _of_engine(self, grad_scale: Tensor | None) -> Given:
+        """What is known of the gradients inside a DeepSpeed engine's step."""
+        return self._completed(self._given("clip", 1.0), grad_scale, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.
 
         Every rank must call it where a policy remembers single elements (`spam`, `uclip`).
         """
-        return pack(self._now(), self._states, self._tally)
+        on, core = self._core.current(), self._core
+        return pack(on.plan.rules, core.states, on.memory, core.recorder.tally)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved at any world size.
@@ -334,17 +335,9 @@ class GradientClipper:
         Raises:
             ConfigError: If policies or parameters are others; nothing is changed then.
         """
-        on = self._now()
-        states, counts, elements = unpack(state, on, self._states)
-        self.recorder.begin(int(state.get("step", counts[0])))
-        self._states, self._tally.counts = states, counts
-        on.memory.replace(elements)
-
-    def _now(self) -> LaidOut:
-        """How things lie; state is carried over when parameters were added or moved."""
-        before, self._on = self._on, self._on.now()
-        if self._on is not before:
-            rules, device = self._on.plan.rules, self._on.device
-            self._states = carry_over(before.plan.rules, self._states, rules, device)
-            self.recorder.lay(self._on.plan, device, reads_block=self._on.kernel.reads_block)
-        return self._on
+        on, core = self._core.current(), self._core
+        states, counts, elements = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+        core.recorder.restart(int(state.get("step", counts[0])), counts)
+        core.states = states
+        if on.memory is not None:
+            on.memory.replace(elements)

@@ -1,131 +1,349 @@
-"""From parameters and a configuration to a layout and a plan."""
+"""The three verbs of a clipping step: look, commit, write.
+
+    look    measure this rank's gradients, reduce the measures over ranks, decide. Reads only.
+    commit  take over the adaptive states, count the step, add its row to the records.
+    write   scale the gradients, hand the factor to the optimizer's step, or withhold the step.
+
+Who calls them, and when, is a driver: `GradientClipper.clip` for the plain step, and
+`gradclip/drivers` for closures, micro-batches and DeepSpeed.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip.config import ClipConfig
-from gradclip.effect.effect import Effect
+from gradclip.decide import decide_all
+from gradclip.effect.effect import Effect, apply
 from gradclip.effect.elements import ElementMemory
-from gradclip.errors import ConfigError
+from gradclip.errors import ClipError, ConfigError
 from gradclip.kernels import KernelName, kernel_for
-from gradclip.layouts import Groups, detect, gathered, is_flat, is_flattened, refuse_shared_names
+from gradclip.layouts import (
+    Groups,
+    detect,
+    gathered,
+    is_first_rank,
+    is_flat,
+    refuse_shared_names,
+)
+from gradclip.measure import measure_each, measure_step
 from gradclip.plan.build import build_plan, needs_regions
+from gradclip.plan.in_backward import BackwardWatch
 from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
-from gradclip.types import Kernel, Layout, Region
+from gradclip.records.record import ClipRecord
+from gradclip.records.recorder import TAKEN, Recorder
+from gradclip.state import carry_over
+from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
+from gradclip.types import Beginning, Given, Grads, Kernel, Layout, Region, State, Step
 
-__all__ = ["LaidOut"]
+__all__ = ["Core", "Machinery", "Sources"]
 
 
-class LaidOut:
-    """How the parameters lie and are cut, and what acts on them accordingly.
-
-    Args:
-        config: The policies, and which parameters follow which.
-        named: Names of parameters.
-        optimizer: Whose parameters; None for all that are named.
-        process_group: One more group of ranks that hold other parameters.
-        layout: Found out from the parameters if None.
-        kernel: By name; chosen by the device if None.
-        before: What this reregions, of the same optimizer.
+class Sources(NamedTuple):
+    """What a clipper was built from, and is built from again when parameters change.
 
     Attributes:
+        named: Names of parameters; a module gives the names that it has now.
+        optimizer: Whose parameters; None for all that are named.
+        process_group: One more group of ranks that hold other parameters, or one by pattern.
+        layout: Found out from the parameters if None.
+        kernel: By name; chosen by the device if None.
+    """
+
+    named: torch.nn.Module | Sequence[tuple[str, Parameter]] | None
+    optimizer: Any | None
+    process_group: Groups | None
+    layout: Layout | None
+    kernel: KernelName | None
+
+    @property
+    def stepped(self) -> list[Parameter]:
+        """The optimizer's parameters as they are now; empty without an optimizer."""
+        groups = () if self.optimizer is None else self.optimizer.param_groups
+        return list(chain.from_iterable(group["params"] for group in groups))
+
+    @property
+    def names(self) -> Iterable[tuple[str, Parameter]] | None:
+        """The names as they are now."""
+        return (
+            self.named.named_parameters() if isinstance(self.named, torch.nn.Module) else self.named
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Machinery:
+    """What the verbs work with, built for the parameters as they are now.
+
+    Attributes:
+        device: Where measures, decisions and records live.
         layout: Which ranks hold what.
         plan: What policies decide on.
         kernel: What measures and scales.
-        memory: What element policies remember.
+        memory: What element policies remember; None where no policy works on elements or units.
         effect: How a verdict is carried out.
+        stepped: The optimizer's parameters that it was built for.
+        lies: How the first parameter lay.
+    """
+
+    device: torch.device
+    layout: Layout
+    plan: Plan
+    kernel: Kernel
+    memory: ElementMemory | None
+    effect: Effect
+    stepped: Sequence[Parameter]
+    lies: tuple[object, ...]
+
+    def fits(self, sources: Sources) -> bool:
+        """Whether the parameters are still those it was built for, each the same object."""
+        stepped = sources.stepped
+        return (
+            len(stepped) == len(self.stepped)
+            and all(map(is_, stepped, self.stepped))
+            and self.lies == _how_it_lies(self.plan)
+        )
+
+
+class Core:
+    """The machinery of one clipper, and the three verbs.
+
+    Args:
+        config: The policies, and which parameters follow which.
+        sources: The parameters.
+
+    Attributes:
+        config: The validated configuration.
+        machinery: What the verbs work with; `current` brings it up to date.
+        states: Of the policies, in the order of the plan's rules.
+        recorder: What happened.
+        last_record: What the last `commit` returned; None before it.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters, or a layout and a
             process group are both given.
-        LayoutError: If they are laid out in a way that isn't supported.
+        LayoutError: If the parameters are laid out in a way that isn't supported.
     """
 
-    def __init__(
-        self,
-        config: ClipConfig,
-        named: Iterable[tuple[str, Parameter]] | None,
-        optimizer: Any | None,
-        process_group: Groups | None,
-        layout: Layout | None,
-        kernel: KernelName | None,
-        before: LaidOut | None = None,
-    ) -> None:
-        self._given = (config, named, optimizer, process_group, layout, kernel)
-        self.layout, self.kernel, self.plan = _lay_out(*self._given)
-        memory: ElementMemory | None = None if before is None else before.memory
-        self.memory: ElementMemory = ElementMemory(self.plan, self.layout, optimizer, memory)
-        effect: Effect | None = None if before is None else before.effect
-        stepped = None if layout is not None else optimizer
-        reads_block = self.kernel.reads_block
-        one_by_one = config.stage == "after_backward"
-        self.effect: Effect = Effect(
-            config.apply,
-            self.plan,
-            stepped,
-            reads_block=reads_block,
-            one_by_one=one_by_one,
-            before=effect,
-        )
-        self._signature = self._what_may_change()
+    def __init__(self, config: ClipConfig, sources: Sources) -> None:
+        self.config = config
+        self._sources = sources
+        self.machinery = on = _build(config, sources)
+        self.states: Sequence[State] = [
+            rule.policy.init(len(rule.names), on.device) for rule in on.plan.rules
+        ]
+        self.recorder = Recorder(config, on.device, is_first=is_first_rank())
+        self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
+        if config.recorder is not None:
+            weakref.finalize(self, self.recorder.close)
+        self.last_record: ClipRecord | None = None
+        self._stop = DeferredStop(config.log.every_n_steps or 10)
+        self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
 
     @property
-    def device(self) -> torch.device:
-        """Where measures, decisions and records live."""
-        return self.layout.devices[0]
+    def beginning(self) -> Beginning:
+        """What the next step begins with."""
+        return Beginning(self.states, self.recorder.tally.counts.select(0, TAKEN))
 
-    def now(self) -> LaidOut:
-        """This; or a new one when parameters were added or moved."""
-        if self._signature == self._what_may_change():
-            return self
-        return LaidOut(*self._given, before=self)
+    def current(self) -> Machinery:
+        """The machinery, built anew if parameters were added, replaced or moved.
 
-    def _what_may_change(self) -> tuple[object, ...]:
-        """Cheap to compare each step: the optimizer's groups, and how the parameters lie."""
-        optimizer = self._given[2]
-        groups = () if optimizer is None else optimizer.param_groups
-        first = next(iter(self.plan.parameters.values()))
-        return (first.device, is_flattened(first), *(len(group["params"]) for group in groups))
+        What is kept by name goes on: states, memory of elements, records.
+        """
+        if not self.machinery.fits(self._sources):
+            before, on = self.machinery, _build(self.config, self._sources, self.machinery)
+            self.states = carry_over(before.plan.rules, self.states, on.plan.rules, on.device)
+            self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
+            self.machinery = on
+        return self.machinery
+
+    def look(self, given: Given, since: Beginning | None = None) -> Step:
+        """Measure, reduce, decide. Nothing has happened yet when it returns.
+
+        Args:
+            given: What is known of the gradients.
+            since: What the step began with, if it isn't what the core has now.
+
+        Raises:
+            NonFiniteError: If a gradient isn't finite and that is an error.
+            SkipLimitError: If a policy's bound on withheld steps in a row is reached, and it is
+                to stop then.
+            ConfigError: If gradients were lost, or used, before a clip could see them.
+        """
+        on, (states, taken) = self.current(), since or self.beginning
+        grads = on.layout.collect(on.plan.slots)
+        watch = self._backward_watch
+        if watch is not None and not watch.look(on.plan.parameters):
+            self._backward_watch = None
+        scale, memory = given.grad_scale, on.memory
+        probes = {} if memory is None else memory.probes(grads.counted, scale)
+        norms, probed, weights = measure_step(on.plan, grads, probes, on.layout, on.kernel)
+        if scale is not None:
+            norms = {p: norm / scale for p, norm in norms.items()}
+        verdict, states = decide_all(
+            on.plan.rules,
+            norms,
+            states,
+            step=taken,
+            probed=probed,
+            weights=weights,
+            loss=given.loss,
+            watched=on.plan.watched,
+            skip_nonfinite=given.on_nonfinite == "skip",
+            held=self._stop.reached,
+            share=given.share,
+        )
+        each = partial(measure_each, on.plan, on.layout, on.kernel, scale)
+        step = Step(given, grads, norms[on.plan.recorded], verdict, states, each)
+        return step if self._stays_on_device(given) else self._read_on_host(step)
+
+    def commit(self, step: Step) -> ClipRecord:
+        """Take over the states, count the step and record it.
+
+        Raises:
+            NonFiniteError: If steps that aren't finite reached a policy's bound, on a device,
+                within the last `log.every_n_steps` steps; all of them were withheld.
+            SkipLimitError: The same for other withheld steps.
+        """
+        self.adopt(step)
+        self.last_record = self.recorder.record(step)
+        return self.last_record
+
+    def adopt(self, step: Step) -> None:
+        """Take over the states alone: of a micro-batch, whose step is recorded when it ends.
+
+        Raises:
+            NonFiniteError: As `commit`.
+            SkipLimitError: As `commit`.
+        """
+        if self._stays_on_device(step.given):
+            self._stop.check(step.verdict, self.machinery.plan.rules)
+        self.states = step.states
+
+    def amend(self, step: Step) -> ClipRecord:
+        """Join what one more look at the same step found to its record: withheld, or not finite.
+
+        A step of which an evaluation was withheld leaves no trace in adaptive state.
+        """
+        assert self.last_record is not None
+        failed = step.verdict.finite.logical_not()
+        if step.verdict.skip is not None:
+            failed = failed | step.verdict.skip
+        if not self.machinery.kernel.reads_block and not bool(failed):
+            return self.last_record
+        pairs = zip(step.states, self.states, strict=True)
+        self.states = [
+            {name: torch.where(failed, new[name], value) for name, value in old.items()}
+            for new, old in pairs
+        ]
+        self.last_record = self.recorder.amend(self.last_record, step.verdict)
+        return self.last_record
+
+    def write(self, step: Step, grads: Grads | None = None) -> None:
+        """Do to the gradients, or to the step that follows, what was decided.
+
+        Args:
+            step: What was decided.
+            grads: Other tensors to write, which hold the same gradients without a loss scale, one
+                list per slot of the plan.
+        """
+        on = self.machinery
+        if grads is None:
+            on.effect.write(step.verdict, step.grads.all, on.kernel, on.memory, step.given)
+        else:
+            apply(step.verdict, grads, on.plan, on.kernel, on.memory)
+
+    def withhold(self, skip: Tensor | None, given: Given) -> None:
+        """Withhold the step if `skip`, 0-d bool, says so, whose gradients are written already."""
+        self.machinery.effect.withhold(skip, given)
+
+    def refuse_stale(self) -> None:
+        """With `debug: true`: refuse gradients that are left from an earlier step."""
+
+    def _stays_on_device(self, given: Given) -> bool:
+        """Whether the host needs not know what was decided."""
+        return self.machinery.effect.withholds_on_device and given.on_nonfinite != "raise"
+
+    def _read_on_host(self, step: Step) -> Step:
+        """The step, with the host knowing whether it is withheld; or the error that it asks for."""
+        on, verdict, raises = self.machinery, step.verdict, step.given.on_nonfinite == "raise"
+        bad = verdict.skip
+        if raises:
+            nonfinite = verdict.finite.logical_not()
+            bad = nonfinite if bad is None else bad | nonfinite
+        if bad is None or not bool(bad):
+            return step
+        where = partial(where_nonfinite, on.plan.parameters, on.layout, on.kernel)
+        try:
+            refuse_stop(verdict, on.plan.rules, where, raises=raises)
+        except ClipError:
+            self.recorder.witness(step)
+            raise
+        return replace(step, verdict=replace(verdict, withheld=True))
 
 
-def _lay_out(
-    config: ClipConfig,
-    named: Iterable[tuple[str, Parameter]] | None,
-    optimizer: Any | None,
-    process_group: Groups | None,
-    layout: Layout | None,
-    kernel: KernelName | None,
-) -> tuple[Layout, Kernel, Plan]:
-    """Find out which ranks hold what, and cut the parameters into what policies decide on."""
-    if layout is not None and process_group is not None:
+def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None) -> Machinery:
+    """Find out which ranks hold what, plan the slots, and choose what acts on them."""
+    if sources.layout is not None and sources.process_group is not None:
         msg = (
             "layout and process_group are both given, and a layout knows its own groups; "
             "give one of them."
         )
         raise ConfigError(msg)
-    parameters = collect_parameters(named, optimizer)
-    layout = layout or detect(parameters, process_group)
-    chosen = kernel_for(layout.devices, kernel)
+    optimizer, group = sources.optimizer, sources.process_group
+    parameters = collect_parameters(sources.names, optimizer)
+    layout = sources.layout or detect(parameters, group)
+    kernel = kernel_for(layout.devices, sources.kernel)
     regions: dict[str, Region] = {}
     if needs_regions(config):
-        refuse_shared_names(parameters, process_group)
+        refuse_shared_names(parameters, group)
         regions = {name: layout.region(name, p) for name, p in parameters.items()}
-    shapes = {name: place.shape for name, place in regions.items()}
-    facts = gathered(facts_of(parameters, optimizer, shapes), process_group)
-    # The recorder can't tell on the host when it needs the norm of each, where reading waits.
-    fine = config.log.per_parameter or (config.recorder is not None and chosen.reads_block)
+    shapes = {name: region.shape for name, region in regions.items()}
+    facts = gathered(facts_of(parameters, optimizer, shapes), group)
+    # Where a host read waits, the recorder can't ask on the host when it needs each norm.
+    fine = config.log.per_parameter or (config.recorder is not None and kernel.reads_block)
     plan = build_plan(config, facts, parameters, regions, layout.devices[0], fine=fine)
     if any(rule.policy.uses_sizes for rule in plan.rules):
         plan = plan.with_sizes(layout.sizes(plan.slots))
     flat = [name for name, p in parameters.items() if is_flat(p)]
     _refuse_scopes(plan, config, grouped=optimizer is not None, flat=flat)
-    return layout, chosen, plan
+    memory = None
+    if plan.unit_map is not None or any(rule.elementwise is not None for rule in plan.rules):
+        memory = ElementMemory(plan, layout, optimizer, None if before is None else before.memory)
+    effect = Effect(
+        config.apply,
+        plan,
+        None if sources.layout is not None else optimizer,
+        reads_block=kernel.reads_block,
+        one_by_one=config.stage == "after_backward",
+        before=None if before is None else before.effect,
+    )
+    return Machinery(
+        device=layout.devices[0],
+        layout=layout,
+        plan=plan,
+        kernel=kernel,
+        memory=memory,
+        effect=effect,
+        stepped=sources.stepped,
+        lies=_how_it_lies(plan),
+    )
+
+
+def _how_it_lies(plan: Plan) -> tuple[object, ...]:
+    """What `module.to(device)`, or flattening by FSDP1, changes of every parameter at once."""
+    first = next(iter(plan.parameters.values()))
+    return first.device, first.shape
 
 
 def _refuse_scopes(plan: Plan, config: ClipConfig, *, grouped: bool, flat: Sequence[str]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.kernels import kernel_for
 from gradclip.layouts import LocalLayout, completed, detect
-from gradclip.measure import is_wide, measure
+from gradclip.measure import measure
+from gradclip.norms import is_wide
 from gradclip.plan.parameters import grad_dtype
 from gradclip.types import Collected, Grads, Kernel
 

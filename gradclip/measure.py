@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gradclip.plan.plan import Plan
 from gradclip.types import Collected, Grads, Kernel, Layout, Measurable, Units
-
-if TYPE_CHECKING:
-    from gradclip.plan.plan import Plan
 
 __all__ = [
     "Source",
-    "combine",
-    "combine_runs",
-    "is_wide",
     "measure",
     "measure_each",
+    "measure_recorded",
     "measure_step",
 ]
 
@@ -30,27 +25,18 @@ Source = Grads | Units | Measurable
 """What can be measured."""
 
 
-def is_wide(norm_type: float, dtypes: Iterable[torch.dtype]) -> bool:
-    """Whether |g|^p of a gradient of these dtypes can leave the range of float64.
-
-    Float32 gradients fit up to p = 6 (1.4e-45^6 and 3.4e38^6 are both doubles).
-    """
-    double = not {torch.float64, torch.complex128}.isdisjoint(dtypes)
-    return math.isfinite(norm_type) and (norm_type > 6 or double)
-
-
 def measure(
     sources: Sequence[tuple[Source, Mapping[float, bool]]], layout: Layout, kernel: Kernel
 ) -> list[dict[float, Tensor]]:
     """The p-norm of each slot, for each p, over all ranks.
 
-    Sums of powers are added over ranks in one message and rooted once. A maximum (p = inf) is
-    one more, as is the scale that a wide p needs to stay in range.
+    Sums of powers are added over ranks in one message, and the root is taken after that. Maxima
+    (p = inf) are a second message, which a wide p needs too: scaled by it, powers stay in range.
 
     Args:
-        sources: What this rank counts, one list per slot or divided into units, and for each p
-            whether it is wide (see `is_wide`); the same on every rank. The gradients, the
-            parameters where their norms are asked for, and what element policies make of both.
+        sources: What this rank adds to the norms (gradients, parameters, what element policies
+            make of them), one list per slot or divided into units; and for each p whether it is
+            wide (see `gradclip.norms.is_wide`). The same p on every rank.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
 
@@ -67,14 +53,14 @@ def measure(
             norms[i][math.inf] = peak
     exponents = {i: _exponent(norms[i][math.inf]) for i in ranged}
     summed = [(i, p) for i, (_, types) in enumerate(sources) for p in types if p != math.inf]
-    parts = [
+    local = [
         _power_sums(
             sources[i][0], kernel, p, torch.exp2(-exponents[i]) if sources[i][1][p] else None
         )
         for i, p in summed
     ]
-    if parts:
-        sums = layout.sum(torch.stack([part.to(device) for part in parts]))
+    if local:
+        sums = layout.sum(torch.stack([values.to(device) for values in local]))
         for (i, p), total in zip(summed, sums.unbind(), strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
             norms[i][p] = root * torch.exp2(exponents[i]) if sources[i][1][p] else root
@@ -107,38 +93,50 @@ def measure_step(
     """Norms of gradients, of what element policies make of them, and of weights.
 
     Args:
-        plan: What is asked for.
-        grads: This rank's.
-        probes: What element policies measure in place of gradients, by rule.
+        plan: Which norms are asked for.
+        grads: This rank's gradients.
+        probes: What element policies measure in place of gradients, by index of their rule.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
 
     Returns:
-        For each p the norms of the measured slots; by rule those of its probe; for each p those
-        of the weights, None where no policy asks.
+        For each p the norms of the measured slots; for each probe, by index of its rule, its
+        norms; for each p the norms of the weights, None where no policy asks.
     """
     sources: list[tuple[Source, Mapping[float, bool]]] = [
-        (plan.as_measured(grads.counted), plan.norm_types),
+        (_as_measured(plan, grads.counted), plan.norm_types),
         *((probe, plan.probe_types[index]) for index, probe in probes.items()),
     ]
     if plan.weight_types:
         weights = layout.weights(plan.slots).counted
-        sources.append((plan.as_measured(weights), plan.weight_types))
+        sources.append((_as_measured(plan, weights), plan.weight_types))
     norms, *more = measure(sources, layout, kernel)
     probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
     return norms, probed, more[0] if more else None
 
 
+def measure_recorded(plan: Plan, grads: Collected, layout: Layout, kernel: Kernel) -> Tensor:
+    """The recorded norm alone, of each measured slot or unit; arguments as for `measure_step`."""
+    asked = {plan.recorded: plan.norm_types[plan.recorded]}
+    [norms] = measure([(_as_measured(plan, grads.counted), asked)], layout, kernel)
+    return norms[plan.recorded]
+
+
 def measure_each(
     plan: Plan, layout: Layout, kernel: Kernel, grad_scale: Tensor | None = None
 ) -> Tensor:
-    """The recorded norm of each parameter; one more read, and message where ranks share them.
+    """The norm of each parameter, for the log. Reads all gradients once more.
+
+    Ranks that share parameters exchange one more message.
 
     Args:
-        plan: Whose parameters to tell apart.
+        plan: Which parameters, and the p that is recorded.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
         grad_scale: 0-d factor that the gradients still carry.
+
+    Returns:
+        Float64 of shape (parameters,), without the factor.
     """
     assert plan.each is not None
     grads = layout.collect(list(plan.each.values())).counted
@@ -147,46 +145,5 @@ def measure_each(
     return found if grad_scale is None else found / grad_scale
 
 
-def combine(norms: Tensor, norm_type: float, members: Tensor | None = None) -> Tensor:
-    """The p-norm of unions of slots from the p-norms of the slots, without overflow.
-
-    Args:
-        norms: Shape (n,), float64.
-        norm_type: p, or inf.
-        members: Int64 of shape (m, k), the slots of each union, filled up with n; None for one of
-            all. A table of m times n would grow with the square of a model's parameters.
-
-    Returns:
-        Shape (m,), or 0-d for one union. Sums run over a dim, in one order on every device, so
-        that ranks agree bitwise.
-    """
-    parts = norms if members is None else torch.cat([norms, norms.new_zeros(1)]).take(members)
-    if parts.shape[-1] == 1:
-        return parts.squeeze(-1)
-    peak = parts.amax(-1)
-    if norm_type == math.inf:
-        return peak
-    scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
-    return scale * (parts / scale.unsqueeze(-1)).pow(norm_type).sum(-1).pow(1.0 / norm_type)
-
-
-def combine_runs(norms: Tensor, norm_type: float, lengths: Tensor) -> Tensor:
-    """The p-norm of runs of units, one after the other, from the p-norms of the units.
-
-    Args:
-        norms: Shape (units,), float64.
-        norm_type: p, or inf.
-        lengths: Int64 of shape (runs,), at least 1 each; their sum is the number of units.
-
-    Returns:
-        Shape (runs,). Each run is added up in one order on every device, so that ranks agree
-        bitwise.
-    """
-    peak = torch.segment_reduce(norms, "max", lengths=lengths, unsafe=True)
-    if norm_type == math.inf:
-        return peak
-    scale = torch.where((peak > 0) & torch.isfinite(peak), peak, 1.0)
-    each = torch.repeat_interleave(scale, lengths, output_size=norms.numel())
-    powers = (norms / each).pow(norm_type)
-    total = torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
-    return scale * total.pow(1.0 / norm_type)
+def _as_measured(plan: Plan, grads: Grads) -> Grads | Units:
+    return grads if plan.unit_map is None else plan.unit_map.units(grads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import MethodType
 from typing import Any
 
 __all__ = ["Patches"]
@@ -41,20 +42,11 @@ class Patches:
         Args:
             owner: An instance, a class or a module.
             name: Of the attribute; it need not exist.
-            value: Its value until `undo`, unless somebody else replaces it in the meantime.
+            value: Its value until `undo`, which puts back the one before, whatever it is by then.
         """
         before = vars(owner).get(name, _MISSING)
         setattr(owner, name, value)
-
-        def put_back() -> None:
-            if vars(owner).get(name, _MISSING) is not value:
-                return  # replaced by somebody else, whose it is now
-            if before is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-
-        self._stack.callback(put_back)
+        self._stack.callback(_restore, owner, name, before)
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Run something around a method.
@@ -63,15 +55,18 @@ class Patches:
             owner: An instance, or a class whose instances are all to be changed.
             name: Of the method.
             around: Called in its place with the method as it was, then the arguments of the call.
-                After `undo` it is called no more, even where somebody else kept the replacement.
+                After `undo` it is called no more. Where somebody else wrapped the replacement in
+                the meantime, it stays in place and only passes on.
         """
-        method = getattr(owner, name)
+        before = vars(owner).get(name, _MISSING)
+        wrapper = _Wrapper(self, getattr(owner, name), around, before)
+        setattr(owner, name, wrapper)
 
-        @functools.wraps(method)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return around(method, *args, **kwargs) if self.is_on else method(*args, **kwargs)
+        def put_back() -> None:
+            if vars(owner).get(name) is wrapper:
+                _restore(owner, name, _alive(before))
 
-        self.put(owner, name, wrapper)
+        self._stack.callback(put_back)
 
     def callback(self, undo: Callable[[], object]) -> None:
         """Call this too when all is undone."""
@@ -81,3 +76,43 @@ class Patches:
         """Put everything back, the last first; twice is once."""
         self.is_on = False
         self._stack.close()
+
+
+class _Wrapper:
+    """Stands for a method; where its owner is copied or pickled, the copy has the method itself."""
+
+    def __init__(
+        self, patches: Patches, method: Callable[..., Any], around: Callable[..., Any], before: Any
+    ) -> None:
+        functools.update_wrapper(self, method)
+        self.patches, self.before = patches, before
+        self._method, self._around = method, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.patches.is_on:
+            return self._around(self._method, *args, **kwargs)
+        return self._method(*args, **kwargs)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unwrapped, (self._method,)
+
+
+def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
+
+
+def _alive(value: Any) -> Any:
+    """What stood below wrappers that were undone while another one lay on them."""
+    while isinstance(value, _Wrapper) and not value.patches.is_on:
+        value = value.before
+    return value
+
+
+def _restore(owner: Any, name: str, value: Any) -> None:
+    if value is not _MISSING:
+        setattr(owner, name, value)
+    elif name in vars(owner):
+        delattr(owner, name)

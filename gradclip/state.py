@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradclip.effect.elements import ElementMemory, Key
 from gradclip.errors import ConfigError
 from gradclip.plan.plan import Rule
 from gradclip.policies import ElementPolicy
-from gradclip.records.record import Tally
+from gradclip.records.recorder import Tally
 from gradclip.types import Memory, State
-
-if TYPE_CHECKING:
-    from gradclip.core import LaidOut
 
 __all__ = ["carry_over", "pack", "unpack"]
 
 FORMAT = 2
 
 
-def pack(on: LaidOut, states: Sequence[State], tally: Tally) -> dict[str, Any]:
-    """Plain tensors, numbers and strings; loads with `torch.load(weights_only=True)`."""
-    rules = on.plan.rules
-    elements = [on.memory.saved(rule, on.layout) for rule in rules]
+def pack(
+    rules: Sequence[Rule], states: Sequence[State], memory: ElementMemory | None, tally: Tally
+) -> dict[str, Any]:
+    """Plain tensors, numbers and strings; loads with `torch.load(weights_only=True)`.
+
+    Every rank calls it, as memory of elements is put together from all of them.
+    """
+    elements = [{} if memory is None else memory.saved(rule) for rule in rules]
     policies = [
         {
             "type": rule.policy.type,
@@ -44,14 +46,17 @@ def pack(on: LaidOut, states: Sequence[State], tally: Tally) -> dict[str, Any]:
 
 
 def unpack(
-    saved: Mapping[str, Any], on: LaidOut, states: Sequence[State]
-) -> tuple[list[State], Tensor, dict[tuple[tuple[int, int], str], Memory]]:
+    saved: Mapping[str, Any],
+    rules: Sequence[Rule],
+    states: Sequence[State],
+    memory: ElementMemory | None,
+    device: torch.device,
+) -> tuple[list[State], Tensor, dict[Key, Memory]]:
     """The states, counts and memory of elements of a `state_dict`, checked against this clipper.
 
     Raises:
         ConfigError: If policies, slots or shapes are others.
     """
-    rules, device = on.plan.rules, on.device
     if saved.get("format") != FORMAT:
         msg = (
             f"Saved clip state has format {saved.get('format')!r}; this version reads {FORMAT}. "
@@ -87,9 +92,10 @@ def unpack(
             continue
         loaded.append({n: v.to(device, torch.float64).clone() for n, v in entry["state"].items()})
     counts = [torch.as_tensor(saved["counts"][name]).to(device) for name in Tally.NAMES]
-    elements: dict[tuple[tuple[int, int], str], Memory] = {}
-    for rule, entry in zip(rules, saved["policies"], strict=True):
-        elements |= on.memory.loaded(rule, entry.get("elements", {}), device)
+    elements: dict[Key, Memory] = {}
+    if memory is not None:
+        for rule, entry in zip(rules, saved["policies"], strict=True):
+            elements |= memory.loaded(rule, entry.get("elements", {}), device)
     return loaded, torch.stack(counts).to(torch.float64), elements
 
 

@@ -2,82 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
-from gradclip.layouts import mean_loss
+from gradclip.errors import NonFiniteError, SkipLimitError
 from gradclip.plan.plan import Rule
-from gradclip.policies import SkipNonfinite
-from gradclip.policies.skip import SkipPolicy
+from gradclip.policies.skip import SkipNonfinite, SkipPolicy
 from gradclip.types import Kernel, Layout, Verdict
 
-__all__ = ["DeferredStop", "Losses", "is_withheld", "not_finite", "where_not_finite"]
-
-
-class Losses:
-    """The losses of the backward passes since the last step."""
-
-    def __init__(self) -> None:
-        self._seen: list[Tensor] = []
-
-    def observe(self, loss: Tensor | float) -> None:
-        """Take one in."""
-        self._seen.append(torch.as_tensor(loss).detach())
-
-    def forget(self) -> None:
-        """Begin anew."""
-        self._seen = []
-
-    @property
-    def any(self) -> bool:
-        """Whether one was taken in since the last step."""
-        return bool(self._seen)
-
-    def mean(self, device: torch.device) -> Tensor:
-        """Their mean, and over ranks, 0-d float64; begins anew.
-
-        Raises:
-            ConfigError: If no rank has one, or one isn't a single number.
-        """
-        seen, self._seen = self._seen, []
-        shapes = [tuple(loss.shape) for loss in seen if loss.numel() != 1]
-        if shapes:
-            msg = (
-                f"clip: a loss has shape {shapes[0]}; allowed: one number, what backward is called "
-                "on. Pass the mean over the batch."
-            )
-            raise ConfigError(msg)
-        found = mean_loss(seen, device)
-        if found is None:
-            msg = (
-                "clip: a policy watches the loss, and no rank has given one; call "
-                "clipper.clip(loss=loss), or clipper.observe_loss(loss) after each backward, or "
-                "set watch to 'norm'."
-            )
-            raise ConfigError(msg)
-        return found
+__all__ = ["DeferredStop", "nonfinite_names", "refuse_stop", "shown", "where_nonfinite"]
 
 
 class DeferredStop:
     """A policy's bound that was reached on the device, of which the host learns later.
 
-    From then on every step is withheld, until the host looks, every so many steps, and raises.
+    From then on every step is withheld, until the host checks, every so many steps, and raises.
 
     Args:
-        every: Steps between two looks.
+        every: Steps between two checks.
+
+    Attributes:
+        reached: 0-d bool, a bound was reached since the last check; None before the first step
+            whose policies have one.
     """
 
     def __init__(self, every: int) -> None:
         self._every = every
         self._steps = 0
         self.reached: Tensor | None = None
-        self._odd: Tensor | None = None
+        self._nonfinite: Tensor | None = None
 
-    def look(self, verdict: Verdict, rules: Iterable[Rule]) -> None:
-        """Take in a verdict; now and then look whether a bound was reached.
+    def check(self, verdict: Verdict, rules: Iterable[Rule]) -> None:
+        """Remember the verdict; every `every` steps, check on the host whether a bound was reached.
 
         Raises:
             NonFiniteError: If the bound is one on steps that aren't finite.
@@ -85,29 +42,29 @@ class DeferredStop:
         """
         if verdict.stop is None:
             return
-        odd = verdict.stop & verdict.finite.logical_not()
+        nonfinite = verdict.stop & verdict.finite.logical_not()
         self.reached = verdict.stop if self.reached is None else self.reached | verdict.stop
-        self._odd = odd if self._odd is None else self._odd | odd
+        self._nonfinite = nonfinite if self._nonfinite is None else self._nonfinite | nonfinite
         self._steps += 1
         if self._steps % self._every or not bool(self.reached):
             return
-        reached, self.reached = self._odd, None
-        self._odd = None
+        by_nonfinite = bool(self._nonfinite)
+        self.reached = self._nonfinite = None
         when = f"clip: within the last {self._every} steps"
-        if bool(reached):
+        if by_nonfinite:
             when += " gradients were NaN or infinite."
             raise _too_many_nonfinite(when, rules)
         when += " a norm or loss was beyond its bound"
         raise _too_many_skips(when, rules)
 
 
-def is_withheld(
+def refuse_stop(
     verdict: Verdict, rules: Iterable[Rule], where: Callable[[], str], *, raises: bool
-) -> bool:
-    """Whether the step is withheld: the one host read, where something can withhold it.
+) -> None:
+    """Raise if a step that isn't to be taken is to stop the run; read on the host.
 
     Args:
-        verdict: What was decided.
+        verdict: What was decided: the step is withheld, or not finite.
         rules: What decided.
         where: Tells where gradients aren't finite.
         raises: Whether a step that isn't finite is an error.
@@ -117,18 +74,12 @@ def is_withheld(
             a row for a policy.
         SkipLimitError: If a policy withheld as many steps in a row as it may.
     """
-    odd = verdict.skip
-    if raises:
-        bad = verdict.finite.logical_not()
-        odd = bad if odd is None else odd | bad
-    if odd is None or not bool(odd):
-        return False
     finite = bool(verdict.finite)
     if raises and not finite:
         msg = f"{where()} on_nonfinite is 'raise'; 'skip' withholds such steps instead."
         raise NonFiniteError(msg)
     if verdict.stop is None or not bool(verdict.stop):
-        return True
+        return
     if not finite:
         raise _too_many_nonfinite(where(), rules)
     beyond = f"clip: a step is beyond the bound {float(verdict.limit):.6g}, or its loss is"
@@ -157,19 +108,23 @@ def _bounds(policies: Iterable[SkipNonfinite | SkipPolicy]) -> str:
     return ", ".join(f"{p.type!r}: max_consecutive {p.max_consecutive}" for p in policies)
 
 
-def where_not_finite(parameters: Mapping[str, Tensor], layout: Layout, kernel: Kernel) -> str:
+def where_nonfinite(parameters: Mapping[str, Tensor], layout: Layout, kernel: Kernel) -> str:
     """Where gradients aren't finite, for an error."""
-    bad = not_finite(parameters, layout, kernel)
-    where = f"on this rank in {', '.join(bad[:5])}" if bad else "on another rank"
-    if len(bad) > 5:
-        where += f" and {len(bad) - 5} more"
+    names = nonfinite_names(parameters, layout, kernel)
+    where = f"on this rank in {shown(names)}" if names else "on another rank"
     return f"clip: a gradient is NaN or infinite, {where}; gradients are unchanged."
 
 
-def not_finite(parameters: Mapping[str, Tensor], layout: Layout, kernel: Kernel) -> list[str]:
+def nonfinite_names(parameters: Mapping[str, Tensor], layout: Layout, kernel: Kernel) -> list[str]:
     """Which parameters on this rank have a gradient that isn't finite; read on the host."""
 
     def is_finite(part: Tensor) -> bool:
         return not part.numel() or bool(kernel.peaks([[part]]).isfinite())
 
     return [name for name, p in parameters.items() if not all(map(is_finite, layout.held(p)))]
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

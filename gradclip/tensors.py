@@ -26,12 +26,12 @@ def flat_chunks(tensor: Tensor, limit: int) -> Iterator[Tensor]:
     elif tensor.numel() <= min(limit, COPIED):
         yield tensor.reshape(-1)
     else:
-        for part in tensor.chunk(2, max(range(tensor.ndim), key=tensor.size)):
-            yield from flat_chunks(part, limit)
+        for half in tensor.chunk(2, max(range(tensor.ndim), key=tensor.size)):
+            yield from flat_chunks(half, limit)
 
 
 def aligned_chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
-    """The same elements of tensors of one shape, as views of at most `limit` elements each."""
+    """Chunks of tensors of one shape: views of the same elements of each, at most `limit` each."""
     first = tensors[0]
     if first.numel() <= limit:
         yield tensors
@@ -39,15 +39,19 @@ def aligned_chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[T
         yield from zip(*(tensor.view(-1).split(limit) for tensor in tensors), strict=True)
     else:
         dim = max(range(first.ndim), key=first.size)
-        for parts in zip(*(tensor.chunk(2, dim) for tensor in tensors), strict=True):
-            yield from aligned_chunks(parts, limit)
+        for halves in zip(*(tensor.chunk(2, dim) for tensor in tensors), strict=True):
+            yield from aligned_chunks(halves, limit)
 
 
 def refuse_sparse(grads: Iterable[tuple[str, Tensor]], why: str) -> None:
-    """Refuse sparse gradients, given with the names of their parameters.
+    """Refuse sparse gradients.
+
+    Args:
+        grads: The names of parameters and their gradients.
+        why: What can't be done with a sparse one, as the end of "is sparse, and ...".
 
     Raises:
-        LayoutError: If there is one.
+        LayoutError: If one is sparse.
     """
     for name, grad in grads:
         if grad.is_sparse:

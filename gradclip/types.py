@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Beginning",
     "Collected",
+    "Decides",
     "Decision",
     "Edit",
     "Elementwise",
+    "Given",
     "Grads",
     "Handle",
     "Kernel",
@@ -24,6 +27,7 @@ __all__ = [
     "Scope",
     "State",
     "Stats",
+    "Step",
     "UnitSpan",
     "Units",
     "Verdict",
@@ -177,6 +181,58 @@ class Decision:
     elements: tuple[Tensor, ...] = ()
 
 
+class Decides(Protocol):
+    """What a step asks of a policy (`gradclip.policies.base.Policy`)."""
+
+    @property
+    def type(self) -> str:
+        """What YAML calls it."""
+        ...
+
+    @property
+    def after(self) -> int:
+        """Optimizer steps before it exists."""
+        ...
+
+    @property
+    def measured(self) -> tuple[Scope, float | None]:
+        """The scope and the p of the norm that it decides on; None if it needs no norm."""
+        ...
+
+    @property
+    def counters(self) -> frozenset[str]:
+        """State that also moves on a step that is withheld or not finite."""
+        ...
+
+    @property
+    def withholds(self) -> bool:
+        """Whether it can withhold a step."""
+        ...
+
+    @property
+    def uses_weights(self) -> bool:
+        """Whether it needs the norms of the parameters themselves."""
+        ...
+
+    @property
+    def uses_sizes(self) -> bool:
+        """Whether it needs the number of elements of each slot."""
+        ...
+
+    @property
+    def watches_loss(self) -> bool:
+        """Whether it needs the loss."""
+        ...
+
+    def init(self, slots: int, device: torch.device) -> State:
+        """The state before the first step."""
+        ...
+
+    def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
+        """This step's decision and the state after it."""
+        ...
+
+
 class Elementwise(Protocol):
     """The part of an element policy that works on elements (`gradclip.policies.elements`)."""
 
@@ -249,9 +305,68 @@ class Verdict:
     withheld: bool = False
 
     @property
-    def edited(self) -> Tensor | None:
-        """0-d bool, some element is changed by itself; None without an element policy."""
-        return torch.cat([edit.changes for edit in self.edits]).any() if self.edits else None
+    def edited(self) -> Tensor:
+        """0-d bool, some element is changed by itself; only where there are edits."""
+        return torch.cat([edit.changes for edit in self.edits]).any()
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the caller knows of the gradients that are in place.
+
+    Attributes:
+        grad_scale: 0-d factor that they still carry; None for none.
+        loss: 0-d float64, equal on every rank; None where nobody watches it.
+        share: Batches that were accumulated, as a share of those of a full window.
+        batch: Index of the last batch; None if unknown.
+        on_nonfinite: What a NaN or infinite gradient means: the step is withheld, an error, or
+            taken as it is.
+        in_step: The optimizer's step is under way, so nobody reads gradients before it does.
+        scaler_steps: A `GradScaler` makes the step, and looks at the gradients before it.
+    """
+
+    grad_scale: Tensor | None = None
+    loss: Tensor | None = None
+    share: float = 1.0
+    batch: int | None = None
+    on_nonfinite: Literal["skip", "raise", "ignore"] = "skip"
+    in_step: bool = False
+    scaler_steps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one look found.
+
+    Attributes:
+        given: What the caller knew.
+        grads: This rank's gradients.
+        norms: Float64 of shape (measured slots or units,): the recorded norm, without a loss
+            scale.
+        verdict: What the policies decided.
+        states: The states of the policies after it, in the order of the plan's rules.
+        measure_each: Gives the norm of each parameter, float64 of shape (parameters,): one more
+            read of the gradients, and a message where ranks share them. Every rank calls it.
+    """
+
+    given: Given
+    grads: Collected
+    norms: Tensor
+    verdict: Verdict
+    states: Sequence[State]
+    measure_each: Callable[[], Tensor]
+
+
+class Beginning(NamedTuple):
+    """What a step began with, for gradients that are made again in the same step.
+
+    Attributes:
+        states: Of the policies, in the order of the plan's rules.
+        taken: 0-d float64, the optimizer steps taken before it.
+    """
+
+    states: Sequence[State]
+    taken: Tensor
 
 
 class Layout(Protocol):

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradclip import (
-    ClipConfig,
-    ClipRecord,
-    ConfigError,
-    GradientClipper,
-    as_config,
-    configs_for,
-)
+from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, as_config
+from gradclip.adapters import ClipperSet, Patches, window_share
 from lightning_clip.framework import (
     Callback,
     LightningModule,
@@ -27,11 +21,10 @@ from lightning_clip.framework import (
     unscaled,
 )
 from lightning_clip.refuse import (
-    refuse_losses,
     refuse_micro_batches,
     refuse_optimizers,
+    refuse_second_clip,
     refuse_setup,
-    refuse_unreduced,
 )
 from lightning_clip.report import Reporter
 from lightning_clip.schedule import hold_schedule
@@ -87,26 +80,22 @@ class GradientClip(Callback):
     # and the nearest right word, and --print_config prints it back.
     def __init__(self, policy: Any, *, progress_bar: bool = False, restore: bool = True) -> None:
         self.config: ClipConfig = as_config(policy)
-        log = self.config.log
-        self._reporter = Reporter(
-            log.every_n_steps, histograms=log.histograms, progress_bar=progress_bar
-        )
+        self._reporter = Reporter(self.config.log, progress_bar=progress_bar)
         self._restore = restore
         self._module: LightningModule | None = None
         self._optimizers: list[Optimizer] = []
-        self._clippers: list[GradientClipper] = []
-        self._saved: dict[str, Any] = {}
-        self._saved_before: dict[str, Any] = {}
-        self._saved_for: LightningModule | None = None
-        self._last_record: ClipRecord | None = None
-        self._backward_ran = False
-        self._zeroed = False
-        self._batches = self._backwards = 0
-        self._micro_batch = ExitStack()
+        self._clippers = ClipperSet()
         self._engine: Any | None = None
-        self._steps = Steps([])
-        self._undo: list[Callable[[], None]] = []
-        self._before_batch: ClipRecord | None = None
+        self._patches = Patches()
+        self._steps = Steps([], self._patches)
+        self._micro_batch = ExitStack()
+        self._last_record: ClipRecord | None = None
+        self._record_before: ClipRecord | None = None  # this batch
+        self._backward_ran = self._zeroed = False  # in this batch
+        self._batches = self._backwards = 0  # since the last step
+        self._saved: dict[str, Any] = {}  # waits for training to start
+        self._saved_before: dict[str, Any] = {}  # the same, before this fit, validate or test
+        self._saved_for: LightningModule | None = None  # None: any module
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -127,10 +116,7 @@ class GradientClip(Callback):
         """Adaptive state and counts of every optimizer: plain tensors, numbers and strings."""
         if self._saved or not self._clippers:
             return dict(self._saved)
-        return {
-            "clippers": [clipper.state_dict() for clipper in self._clippers],
-            "steps": list(self._reporter.steps),
-        }
+        return self._clippers.state_dict() | {"steps": list(self._reporter.steps)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Keep a `state_dict` until training starts and the clippers exist."""
@@ -138,9 +124,9 @@ class GradientClip(Callback):
             self._saved = dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would clip twice or not at all; saved state isn't loaded yet."""
+        """Refuse a Trainer that clips too; saved state isn't loaded yet."""
         if stage == "fit":
-            refuse_setup(trainer, pl_module, GradientClip)
+            refuse_setup(trainer, GradientClip)
         if self._saved_for not in (None, pl_module):
             self._saved = {}
         self._saved_before, self._saved_for = self._saved, None
@@ -153,18 +139,17 @@ class GradientClip(Callback):
         self._module = pl_module
         self._build(trainer, pl_module)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
         """Take in saved state, which some strategies load only after `on_fit_start`."""
         self._batches = self._backwards = 0
         if self._saved:
-            self._build(trainer, pl_module)
             self._take_in_saved(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         """Nothing of this batch has reached the gradients yet."""
         for clipper in self._clippers:
             clipper.batch = trainer.fit_loop.total_batch_idx
-        self._before_batch = self._clippers[0].last_record
+        self._record_before = self._clippers[0].last_record
         self._steps.begin_batch()
         self._backward_ran = False
         self._batches += 1
@@ -172,9 +157,9 @@ class GradientClip(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        """Let a policy see the loss as `training_step` gave it; put earlier gradients aside.
+        """Show policies the loss as `training_step` gave it; put earlier gradients aside.
 
-        The latter for `stage: after_backward`, at which this backward's are clipped by themselves.
+        The latter for `stage: after_backward`, which clips this backward's by themselves.
         """
         for clipper in self._clippers:
             if clipper.watches_loss:
@@ -182,7 +167,7 @@ class GradientClip(Callback):
                 clipper.observe_loss(loss, first=self._zeroed)
                 self._zeroed = False
         if self.config.stage == "after_backward":
-            refuse_unreduced(trainer)
+            refuse_micro_batches(trainer)  # again: accumulate_grad_batches may change while fitting
             automatic = pl_module.automatic_optimization
             share = 1 / trainer.accumulate_grad_batches if automatic else 1.0
             self._micro_batch.enter_context(self._clippers[0].micro_batch(share=share))
@@ -206,20 +191,19 @@ class GradientClip(Callback):
         """
         share = self._share(trainer)
         if self._engine is not None:
-            self._report_engine_step(trainer, pl_module)
+            self._report(trainer, pl_module, 0)
             return
         index = self._index(trainer, pl_module, optimizer)
         repeat = self._steps.announce(index)
         if self._has_gradients(trainer, pl_module):
-            record = self._clippers[index].clip(share=share, repeat=repeat)
-            if not repeat:
-                self._report(trainer, pl_module, index, record)
+            self._clippers[index].clip(share=share, repeat=repeat)
+            self._report(trainer, pl_module, index)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Log what is due; a DeepSpeed engine made its step, if any, after the last hook."""
         self._steps.end_batch()
         if self._engine is not None:
-            self._report_engine_step(trainer, pl_module)
+            self._report(trainer, pl_module, 0)
         self._reporter.end_batch(trainer)
 
     def on_train_end(self, trainer: Trainer, *_: object) -> None:
@@ -227,82 +211,63 @@ class GradientClip(Callback):
         self._reporter.end(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give module and optimizers their own steps back, and write the flight record.
+        """Give module and optimizers their own methods back, and write the flight record.
 
-        State that `validate` or `test` loaded with a checkpoint is none to go on from.
+        State that `validate` or `test` loaded with a checkpoint is dropped.
         """
         del trainer
         if stage != "fit":
             self._saved = self._saved_before
         elif self._saved:
             self._saved_for = pl_module
-        self._release()
-        self._reporter.close()
+        self._patches.undo()
+        self._clippers.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """As at the end of fitting, which doesn't come then."""
         self._micro_batch = ExitStack()
         self.teardown(trainer, pl_module, trainer.state.fn or "fit")
 
-    def _release(self) -> None:
-        while self._undo:
-            self._undo.pop()()
-
-    def _withheld(self) -> bool:
-        """Whether the step of this batch was, if it made one; read on the host."""
+    def _is_withheld(self) -> bool:
+        """Whether this batch made a step that was withheld; read on the host."""
         record = self._clippers[0].last_record
-        return record is not None and record is not self._before_batch and bool(record.skipped)
+        return record is not None and record is not self._record_before and bool(record.skipped)
 
-    def _report_engine_step(self, trainer: Trainer, module: LightningModule) -> None:
-        record = self._clippers[0].last_record
+    def _report(self, trainer: Trainer, module: LightningModule, index: int) -> None:
+        """Log the last step of an optimizer, unless it was logged: engines and LBFGS ask again."""
+        record = self._clippers[index].last_record
         if record is not None and record is not self._last_record:
-            self._report(trainer, module, 0, record)
-
-    def _report(
-        self, trainer: Trainer, module: LightningModule, index: int, record: ClipRecord
-    ) -> None:
-        self._last_record = record
-        self._reporter.step(trainer, module, index, record)
+            self._last_record = record
+            self._reporter.step(trainer, module, index, record)
 
     def _build(self, trainer: Trainer, module: LightningModule) -> None:
-        named = list(module.named_parameters())
+        self._patches.undo()
+        self._patches = Patches()
         self._optimizers = list(trainer.optimizers)
-        self._release()
         self._engine = deepspeed_engine(trainer)
         if self._engine is None:
-            configs = [self.config]
-            if len(self._optimizers) > 1:
-                configs = configs_for(self.config, named, self._optimizers)
-            pairs = zip(configs, self._optimizers, strict=True)
-            scaler = live_scaler(trainer)
-            self._clippers = [
-                GradientClipper(config, named, opt, scaler=scaler) for config, opt in pairs
-            ]
-            self._steps = Steps(self._optimizers)
-            self._undo.append(self._steps.release)
+            named, scaler = module.named_parameters(), live_scaler(trainer.precision_plugin)
+            self._clippers = ClipperSet.build(self.config, named, self._optimizers, scaler=scaler)
+            self._steps = Steps(self._optimizers, self._patches)
         else:
-            clipper = GradientClipper(self.config, named, self._engine)
-            self._undo.append(clipper.attach(self._engine).remove)
-            self._clippers = [clipper]
+            clipper = GradientClipper(self.config, module.named_parameters(), self._engine)
+            self._patches.callback(clipper.attach(self._engine).remove)
+            self._clippers = ClipperSet([clipper])
+        after_clip = ["on_before_optimizer_step", "configure_gradient_clipping"]
         if self.config.stage == "after_backward":
             refuse_micro_batches(trainer)
-        self._reporter.begin(trainer, self._clippers, [0] * len(self._clippers))
-        refuse_losses(self._clippers)
+            after_clip.append("on_after_backward")
+        self._clippers.refuse_shared_backward(
+            "GradientClip", "in manual optimization use a gradclip.GradientClipper for each."
+        )
+        refuse_second_clip(trainer, module, after_clip, self._patches)
         if self.config.schedule_on_skip == "hold":
-            self._undo.append(hold_schedule(trainer, module, self._withheld))
+            hold_schedule(trainer, module, self._is_withheld, self._patches)
+        self._reporter.begin(trainer, self._clippers)
 
     def _take_in_saved(self, trainer: Trainer) -> None:
-        states = self._saved["clippers"]
-        if len(states) != len(self._clippers):
-            msg = (
-                f"GradientClip: the saved clip state is of {len(states)} optimizers, this module "
-                f"has {len(self._clippers)}. Use the same optimizers, or "
-                "GradientClip(..., restore=False) to start with fresh state."
-            )
-            raise ConfigError(msg)
         try:
-            for clipper, state in zip(self._clippers, states, strict=True):
-                clipper.load_state_dict(state)
+            self._clippers.load_state_dict(self._saved)
         except ConfigError as error:
             msg = f"{error} For fresh state: GradientClip(..., restore=False)."
             raise ConfigError(msg) from None
@@ -310,14 +275,11 @@ class GradientClip(Callback):
         self._saved = {}
 
     def _share(self, trainer: Trainer) -> float:
-        """What part of a full window these gradients hold: Lightning divides by the whole of it.
-
-        That is 1 in manual optimization, for which it accepts nothing else.
-        """
+        """What part of a full window these gradients hold; 1 in manual optimization."""
         # Ranks have to agree, and one whose batch gave no loss doesn't tell the others.
         held = self._backwards if trainer.world_size == 1 else self._batches
         self._batches = self._backwards = 0
-        return min(1.0, max(held, 1) / trainer.accumulate_grad_batches)
+        return window_share(held, trainer.accumulate_grad_batches)
 
     def _has_gradients(self, trainer: Trainer, module: LightningModule) -> bool:
         """False where a scaler is on and `training_step` gave None for this batch.
@@ -326,8 +288,8 @@ class GradientClip(Callback):
         any where StochasticWeightAveraging runs an epoch for batch norm's statistics alone.
         """
         gave_none = module.automatic_optimization and not self._backward_ran
-        left_out = gave_none and live_scaler(trainer) is not None
-        return not left_out and not skips_backward(trainer)
+        is_left_out = gave_none and live_scaler(trainer.precision_plugin) is not None
+        return not is_left_out and not skips_backward(trainer)
 
     def _index(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> int:
         """Which clipper an optimizer has; they are built anew if the Trainer got new ones."""

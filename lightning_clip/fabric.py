@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -9,6 +10,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradclip import ConfigError, GradientClipper, PolicyLike
+from gradclip.adapters import Patches
 from lightning_clip.framework import Fabric, is_set_up, live_scaler, steps_by_engine
 
 __all__ = ["enable"]
@@ -24,8 +26,7 @@ def enable(
     Works with accumulation (once per step), under DDP, FSDP and ModelParallelStrategy, and with a
     gradient scaler, whose overflows are counted as steps that aren't finite. Call it once for each
     optimizer. The clipper can be part of what `fabric.save` is given; hand what `fabric.load`
-    returns for it to `clipper.load_state_dict`, which Lightning itself leaves out where checkpoints
-    are sharded.
+    returns for it to `clipper.load_state_dict`: where checkpoints are sharded, Lightning doesn't.
 
     Args:
         fabric: Which set up the model and the optimizer. Its `clip_gradients` then raises for this
@@ -80,28 +81,22 @@ def enable(
         )
         raise ConfigError(msg)
     named: list[Any] = list(model.module.named_parameters())  # type: ignore[union-attr]
-    clipper = GradientClipper(policy, named, raw, scaler=live_scaler(fabric))
+    scaler = live_scaler(fabric.strategy.precision)
+    clipper = GradientClipper(policy, named, raw, scaler=scaler)
     clipper.attach(raw)
     _clipped.add(raw)
-    _refuse_second_clip(fabric)
-    return clipper
 
-
-def _refuse_second_clip(fabric: Fabric) -> None:
-    """`fabric.clip_gradients` goes on working for optimizers that aren't clipped here."""
-    if "clip_gradients" in vars(fabric):
-        return
-    own = fabric.clip_gradients
-
-    def clip_gradients(module: Module, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        raw = getattr(optimizer, "optimizer", optimizer)
-        if raw in _clipped:
+    def refuse(
+        clip: Callable[..., Any], module: Any, optimizer: Any, *rest: Any, **more: Any
+    ) -> Any:
+        if getattr(optimizer, "optimizer", optimizer) is raw:
             msg = (
                 f"fabric.clip_gradients was called for a {type(raw).__name__} that "
                 "lightning_clip.enable clips before each step, so gradients would be clipped "
                 "twice. Remove the call; the norm is in clipper.last_record.grad_norm."
             )
             raise ConfigError(msg)
-        return own(module, optimizer, *args, **kwargs)
+        return clip(module, optimizer, *rest, **more)
 
-    fabric.clip_gradients = clip_gradients
+    Patches().wrap(fabric, "clip_gradients", refuse)
+    return clipper

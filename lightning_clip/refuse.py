@@ -1,43 +1,29 @@
-"""Set-ups in which gradients would be clipped twice, wrongly or not at all: an error at start."""
+"""Set-ups in which gradients would be clipped twice, wrongly or not at all: an error says so."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from types import CodeType, FunctionType
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
-from gradclip import ConfigError, GradientClipper
-from lightning_clip.framework import (
-    Callback,
-    LightningModule,
-    Trainer,
-    is_lightning,
-)
+from gradclip import ConfigError
+from gradclip.adapters import Patches, changes_gradients
+from lightning_clip.framework import Callback, LightningModule, Trainer, overriding
 
-__all__ = [
-    "refuse_losses",
-    "refuse_micro_batches",
-    "refuse_optimizers",
-    "refuse_setup",
-    "refuse_unreduced",
-]
-
-_CLIPPING = {"clip_gradients", "clip_grad_norm_", "clip_grad_value_"}
+__all__ = ["refuse_micro_batches", "refuse_optimizers", "refuse_second_clip", "refuse_setup"]
 
 
-def refuse_setup(trainer: Trainer, module: LightningModule, kind: type[Callback]) -> None:
-    """Check what can be known before anything is built.
+def refuse_setup(trainer: Trainer, kind: type[Callback]) -> None:
+    """Check that the Trainer itself doesn't clip too.
 
     Args:
         trainer: The Trainer that is about to fit.
-        module: The module it is to fit.
         kind: The callback class that may stand only once in the Trainer.
 
     Raises:
-        ConfigError: If something else clips too.
+        ConfigError: If it has a `gradient_clip_val`, or several such callbacks.
     """
     if trainer.gradient_clip_val:
         msg = (
@@ -53,7 +39,58 @@ def refuse_setup(trainer: Trainer, module: LightningModule, kind: type[Callback]
             ", so gradients would be clipped twice. Keep one and give it a list of policies."
         )
         raise ConfigError(msg)
-    _refuse_own_clipping(module)
+
+
+def refuse_second_clip(
+    trainer: Trainer, module: LightningModule, hooks: Sequence[str], patches: Patches
+) -> None:
+    """From now on refuse a module that clips too, when it does.
+
+    `clip_gradients` is refused before it changes anything. Around hooks that the user overrides,
+    gradients of the optimizer about to step are compared; other modules pay nothing.
+
+    Args:
+        trainer: The fitting Trainer.
+        module: Its methods are replaced on the instance.
+        hooks: The module's hooks that run between the callback's clip and the step.
+        patches: Whose `undo` gives the methods back.
+    """
+    name = type(module).__name__
+
+    def refuse_call(
+        clip: Callable[..., None],
+        optimizer: Any,
+        gradient_clip_val: Any = None,
+        *rest: Any,
+        **more: Any,
+    ) -> None:
+        # Lightning calls it in each step, without a value or with 0 where nothing is to be clipped.
+        if gradient_clip_val or (gradient_clip_val is None and trainer.gradient_clip_val):
+            msg = (
+                f"{name}.clip_gradients was called, and GradientClip is among the callbacks, so "
+                "gradients would be clipped twice. Remove the call, or GradientClip."
+            )
+            raise ConfigError(msg)
+        clip(optimizer, gradient_clip_val, *rest, **more)
+
+    def compare(where: str, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        stepping = args[:1] or trainer.optimizers
+        held = [p for opt in stepping for group in opt.param_groups for p in group["params"]]
+        result, changed = changes_gradients(partial(hook, *args, **kwargs), held)
+        if changed:
+            msg = (
+                f"{where} changed gradients after GradientClip had clipped them, so they would be "
+                "clipped twice. Remove one of them; an override that only reads gradients may "
+                "stay. What is to change gradients before they are clipped belongs into a callback "
+                "listed before GradientClip."
+            )
+            raise ConfigError(msg)
+        return result
+
+    for hook in (*hooks, "clip_gradients"):
+        if (owner := overriding(module, hook)) is not None:
+            patches.wrap(module, hook, partial(compare, f"{owner}.{hook}"))
+    patches.wrap(module, "clip_gradients", refuse_call)
 
 
 def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
@@ -84,47 +121,19 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
             raise ConfigError(msg)
 
 
-def refuse_losses(clippers: Sequence[GradientClipper]) -> None:
-    """Check that a policy that watches the loss is given the right one.
-
-    Raises:
-        ConfigError: If there are several optimizers, whose losses can't be told apart.
-    """
-    if len(clippers) > 1 and any(clipper.watches_loss for clipper in clippers):
-        msg = (
-            f"GradientClip: a policy has watch 'loss' or 'both', and {len(clippers)} "
-            "optimizers have losses that Lightning's on_before_backward doesn't tell apart; "
-            "allowed: one optimizer. Set watch to 'norm', or call clipper.clip(loss=...) of a "
-            "gradclip.GradientClipper in manual optimization."
-        )
-        raise ConfigError(msg)
-
-
 def refuse_micro_batches(trainer: Trainer) -> None:
-    """Check that each backward's gradients can be clipped by themselves, once optimizers exist.
+    """Check that each backward's gradients can be clipped by themselves.
 
     Raises:
-        ConfigError: If several optimizers share a backward, one evaluates a closure several times,
-            or ranks accumulate before they reduce.
+        ConfigError: If an optimizer evaluates its closure several times a step, or ranks accumulate
+            their own batches before they reduce.
     """
-    kinds = [type(optimizer).__name__ for optimizer in trainer.optimizers]
-    if len(kinds) > 1 or any(isinstance(o, LBFGS) for o in trainer.optimizers):
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         msg = (
-            f"GradientClip: stage is 'after_backward', and the optimizers are {', '.join(kinds)}; "
-            "allowed: one, other than LBFGS, as a backward doesn't say which optimizer's step it "
-            "is for. Set stage to 'step', or in manual optimization use micro_batch of a "
-            "gradclip.GradientClipper of your own."
+            "GradientClip: stage is 'after_backward', and the optimizer is LBFGS, which makes "
+            "several backwards a step; allowed: other optimizers. Set stage to 'step'."
         )
         raise ConfigError(msg)
-    refuse_unreduced(trainer)
-
-
-def refuse_unreduced(trainer: Trainer) -> None:
-    """Check that every backward's gradients are those of all ranks.
-
-    Raises:
-        ConfigError: If ranks accumulate their own batches before they reduce.
-    """
     window = trainer.accumulate_grad_batches
     if trainer.world_size > 1 and window > 1:
         msg = (
@@ -134,41 +143,3 @@ def refuse_unreduced(trainer: Trainer) -> None:
             "or accumulate in manual optimization."
         )
         raise ConfigError(msg)
-
-
-def _refuse_own_clipping(module: LightningModule) -> None:
-    """The module's own clipping, told from the names its code uses."""
-    manual = ("training_step",)
-    automatic = ("configure_gradient_clipping", "optimizer_step")
-    hooks = automatic if module.automatic_optimization else manual
-    for hook in (*hooks, "on_after_backward", "on_before_optimizer_step"):
-        for where, function in _overrides(module, hook):
-            names = set(_names(function))
-            if called := sorted(names & _CLIPPING):
-                msg = (
-                    f"{where}.{hook} calls {called[0]}, and GradientClip is among the callbacks, "
-                    "so gradients would be clipped twice. Remove one of them; an override that "
-                    "only logs may stay."
-                )
-                raise ConfigError(msg)
-            if hook not in names:
-                break
-
-
-def _overrides(module: LightningModule, hook: str) -> Iterator[tuple[str, Any]]:
-    """A hook as the user wrote it, nearest first; each runs if the one before it calls super."""
-    if hook in vars(module):
-        yield type(module).__name__, vars(module)[hook]
-    for cls in type(module).__mro__:
-        if hook in vars(cls) and not is_lightning(cls):
-            yield cls.__name__, vars(cls)[hook]
-
-
-def _names(function: Callable[..., Any]) -> Iterator[str]:
-    """Every global and attribute name in a function's code and the functions inside it."""
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    codes = [function.__code__] if isinstance(function, FunctionType) else []
-    while codes:
-        code = codes.pop()
-        yield from code.co_names
-        codes += [const for const in code.co_consts if isinstance(const, CodeType)]

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from gradclip import ConfigError
+from gradclip.adapters import Patches
 from lightning_clip.framework import LightningModule, Trainer
 
 __all__ = ["hold_schedule"]
 
 
 def hold_schedule(
-    trainer: Trainer, module: LightningModule, withheld: Callable[[], bool]
-) -> Callable[[], None]:
+    trainer: Trainer, module: LightningModule, is_withheld: Callable[[], bool], patches: Patches
+) -> None:
     """Leave out the module's `lr_scheduler_step` after a withheld step.
 
-    Schedules with interval "epoch" count epochs, not steps, and go on.
+    Schedules with interval "epoch" go on: they count epochs, not steps.
 
     Args:
-        trainer: Which calls that hook after each optimizer step.
+        trainer: It calls that hook after each optimizer step.
         module: Its hook is replaced on the instance.
-        withheld: Whether the last step was; asked once each time a schedule is due.
-
-    Returns:
-        What undoes it.
+        is_withheld: Whether the last step was withheld; asked once each time a schedule is due.
+        patches: Whose `undo` gives the hook back.
 
     Raises:
         ConfigError: If the Trainer doesn't call the hook, or not after each step.
@@ -46,22 +44,11 @@ def hold_schedule(
                 "allowed: frequency 1. Set schedule_on_skip to 'advance'."
             )
             raise ConfigError(msg)
-    was_own = "lr_scheduler_step" in vars(module)
-    step = module.lr_scheduler_step
 
-    @functools.wraps(step)
-    def step_unless_withheld(scheduler: Any, metric: Any | None) -> None:
-        known = [c for c in trainer.lr_scheduler_configs if c.scheduler is scheduler]
-        by_step = any(config.interval == "step" for config in known)
-        if not (by_step and withheld()):
+    def step_unless_withheld(step: Callable[..., None], scheduler: Any, metric: Any) -> None:
+        configs = trainer.lr_scheduler_configs
+        by_step = any(c.scheduler is scheduler and c.interval == "step" for c in configs)
+        if not (by_step and is_withheld()):
             step(scheduler, metric)
 
-    module.lr_scheduler_step = step_unless_withheld
-
-    def undo() -> None:
-        if was_own:
-            module.lr_scheduler_step = step
-        else:
-            del module.lr_scheduler_step
-
-    return undo
+    patches.wrap(module, "lr_scheduler_step", step_unless_withheld)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch.optim import LBFGS, Optimizer
 
 from gradclip import ConfigError
+from gradclip.adapters import Patches
 
 __all__ = ["Steps"]
 
@@ -18,21 +19,21 @@ class Steps:
 
     Args:
         optimizers: Those that have a clipper, in that order.
+        patches: Whose `undo` takes the hooks off the optimizers.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer | Any]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer | Any], patches: Patches) -> None:
         self._names = [f"Optimizer {i} ({type(o).__name__})" for i, o in enumerate(optimizers)]
         self._announced: set[int] = set()
         self._closures = {i for i, o in enumerate(optimizers) if isinstance(o, LBFGS)}
         self._evaluated: set[int] = set()
         # Outside of batches torch steps optimizers too, to make their state before it is loaded.
         self._is_in_batch = False
-        self._undo: list[Callable[[], None]] = []
         for index, optimizer in enumerate(optimizers):
             if isinstance(optimizer, Optimizer):
                 begin, end = partial(self._begin, index), partial(self._end, index)
-                self._undo.append(optimizer.register_step_pre_hook(begin).remove)
-                self._undo.append(optimizer.register_step_post_hook(end).remove)
+                patches.callback(optimizer.register_step_pre_hook(begin).remove)
+                patches.callback(optimizer.register_step_post_hook(end).remove)
 
     def begin_batch(self) -> None:
         """From now on each step has to be announced."""
@@ -40,23 +41,20 @@ class Steps:
         self._is_in_batch = True
 
     def end_batch(self) -> None:
-        """Until the next batch none has to be."""
+        """Until the next batch no step has to be announced."""
         self._is_in_batch = False
 
     def announce(self, index: int) -> bool:
-        """Lightning says that an optimizer is about to step; whether it said so in this step.
+        """Take in that Lightning is about to step an optimizer.
 
-        LBFGS evaluates its closure several times a step, each time with all of the hooks.
+        Returns:
+            Whether this is one more evaluation of the closure in the same step: LBFGS evaluates it
+            several times, each time with all of Lightning's hooks.
         """
         self._announced.add(index)
         repeat = index in self._evaluated
         self._evaluated |= {index} & self._closures
         return repeat
-
-    def release(self) -> None:
-        """Take the hooks off."""
-        while self._undo:
-            self._undo.pop()()
 
     def _begin(
         self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -73,10 +71,10 @@ class Steps:
     def _refuse_unannounced(self, index: int) -> None:
         if self._is_in_batch and index not in self._announced:
             msg = (
-                f"{self._names[index]} makes a step that Lightning's on_before_optimizer_step, "
-                "where GradientClip clips, wasn't called for; allowed: steps of what "
-                "self.optimizers() returns, and of the optimizer that optimizer_step is given. "
-                "Leave out use_pl_optimizer=False and `.optimizer`, or clip there yourself with a "
-                "gradclip.GradientClipper and remove GradientClip."
+                f"{self._names[index]} makes a step without Lightning's on_before_optimizer_step, "
+                "where GradientClip clips; allowed: steps of what self.optimizers() returns, and "
+                "of the optimizer that optimizer_step is given. Leave out use_pl_optimizer=False "
+                "and `.optimizer`, or remove GradientClip and clip this step with a "
+                "gradclip.GradientClipper."
             )
             raise ConfigError(msg)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 import gradclip
+from gradclip import ConfigError, adapters
 from gradclip.config import parse_mapping
 from gradclip.policies import AnyPolicy
 
@@ -32,23 +34,44 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def blocks(language, pages=PAGES):
+@dataclass(frozen=True)
+class Block:
+    """Code of a page; `line` is its number there, from 1."""
+
+    page: Path
+    line: int
+    text: str
+
+    @property
+    def place(self):
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(language, pages):
     for page in sorted(pages):
-        found = re.findall(
-            rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE
-        )
-        for index, code in enumerate(found):
-            yield pytest.param(code, id=f"{page.relative_to(ROOT)}-{index}")
+        text = page.read_text()
+        for found in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            yield Block(page, text.count("\n", 0, found.start(1)) + 1, found[1])
 
 
-@pytest.mark.parametrize("code", list(blocks("python")))
-def test_python(code, monkeypatch, tmp_path):
-    for folder in ("configs", "examples"):
-        os.symlink(ROOT / folder, tmp_path / folder)
-    monkeypatch.chdir(tmp_path)
-    if "deepspeed.initialize" in code:  # as its launcher would
-        monkeypatch.setenv("LOCAL_RANK", "0")
-    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+def pages_with(language):
+    return sorted({block.page for block in blocks(language, PAGES)})
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: f"{page.relative_to(ROOT)}")
+def test_python(page, monkeypatch, tmp_path):
+    """Each block by itself, in a folder of its own; tracebacks show the lines of the page."""
+    for number, block in enumerate(blocks("python", [page])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in ("configs", "examples"):
+            os.symlink(ROOT / name, folder / name)
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            if "deepspeed.initialize" in block.text:  # as its launcher would
+                patch.setenv("LOCAL_RANK", "0")
+            code = "\n" * (block.line - 1) + block.text
+            exec(compile(code, str(page), "exec"), {"__name__": "__main__"})
 
 
 def sections(mapping):
@@ -63,43 +86,57 @@ def sections(mapping):
             yield from sections(value)
 
 
-@pytest.mark.parametrize("text", list(blocks("yaml")))
-def test_yaml(text):
-    for section in sections(yaml.safe_load(text)):
-        parse_mapping(section)
+def test_yaml():
+    faults = []
+    for block in blocks("yaml", PAGES):
+        try:
+            for section in sections(yaml.safe_load(block.text)):
+                parse_mapping(section)
+        except (ConfigError, yaml.YAMLError) as error:
+            faults.append(f"{block.place}: {error}")
+    assert not faults
 
 
 def test_links_lead_somewhere():
+    faults = []
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+            path = page.parent / target if target else page
+            if target.startswith("http"):
+                continue
+            if not path.exists() or (anchor and anchor not in anchors(path)):
+                faults.append(f"{page.relative_to(ROOT)}: {target}#{anchor}")
+    assert not faults
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_every_public_name_is_mentioned():
-    text = "".join(page.read_text() for page in PAGES)
-    for_adapters = {"ClipError", "PolicyLike", "as_config", "configs_for", "load_section"}
-    missing = [n for n in gradclip.__all__ if n not in text and n not in for_adapters]
-    assert not missing
+    text = "".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    names = {*gradclip.__all__, *adapters.__all__}
+    assert not {name for name in names if not re.search(rf"\b{name}\b", text)}
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_every_policy_has_a_page(kind):
-    text = (POLICIES / f"{kind}.md").read_text()
-    prose = re.sub(r"^```(?:python|yaml)\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    assert re.search(r" (=|<=|>) ", prose), "an equation"
-    settings = [
-        yaml.safe_load(block.values[0]) for block in blocks("yaml", [POLICIES / f"{kind}.md"])
-    ]
-    used = {policy["type"] for s in settings for part in sections(s) for policy in part["policies"]}
-    assert kind in used
-    assert f"](../images/policies/{kind}.png)" in text
-    picture = (ROOT / "docs" / "images" / "policies" / f"{kind}.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert len(picture) < 90_000
+def test_every_policy_has_a_page_with_a_picture():
     rows = [line for line in (POLICIES / "README.md").read_text().splitlines() if line[:1] == "|"]
-    assert any(f"({kind}.md)" in row for row in rows), "a situation"
-    assert any(row.startswith(f"| `{kind}` |") for row in rows), "a row of all policies"
+    for kind in TYPES:
+        page = POLICIES / f"{kind}.md"
+        text = page.read_text()
+        prose = re.sub(r"^```(?:python|yaml)\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert re.search(r" (=|<=|>) ", prose), f"{kind}: no equation"
+        settings = [yaml.safe_load(block.text) for block in blocks("yaml", [page])]
+        policies = [p for s in settings for part in sections(s) for p in part["policies"]]
+        assert kind in {policy["type"] for policy in policies}, kind
+        assert f"](../images/policies/{kind}.png)" in text, kind
+        picture = (ROOT / "docs" / "images" / "policies" / f"{kind}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG"), kind
+        assert len(picture) < 90_000, kind
+        assert any(f"({kind}.md)" in row for row in rows), f"{kind}: in no situation"
+        assert any(row.startswith(f"| `{kind}` |") for row in rows), f"{kind}: not in the table"
 
 
 def test_every_page_on_a_policy_is_of_one():

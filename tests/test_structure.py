@@ -73,7 +73,7 @@ def test_adapters_use_public_names_and_never_each_other(package, other):
     assert files
     for path in files:
         for module in imports(path):
-            assert not module.startswith("gradclip."), path
+            assert module == "gradclip.adapters" or not module.startswith("gradclip."), path
             assert not module.startswith((f"{other}_clip", f"{other}.")), path
 
 
@@ -90,18 +90,23 @@ def public(package):
             yield name, value
 
 
-PUBLIC = dict(public(gradclip))
-
-
-@pytest.mark.parametrize(("name", "value"), PUBLIC.items(), ids=PUBLIC)
-def test_public_names_are_documented_and_args_exist(name, value):
+def faults_of(name, value):
     text = inspect.getdoc(value)
-    assert text, name
+    if not text:
+        yield f"{name} has no docstring"
+        return
     documented = set()
     if match := re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, re.MULTILINE):
         documented = set(re.findall(r"^    (\w+):", match.group(1), re.MULTILINE))
     signature = inspect.signature(value.__init__ if inspect.isclass(value) else value)
-    assert documented <= set(signature.parameters), name
+    for argument in documented - set(signature.parameters):
+        yield f"{name} documents {argument!r}, which it doesn't take"
+
+
+def test_public_names_are_documented_and_their_arguments_exist():
+    names = dict(public(gradclip))
+    assert len(names) > 50
+    assert [fault for item in names.items() for fault in faults_of(*item)] == []
 
 
 def test_files_stay_small():

@@ -1,106 +1,94 @@
-"""A plain PyTorch loop: clipping inside `optimizer.step()`."""
+"""Clipping inside `optimizer.step()`, by hooks of the optimizer and of a `GradScaler`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradclip.drivers.micro_batches import refuse_closures
+from gradclip.core import Core
+from gradclip.drivers.closures import refuse_closures
+from gradclip.drivers.losses import Losses
+from gradclip.drivers.scaler import LossScale
 from gradclip.errors import ConfigError
 from gradclip.layouts.deepspeed import is_engine
+from gradclip.patches import Patches
 from gradclip.plan.parameters import refuse_differentiable
-from gradclip.types import Handle
 
-if TYPE_CHECKING:
-    from gradclip.clipper import GradientClipper
-
-__all__ = ["clip_before_step"]
+__all__ = ["Attached"]
 
 
-def clip_before_step(
-    clipper: GradientClipper, optimizer: Optimizer, clip: Callable[..., object] | None = None
-) -> Handle:
-    """Register a step pre-hook that clips; with a closure, clip whenever its backward is done.
+class Attached:
+    """Clips before each step of an optimizer; with a closure, each time its backward is done.
 
     A `GradScaler` leaves the unscaling to a fused optimizer and tells it the scale, which is
     passed on, so that limits mean the same with and without one. What a closure returns is shown
     to policies that watch the loss, unless one was observed.
 
     Args:
-        clipper: Whose parameters are clipped.
+        core: Of the clipper.
         optimizer: Before whose steps.
-        clip: Called in place of the clipper's own `clip`, with `grad_scale` and `repeat`. It may be
-            called by hand as well, so that a second call in a step is its concern.
+        clip: Called with `grad_scale` and `repeat`.
+        losses: Where policies look for the loss; None if none does.
+        scaler: The scaler that makes the steps, if the clipper knows one.
+        once: `clip` itself sees to it that a step that was clipped by hand isn't clipped again.
+
+    Attributes:
+        is_stepping: The step is under way.
 
     Raises:
-        ConfigError: If the clipper is attached already; the optimizer has no parameter that it
-            holds, is differentiable, or is a DeepSpeed engine that it was built without.
+        ConfigError: If the optimizer has no parameter that the clipper holds, is differentiable,
+            or is a DeepSpeed engine that the clipper was built without.
     """
-    if clipper._is_attached:
-        msg = (
-            "attach: this clipper is attached already, so each step would be clipped and counted "
-            "twice; allowed: one attachment. Leave the second out, or call remove() of the handle "
-            "that the first returned."
-        )
-        raise ConfigError(msg)
-    if is_engine(optimizer):
-        msg = (
-            "attach got a DeepSpeed engine, and this clipper was built without it; build it "
-            "with the engine, as in GradientClipper(policy, optimizer=engine).attach(engine)."
-        )
-        raise ConfigError(msg)
-    refuse_differentiable(optimizer)
-    held = {id(p) for p in clipper._on.plan.parameters.values()}
-    if not any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
-        msg = (
-            f"attach got a {type(optimizer).__name__} that shares no parameter with this "
-            "clipper; attach the optimizer whose parameters the clipper was built with."
-        )
-        raise ConfigError(msg)
-    return _Attached(clipper, optimizer, clip)
-
-
-class _Attached:
-    """The hooks, and whether a scaler's step has clipped already."""
 
     def __init__(
         self,
-        clipper: GradientClipper,
+        core: Core,
         optimizer: Optimizer,
-        clip: Callable[..., object] | None,
+        clip: Callable[..., object],
+        *,
+        losses: Losses | None,
+        scaler: LossScale | None,
+        once: bool,
     ) -> None:
-        self._clipper = clipper
+        _refuse_optimizer(core, optimizer)
+        self.is_stepping = False
+        self._core = core
         self._optimizer = optimizer
-        self._clip_once = clip
-        self._clipped = False
-        self._known = clipper.last_record
-        clipper._on.effect.make_ready()
+        self._clip_gradients = clip
+        self._losses = losses
+        self._once = once
+        self._clipped_by_scaler = False
+        self._known = core.last_record
+        self._patches = Patches()
+        core.machinery.effect.make_ready()
         # Where the step is compiled, this stays outside of the graph.
         hook = torch.compiler.disable(self._before_step)
-        self._undo: list[Callable[[], None]] = [optimizer.register_step_pre_hook(hook).remove]
-        self._undo.append(clipper._loss_scale.around_step(self._around_scaler_step))
-        clipper._is_attached = True
+        self._patches.callback(optimizer.register_step_pre_hook(hook).remove)
+        if scaler is not None:
+            scaler.around_step(self._patches, self._around_scaler_step)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it still clips."""
+        return self._patches.is_on
 
     def remove(self) -> None:
         """Clip no more."""
-        if self._undo:
-            self._clipper._is_attached = False
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
 
     @contextmanager
     def _around_scaler_step(self) -> Iterator[None]:
         self._clip()
-        self._clipped = True
+        self._clipped_by_scaler = True
         try:
             yield
         finally:
-            self._clipped = False
+            self._clipped_by_scaler = False
 
     def _before_step(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -109,13 +97,13 @@ class _Attached:
         if isinstance(found_inf, Tensor) and found_inf.ndim:
             # FSDP's scaler of torch 2.13 gives shape (1,), which fused steps refuse.
             vars(self._optimizer)["found_inf"] = found_inf.reshape(())
-        if self._clipped:
+        if self._clipped_by_scaler:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._clip(getattr(self._optimizer, "grad_scale", None))
             return None
-        if self._clipper.config.stage == "after_backward":
+        if self._core.config.stage == "after_backward":
             refuse_closures()
         rest = {name: value for name, value in kwargs.items() if name != "closure"}
         return (args[0], self._then_clip(closure), *args[2:]), rest
@@ -127,9 +115,8 @@ class _Attached:
             nonlocal repeat
             with torch.enable_grad():
                 loss = closure()
-            clipper = self._clipper
-            if loss is not None and clipper.watches_loss and not clipper.has_loss:
-                clipper.observe_loss(loss)
+            if loss is not None and self._losses is not None and not self._losses.any:
+                self._losses.observe(loss)
             self._clip(repeat=repeat)
             repeat = True
             return loss
@@ -137,18 +124,33 @@ class _Attached:
         return closure_then_clip
 
     def _clip(self, grad_scale: Tensor | None = None, *, repeat: bool = False) -> None:
-        clipper = self._clipper
-        if clipper.last_record is not self._known and self._clip_once is None:
+        if self._core.last_record is not self._known and not self._once:
             msg = (
                 "clip() was called since the last step and the clipper is attached, so this step "
                 "would be clipped and counted twice; allowed: one of the two. Leave clip() out, "
                 "or call remove() of the handle that attach returned."
             )
             raise ConfigError(msg)
-        clipper._on.effect.in_step = True
+        self.is_stepping = True
         try:
-            clip = clipper.clip if self._clip_once is None else self._clip_once
-            clip(grad_scale=grad_scale, repeat=repeat)
-        finally:  # which is another one if parameters were added
-            clipper._on.effect.in_step = False
-            self._known = clipper.last_record
+            self._clip_gradients(grad_scale=grad_scale, repeat=repeat)
+        finally:
+            self.is_stepping = False
+            self._known = self._core.last_record
+
+
+def _refuse_optimizer(core: Core, optimizer: Optimizer) -> None:
+    if is_engine(optimizer):
+        msg = (
+            "attach got a DeepSpeed engine, and this clipper was built without it; build it "
+            "with the engine, as in GradientClipper(policy, optimizer=engine).attach(engine)."
+        )
+        raise ConfigError(msg)
+    refuse_differentiable(optimizer)
+    held = set(core.machinery.plan.parameters.values())
+    if not any(p in held for group in optimizer.param_groups for p in group["params"]):
+        msg = (
+            f"attach got a {type(optimizer).__name__} that shares no parameter with this "
+            "clipper; attach the optimizer whose parameters the clipper was built with."
+        )
+        raise ConfigError(msg)

@@ -9,40 +9,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradclip.core import Core
 from gradclip.errors import ConfigError
-from gradclip.layouts.deepspeed import ZeroLayout
-from gradclip.types import Handle, Verdict
+from gradclip.layouts.deepspeed import DeepSpeedLayout
+from gradclip.patches import Patches
+from gradclip.types import Given, Handle, Step
 
-__all__ = ["Halves", "clip_inside_step"]
+__all__ = ["clip_inside_step"]
 
 _logger = logging.getLogger("gradclip")
-_MISSING = object()
 
 
-@dataclass(frozen=True, slots=True)
-class Halves:
-    """The two halves of a clipping step, which DeepSpeed needs at two moments.
+def clip_inside_step(
+    core: Core, layout: DeepSpeedLayout, engine: Any, given: Callable[[Tensor | None], Given]
+) -> Handle:
+    """Make the engine clip from its next step on, and with nothing else.
 
-    Attributes:
-        config: The clipper's configuration.
-        decide: Measure the gradients, decide and record. Takes the loss scale they carry and
-            what to do about non-finite ones; gives what was collected, the verdict, the record.
-        write: Carry a verdict out on the tensors of one bucket.
-    """
-
-    config: Any
-    decide: Callable[[Tensor | None, str], tuple[Any, Verdict, Any]]
-    write: Callable[[Verdict, int, Sequence[Tensor]], None]
-
-
-def clip_inside_step(halves: Halves, layout: ZeroLayout, engine: Any) -> Handle:
-    """Make the engine clip with these from its next step on, and with nothing else.
+    Args:
+        core: Of the clipper; it looks and commits when DeepSpeed asks for the norm, and writes
+            when DeepSpeed clips.
+        layout: Where the engine keeps its gradients.
+        engine: To be the one of the layout.
+        given: Gives what is known of a step, from the loss scale that its gradients carry.
 
     Raises:
         ConfigError: If the engine is another than the clipper's, clips with gradclip already, or
@@ -60,8 +54,8 @@ def clip_inside_step(halves: Halves, layout: ZeroLayout, engine: Any) -> Handle:
             "allowed: once. Call handle.remove() of the first one."
         )
         raise ConfigError(msg)
-    _refuse_other_threshold(engine, halves.config)
-    step = _Step(halves, layout)
+    _refuse_other_threshold(engine, core.config)
+    step = _EngineStep(core, layout, given)
     step.install()
     return step
 
@@ -80,17 +74,20 @@ def _refuse_other_threshold(engine: Any, config: Any) -> None:
         raise ConfigError(msg)
 
 
-class _Step:
+class _EngineStep:
     """The replaced methods of one engine and its optimizer, and the step they are in."""
 
-    def __init__(self, halves: Halves, layout: ZeroLayout) -> None:
-        self._halves = halves
+    def __init__(
+        self, core: Core, layout: DeepSpeedLayout, given: Callable[[Tensor | None], Given]
+    ) -> None:
+        self._core = core
+        self._given = given
         self._layout = layout
         self._engine = layout.engine
         self._optimizer = layout.engine.optimizer
-        self._undo: list[Callable[[], None]] = []
+        self._patches = Patches()
         self._norm = torch.zeros(())
-        self._verdict: Verdict | None = None
+        self._step: Step | None = None
         self._scale = 1.0
         self._withheld = False
 
@@ -102,10 +99,10 @@ class _Step:
                 "gradclip clips inside engine.step().",
                 own,
             )
-        self._set(self._engine._config, "gradient_clipping", 0.0)
-        self._set(self._engine, "gradclip_attached", True)
+        self._patches.put(self._engine._config, "gradient_clipping", 0.0)
+        self._patches.put(self._engine, "gradclip_attached", True)
         if hasattr(self._optimizer, "clip_grad"):
-            self._set(self._optimizer, "clip_grad", 0.0)
+            self._patches.put(self._optimizer, "clip_grad", 0.0)
         {
             "DeepSpeedZeroOptimizer": self._install_zero_1_and_2,
             "DeepSpeedZeroOptimizer_Stage3": self._install_zero_3,
@@ -116,16 +113,7 @@ class _Step:
 
     def remove(self) -> None:
         """Give the engine its own methods and threshold back."""
-        while self._undo:
-            self._undo.pop()()
-
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        before = vars(owner).get(name, _MISSING)
-        setattr(owner, name, value)
-        if before is _MISSING:
-            self._undo.append(lambda: delattr(owner, name))
-        else:
-            self._undo.append(lambda: setattr(owner, name, before))
+        self._patches.undo()
 
     # The two moments.
 
@@ -138,25 +126,27 @@ class _Step:
         """
         scale = getattr(self._optimizer, "loss_scale", None)
         self._scale = 1.0 if scale is None else float(scale)
-        rule = self._halves.config.on_nonfinite
+        rule = self._core.config.on_nonfinite
         scaler = getattr(self._optimizer, "loss_scaler", None)
         if (withholds and rule == "ignore") or getattr(scaler, "dynamic", False):
             rule = "skip"  # an overflow is how a dynamic loss scale finds its value
         grad_scale = None if self._scale == 1.0 else torch.tensor(self._scale)
         with self._layout.in_step():
-            _, verdict, record = self._halves.decide(grad_scale, rule)
-        self._norm = record.grad_norm
-        self._withheld = verdict.withheld
-        self._verdict = replace(verdict, withheld=False)
+            step = self._core.look(replace(self._given(grad_scale), on_nonfinite=rule))
+            self._norm = self._core.commit(step).grad_norm
+        # DeepSpeed withholds the step by its own path, and asks for no clip then.
+        self._withheld = step.verdict.withheld
+        self._step = replace(step, verdict=replace(step.verdict, withheld=False))
         return self._withheld
 
     @torch.no_grad()
     def _write(self, bucket: int, tensors: Sequence[Tensor]) -> None:
         """Unscale and clip what a bucket is about to step with."""
-        assert self._verdict is not None
+        assert self._step is not None
         if self._scale != 1.0:
             torch._foreach_mul_(list(tensors), 1.0 / self._scale)
-        self._halves.write(self._verdict, bucket, tensors)
+        slots = self._core.machinery.plan.slots
+        self._core.write(self._step, self._layout.parts(slots, bucket, tensors))
         self._optimizer._global_grad_norm = self._norm.float()
 
     def _scaled_norm(self) -> Tensor:
@@ -171,12 +161,12 @@ class _Step:
 
         def update_scale(has_overflow: bool = False) -> None:
             # A step that a policy withholds has finite gradients, so the scale isn't too large.
-            assert self._verdict is not None
-            update(has_overflow and not bool(self._verdict.finite))
+            assert self._step is not None
+            update(has_overflow and not bool(self._step.verdict.finite))
 
-        self._set(self._optimizer, "_update_scale", update_scale)
+        self._patches.put(self._optimizer, "_update_scale", update_scale)
         # Our measure sees what this check looks for, so its pass and its collective are saved.
-        self._set(self._optimizer, "check_overflow", lambda *_, **__: None)
+        self._patches.put(self._optimizer, "check_overflow", lambda *_, **__: None)
 
     def _install_zero_1_and_2(self) -> None:
         optimizer = self._optimizer
@@ -196,10 +186,10 @@ class _Step:
                 self._write(bucket, [flat])
 
         self._install_scale()
-        self._set(optimizer, "compute_grad_norm", True)
-        self._set(optimizer, "check_grad_overflow", optimizer.check_grad_overflow)
-        self._set(optimizer, "scaled_global_norm", scaled_global_norm)
-        self._set(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
+        self._patches.put(optimizer, "compute_grad_norm", True)
+        self._patches.put(optimizer, "check_grad_overflow", optimizer.check_grad_overflow)
+        self._patches.put(optimizer, "scaled_global_norm", scaled_global_norm)
+        self._patches.put(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
 
     def _install_zero_3(self) -> None:
         optimizer = self._optimizer
@@ -214,8 +204,8 @@ class _Step:
             self._write(sub_group_id, [flat])
 
         self._install_scale()
-        self._set(optimizer, "_get_norm_groups", norm_groups)
-        self._set(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
+        self._patches.put(optimizer, "_get_norm_groups", norm_groups)
+        self._patches.put(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
 
     def _install_bf16(self) -> None:
         optimizer = self._optimizer
@@ -228,7 +218,7 @@ class _Step:
                     self._write(bucket, [flat])
             return [self._scaled_norm().reshape(1)], {}
 
-        self._set(optimizer, "get_grads_for_norm", grads_for_norm)
+        self._patches.put(optimizer, "get_grads_for_norm", grads_for_norm)
 
     def _install_wrapped(self) -> None:
         optimizer = self._optimizer
@@ -244,8 +234,8 @@ class _Step:
                 self._write(bucket, [p.grad for p in ([held] if fused else held)])
             return 1.0
 
-        self._set(optimizer.overflow_checker, "has_overflow", has_overflow)
-        self._set(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
+        self._patches.put(optimizer.overflow_checker, "has_overflow", has_overflow)
+        self._patches.put(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
 
     def _install_bare(self) -> None:
         """Stage 0 in fp32: torch's optimizer, told to the engine by attributes it looks for."""
@@ -260,6 +250,6 @@ class _Step:
                 else:
                     self._write(bucket, self._layout.whole(bucket))
 
-        self._set(optimizer, "overflow", False)
-        self._set(optimizer, "_global_grad_norm", None)
-        self._undo.append(optimizer.register_step_pre_hook(before_step).remove)
+        self._patches.put(optimizer, "overflow", False)
+        self._patches.put(optimizer, "_global_grad_norm", None)
+        self._patches.callback(optimizer.register_step_pre_hook(before_step).remove)

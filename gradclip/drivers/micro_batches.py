@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gradclip.core import Core
 from gradclip.drivers.accumulation import Accumulated, add_up, is_borrowed
-from gradclip.effect.effect import apply
+from gradclip.drivers.closures import refuse_closures
+from gradclip.drivers.losses import Losses
+from gradclip.drivers.scaler import LossScale
 from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.layouts import is_flattened
-from gradclip.measure import combine, measure
+from gradclip.measure import measure_recorded
+from gradclip.norms import combine
 from gradclip.records.record import ClipRecord
-from gradclip.records.recorder import Seen
-from gradclip.stops import not_finite
-from gradclip.types import Collected, Verdict
+from gradclip.stops import nonfinite_names, shown
+from gradclip.types import Given, Step
 
-if TYPE_CHECKING:
-    from gradclip.clipper import GradientClipper
-
-__all__ = ["MicroBatches", "refuse_closures"]
+__all__ = ["MicroBatches"]
 
 _logger = logging.getLogger("gradclip")
 
@@ -35,54 +33,51 @@ class MicroBatches:
     """Keeps the sum of clipped micro-batches in `.grad`, and describes a step by its worst one.
 
     Args:
-        clipper: What decides on each of them.
+        core: Of the clipper.
+        losses: Where policies look for the loss; None if none does.
+        scaler: The scaler that makes the steps, if the clipper knows one.
+        in_engine: A DeepSpeed engine makes them.
 
     Raises:
-        ConfigError: If `stage` is "after_backward" and a DeepSpeed engine makes the steps.
+        ConfigError: If a DeepSpeed engine makes the steps.
     """
 
-    def __init__(self, clipper: GradientClipper) -> None:
-        self._clipper: GradientClipper = weakref.proxy(clipper)  # which ends with its last user
-        self._window: Accumulated | None = None
-        self._one: Accumulated | None = None
-        self._is_open = False
-
-        self._is_used = clipper.config.stage == "after_backward"
-        if self._is_used and clipper._zero is not None:
+    def __init__(
+        self, core: Core, losses: Losses | None, scaler: LossScale | None, *, in_engine: bool
+    ) -> None:
+        if in_engine:
             msg = (
                 "stage is 'after_backward' with a DeepSpeed engine, which reduces and adds up "
                 "gradients inside backward; allowed: stage 'step'. Set stage to 'step', or train "
                 "with DDP or FSDP2."
             )
             raise ConfigError(msg)
+        self._core = core
+        self._losses = losses
+        self._scaler = scaler
+        self._window: Accumulated | None = None
+        self._is_open = False
 
     @contextmanager
-    def one(self, loss: Tensor | float | None, share: float) -> Iterator[None]:
-        """Around one backward; see `GradientClipper.micro_batch`."""
-        if not self._is_used:
-            msg = (
-                "micro_batch: stage is 'step', which clips once a step; allowed: stage "
-                "'after_backward'. Set stage, or leave micro_batch out."
-            )
-            raise ConfigError(msg)
-        if not 0 < share <= 1:
-            msg = f"micro_batch: share is {share}; allowed: above 0, and 1 for a loss as it is."
-            raise ConfigError(msg)
+    def one(self, given: Given) -> Iterator[None]:
+        """Around one backward; see `GradientClipper.micro_batch`.
+
+        Args:
+            given: What is known of its gradients; `share` is what its loss is multiplied by.
+        """
         if self._is_open:
             msg = (
                 "micro_batch: one is open already; allowed: one backward in each, one after the "
                 "other. Close the first before the second."
             )
             raise ConfigError(msg)
-        if loss is not None:
-            self._clipper.observe_loss(loss)
-        parameters = list(self._clipper._on.plan.parameters.values())
+        parameters = list(self._core.machinery.plan.parameters.values())
         sums = self._set_aside(parameters)
         self._is_open = True
         try:
             yield
             with torch.no_grad():
-                self._join(sums, share)
+                self._join(sums, given)
         except BaseException:
             for p in parameters:
                 p.grad = sums.get(p)
@@ -90,67 +85,41 @@ class MicroBatches:
         finally:
             self._is_open = False
 
-    def at_step(self, grad_scale: Tensor | None, loss: object, *, repeat: bool) -> bool:
-        """Whether micro-batches were clipped since the last step; False if there was no backward.
+    def end_step(
+        self,
+        given: Given,
+        grad_scale: Tensor | None,
+        loss: object,
+        *,
+        repeat: bool,
+    ) -> ClipRecord:
+        """Count the step of the micro-batches since the last one; withhold it if none is left.
+
+        Args:
+            given: What is known of the step.
+            grad_scale: What the caller of `clip` gave; refused.
+            loss: The same.
+            repeat: One more evaluation of a closure; refused.
 
         Raises:
             ConfigError: If a backward ran outside of a micro-batch, or the call says what each
                 micro-batch has to say.
         """
-        if not self._is_used:
-            return False
-        if repeat:
-            refuse_closures()
-        for name, given, way_out in (
-            ("grad_scale", grad_scale, "GradientClipper(..., scaler=scaler)"),
-            ("loss", loss, "micro_batch(loss=loss)"),
-        ):
-            if given is not None:
-                msg = (
-                    f"clip: {name} is given and stage is 'after_backward', whose micro-batches are "
-                    f"clipped by then; allowed: {way_out}."
-                )
-                raise ConfigError(msg)
-        if self._is_open:
-            msg = "clip: a micro_batch is open; allowed: clip() after it. Call it outside."
-            raise ConfigError(msg)
-        if self._window is not None:
-            return True
-        if any(p.grad is not None for p in self._clipper._on.plan.parameters.values()):
-            msg = (
-                "clip: stage is 'after_backward', and gradients were made outside of micro_batch; "
-                "allowed: every backward in one, as in `with clipper.micro_batch(): "
-                "loss.backward()` (an adapter does it where the framework's own backward is "
-                "called). Or set stage to 'step'."
-            )
-            raise ConfigError(msg)
-        return False
-
-    def record(self, verdict: Verdict, seen: Seen) -> ClipRecord:
-        """Describe a micro-batch as `Recorder.record` does a step, to be counted with its step."""
-        recorder, each = self._clipper.recorder, self._clipper._on.plan.each
-        record, slots = recorder.describe(verdict, seen.norms)
-        found = slots()
-        parts = seen.measure() if recorder.keeps_worst and each else found
-        all_kept, none = torch.ones_like(verdict.finite), torch.zeros_like(record.grad_norm)
-        self._one = Accumulated(record, found, parts, seen.loss, all_kept, verdict.finite, none)
-        return record
-
-    def end_step(self) -> ClipRecord:
-        """Describe and count the step, and withhold it if no micro-batch is left."""
-        clipper, window = self._clipper, self._window
-        assert window is not None
+        self._refuse_call(grad_scale, loss, repeat=repeat)
+        core, window = self._core, self._window
+        if window is None:  # a step without a backward
+            record = core.commit(core.look(self._with_loss(given)))
+            core.withhold(None, given)
+            return record
         self._window = None
-        on, scaled, recorder = clipper._now(), clipper._loss_scale.is_live, clipper.recorder
-        if scaled:
-            clipper._loss_scale.settle(leave=False)
+        on = core.current()
         skipped = window.kept.logical_not()
-        if scaled:
+        if given.scaler_steps:
+            assert self._scaler is not None
+            self._scaler.settle(leave=False)
             skipped = skipped | window.record.finite.logical_not()
-        norm_type, grads = on.plan.recorded, on.layout.collect(on.plan.slots)
-        asked = {norm_type: on.plan.norm_types[norm_type]}
-        (norms,) = measure([(on.plan.as_measured(grads.counted), asked)], on.layout, on.kernel)
-        total = combine(norms[norm_type], norm_type)
+        grads = on.layout.collect(on.plan.slots)
+        total = combine(measure_recorded(on.plan, grads, on.layout, on.kernel), on.plan.recorded)
         record = replace(
             window.record,
             clipped_norm=torch.where(skipped, window.record.grad_norm, total),
@@ -158,12 +127,13 @@ class MicroBatches:
             clipped=window.record.clipped & skipped.logical_not(),
             skipped=skipped,
             dropped=window.dropped,
-            per_parameter=recorder.named(lambda: window.slots),
+            per_parameter=core.recorder.named(lambda: window.slots),
         )
-        of = (lambda: window.slots, lambda: window.each, clipper.batch, window.loss)
-        clipper.last_record = record = recorder.note(record, *of, window.sound)
-        on.effect.withhold(skipped if self._may_withhold else None, on.plan, scaler_follows=scaled)
-        clipper._checks.remember()
+        norms_of = (lambda: window.slots, lambda: window.each)
+        record = core.recorder.count(record, *norms_of, given.batch, window.loss, window.sound)
+        core.last_record = record
+        skips = given.on_nonfinite == "skip" or any(r.policy.withholds for r in on.plan.rules)
+        core.withhold(skipped if skips else None, given)
         if window.names:
             _logger.warning(
                 "gradclip: %d of %d micro-batches of a step were left out: %s.",
@@ -173,16 +143,36 @@ class MicroBatches:
             )
         return record
 
-    @property
-    def _may_withhold(self) -> bool:
-        rules = self._clipper._on.plan.rules
-        skips = self._clipper.config.on_nonfinite == "skip" or self._clipper._loss_scale.is_live
-        return skips or any(rule.policy.withholds for rule in rules)
+    def _refuse_call(self, grad_scale: Tensor | None, loss: object, *, repeat: bool) -> None:
+        if repeat:
+            refuse_closures()
+        for name, value, way_out in (
+            ("grad_scale", grad_scale, "GradientClipper(..., scaler=scaler)"),
+            ("loss", loss, "micro_batch(loss=loss)"),
+        ):
+            if value is not None:
+                msg = (
+                    f"clip: {name} is given and stage is 'after_backward', whose micro-batches are "
+                    f"clipped by then; allowed: {way_out}."
+                )
+                raise ConfigError(msg)
+        if self._is_open:
+            msg = "clip: a micro_batch is open; allowed: clip() after it. Call it outside."
+            raise ConfigError(msg)
+        parameters = self._core.machinery.plan.parameters.values()
+        if self._window is None and any(p.grad is not None for p in parameters):
+            msg = (
+                "clip: stage is 'after_backward', and gradients were made outside of micro_batch; "
+                "allowed: every backward in one, as in `with clipper.micro_batch(): "
+                "loss.backward()` (an adapter does it where the framework's own backward is "
+                "called). Or set stage to 'step'."
+            )
+            raise ConfigError(msg)
 
     def _set_aside(self, parameters: list[Parameter]) -> dict[Parameter, Tensor]:
         """Take the sum so far out of `.grad`, where the next backward would add to it."""
         if self._window is None:
-            self._clipper._checks.refuse_stale()
+            self._core.refuse_stale()
         sums = {p: p.grad for p in parameters if p.grad is not None}
         window = self._window
         if window is not None and window.any_sum and not sums:  # zeroed, and no step came
@@ -199,80 +189,68 @@ class MicroBatches:
             p.grad = None
         return sums
 
-    def _join(self, sums: Mapping[Parameter, Tensor], share: float) -> None:
-        clipper, scaled = self._clipper, self._clipper._loss_scale.is_live
-        factor: Tensor | None = None
-        if scaled:
-            factor = clipper._loss_scale.factor
-        if share != 1:
-            shared = torch.full((), share, dtype=torch.float64, device=clipper._on.device)
-            factor = shared if factor is None else factor * shared
-        number = 1 if self._window is None else self._window.count + 1
-        rule = "skip" if scaled else clipper.config.on_nonfinite
-        clipper._checks.before(factor, told=scaled)
+    def _join(self, sums: Mapping[Parameter, Tensor], given: Given) -> None:
+        """Clip what the backward gave, and add it to the sum."""
+        core, window = self._core, self._window
+        number = 1 if window is None else window.count + 1
+        given = replace(self._with_loss(given), grad_scale=self._factor(given), share=1.0)
         try:
-            grads, verdict, _ = clipper._decide(factor, rule, micro=True)
+            step = core.look(given)
         except NonFiniteError as error:
             msg = f"micro-batch {number} since the last step: {error}"
             raise NonFiniteError(msg) from None
-        # A scaler has to see an overflow, and then leaves the whole step out.
-        drop = verdict.skip
-        if drop is not None and scaled:
+        core.adopt(step)
+        verdict, drop = step.verdict, step.verdict.skip
+        if drop is not None and given.scaler_steps:
+            # A scaler has to see an overflow, and then leaves the whole step out.
             drop = drop & verdict.finite
-        one = self._taken(verdict, drop)
+        one = self._described(step, drop)
         left_out = verdict.withheld and bool(drop)
         if left_out:
-            one.names = [f"number {number} ({self._why(verdict)})"]
+            one.names = [f"number {number} ({self._why(step)})"]
         elif not verdict.withheld:
-            self._clip(verdict, drop, grads, factor)
-        clipper._checks.after(verdict)
-        if self._window is None:
-            self._window = one
+            core.write(step)
+            if core.machinery.kernel.reads_block and drop is not None:
+                # The host doesn't know whether it is dropped: then zeros join the sum.
+                for slot in step.grads.all:
+                    for grad in slot:
+                        grad.masked_fill_(drop.to(grad.device), 0)
+        if window is None:
+            self._window = window = one
         else:
-            self._window.add(one)
-        self._window.any_sum = add_up(clipper._on.plan.parameters, sums, left_out=left_out)
+            window.add(one)
+        window.any_sum = add_up(core.machinery.plan.parameters, sums, left_out=left_out)
 
-    def _taken(self, verdict: Verdict, drop: Tensor | None) -> Accumulated:
-        """The window of one micro-batch that `record` made, with whether it joins the sum."""
-        one, self._one = self._one, None
-        assert one is not None
+    def _with_loss(self, given: Given) -> Given:
+        if self._losses is None:
+            return given
+        return replace(given, loss=self._losses.mean(self._core.machinery.device))
+
+    def _factor(self, given: Given) -> Tensor | None:
+        """What these gradients are multiplied by: a loss scale, and the micro-batch's share."""
+        factor = self._scaler.factor if given.scaler_steps and self._scaler is not None else None
+        if given.share == 1:
+            return factor
+        device = self._core.machinery.device
+        share = torch.full((), given.share, dtype=torch.float64, device=device)
+        return share if factor is None else factor * share
+
+    def _described(self, step: Step, drop: Tensor | None) -> Accumulated:
+        """The window of one micro-batch, with whether it joins the sum; not counted yet."""
+        recorder, plan = self._core.recorder, self._core.machinery.plan
+        record, slots = recorder.describe(step), plan.by_slot(step.norms)
+        each = step.measure_each() if recorder.keeps_worst and plan.each else slots
+        finite, none = step.verdict.finite, torch.zeros_like(record.grad_norm)
+        kept = torch.ones_like(finite)
+        one = Accumulated(record, slots, each, step.given.loss, kept, finite, none)
         if drop is not None:
-            one.kept, one.sound = drop.logical_not(), verdict.finite | drop
+            one.kept, one.sound = drop.logical_not(), finite | drop
             one.dropped = drop.double()
         return one
 
-    def _clip(
-        self, verdict: Verdict, drop: Tensor | None, grads: Collected, factor: Tensor | None
-    ) -> None:
-        """Carry out the verdict on one contribution; it is all zero if a device drops it."""
-        on = self._clipper._on
-        on_device = on.kernel.reads_block and drop is not None
-        if on_device and verdict.skip is not None:
-            verdict = replace(verdict, coef=torch.where(verdict.skip, 1.0, verdict.coef))
-        apply(verdict, grads.all, on.plan, on.kernel, on.memory, factor)
-        if on_device and drop is not None:
-            for slot in grads.all:
-                for grad in slot:
-                    grad.masked_fill_(drop.to(grad.device), 0)
-
-    def _why(self, verdict: Verdict) -> str:
-        if bool(verdict.finite):
+    def _why(self, step: Step) -> str:
+        if bool(step.verdict.finite):
             return "a policy withholds it"
-        on = self._clipper._on
-        bad = not_finite(on.plan.parameters, on.layout, on.kernel)
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        where = f"in {', '.join(bad[:5])}{more}" if bad else "on another rank"
-        return f"NaN or infinite {where}"
-
-
-def refuse_closures() -> None:
-    """Raise where a closure makes the gradients of a step.
-
-    Raises:
-        ConfigError: Always.
-    """
-    msg = (
-        "stage is 'after_backward' and the optimizer evaluates a closure, perhaps several times a "
-        "step; allowed: steps without a closure. Set stage to 'step'."
-    )
-    raise ConfigError(msg)
+        on = self._core.machinery
+        names = nonfinite_names(on.plan.parameters, on.layout, on.kernel)
+        return f"NaN or infinite {f'in {shown(names)}' if names else 'on another rank'}"

@@ -12,7 +12,7 @@ from gradclip.effect.elements import ElementMemory
 from gradclip.effect.fused import FusedStep, takes_factors
 from gradclip.errors import ConfigError
 from gradclip.plan.plan import Plan
-from gradclip.types import Grads, Kernel, Verdict
+from gradclip.types import Given, Grads, Kernel, Verdict
 
 __all__ = ["Effect", "apply"]
 
@@ -22,7 +22,7 @@ def apply(
     grads: Grads,
     plan: Plan,
     kernel: Kernel,
-    memory: ElementMemory,
+    memory: ElementMemory | None,
     grad_scale: Tensor | None = None,
 ) -> None:
     """Carry out a verdict on this rank's gradients.
@@ -33,17 +33,17 @@ def apply(
     Args:
         verdict: The decision, equal on every rank.
         grads: All local gradients, one list per slot of the plan.
-        plan: Whose gradients to drop, and how they are cut into what has coefficients.
+        plan: Whose gradients to drop, and which of them each coefficient is for.
         kernel: What writes this rank's gradients.
-        memory: What changes elements and remembers them.
+        memory: What changes elements and remembers them, for a verdict with edits.
         grad_scale: 0-d factor that the gradients still carry.
     """
     if verdict.withheld:
-        for parameter in plan.parameters.values():
-            parameter.grad = None
+        _drop(plan)
         return
-    kernel.scale_(plan.as_measured(grads), verdict.coef)
+    kernel.scale_(grads if plan.unit_map is None else plan.unit_map.units(grads), verdict.coef)
     for edit in verdict.edits:
+        assert memory is not None
         memory.edit_(edit, grads, kernel, grad_scale)
 
 
@@ -52,17 +52,15 @@ class Effect:
 
     Args:
         mode: `apply` of the configuration.
-        plan: The parameters and how they are cut.
+        plan: The parameters and their slots.
         optimizer: Whose step follows, if one was given.
         reads_block: Reading a value on the host waits for a device, as the kernel says.
         one_by_one: Each backward's gradients are clipped before they join the others.
         before: The effect that this one replaces, of the same optimizer.
 
     Attributes:
-        withholds_on_device: A step is withheld by a flag that the optimizer's kernel reads, so
-            that the host needs not know.
-        in_step: The clipping happens inside the optimizer's step, so nobody sees gradients
-            between both.
+        withholds_on_device: What is withheld is withheld without the host: a step by a flag that
+            the optimizer's kernel reads, a micro-batch by zeros in the place of its gradients.
 
     Raises:
         ConfigError: If the mode is "fold" and one factor in the optimizer's step can't do it.
@@ -92,71 +90,82 @@ class Effect:
             )
             raise ConfigError(msg)
         self._mode = mode
+        self._plan = plan
         self._can_fold = why_not is None
         self._optimizer = optimizer
         self._reads_block = reads_block
+        self._one_by_one = one_by_one
         self._takes_flag = mode != "in_place" and no_flag is None
-        self.withholds_on_device = mode == "fold" or (self._takes_flag and reads_block)
-        self.in_step: bool = before is not None and before.in_step
+        self._flags_step = mode == "fold" or (self._takes_flag and reads_block)
+        # Micro-batches need no optimizer that takes a flag: one that is withheld adds zeros.
+        self.withholds_on_device = reads_block if one_by_one else self._flags_step
         self._step: FusedStep | None = None if before is None else before._step
 
-    @property
-    def folds(self) -> bool:
-        """Whether this verdict's coefficient goes into the optimizer's step."""
-        return self._mode == "fold" or (self._mode == "auto" and self._can_fold and self.in_step)
+    def folds(self, *, in_step: bool) -> bool:
+        """Whether the coefficient goes into the optimizer's step.
 
-    @property
-    def unscales(self) -> bool:
+        Args:
+            in_step: The step is under way. With `apply: auto` it only folds then, as nobody can
+                look at gradients in between that aren't clipped yet.
+        """
+        return self._mode == "fold" or (self._mode == "auto" and self._can_fold and in_step)
+
+    def unscales(self, *, in_step: bool) -> bool:
         """Whether gradients may keep a scaler's factor until the step: nobody drops them."""
-        return self.folds and self.withholds_on_device
+        return self.folds(in_step=in_step) and self._flags_step
 
     def make_ready(self) -> None:
         """Register hooks with the optimizer, which can't be done while it runs others."""
         if self._takes_flag:
             self._fused()
 
-    def carry_out(
+    def write(
         self,
         verdict: Verdict,
         grads: Grads,
-        plan: Plan,
         kernel: Kernel,
-        memory: ElementMemory,
-        grad_scale: Tensor | None,
-        *,
-        scaler_follows: bool,
+        memory: ElementMemory | None,
+        given: Given,
     ) -> None:
         """Do what was decided, or ask the optimizer's step to; see `apply` and `FusedStep.ask`."""
-        divisor: Tensor | None = None
-        if self.folds and not verdict.withheld:
-            divisor = verdict.coef.min().reciprocal()
-            if not self._reads_block and not bool(divisor != 1):
-                divisor = None
-            verdict = replace(verdict, coef=torch.ones_like(verdict.coef))
-        flag = verdict.skip if self.withholds_on_device else None
-        if divisor is not None or flag is not None or self._step is not None:
-            # Also to take back what was asked for gradients that no step followed.
-            self._fused().ask(divisor, flag, scaler_follows=scaler_follows)
-        if self.folds and not verdict.withheld:
+        folds = self.folds(in_step=given.in_step) and not verdict.withheld
+        if not self._one_by_one:
+            divisor = self._divisor(verdict) if folds else None
+            self._ask(divisor, verdict.skip, given)
+        if folds:
             return
-        if flag is not None:  # gradients of a step that won't be taken stay as they are
-            verdict = replace(verdict, coef=torch.where(flag, 1.0, verdict.coef))
-        apply(verdict, grads, plan, kernel, memory, grad_scale)
+        if self.withholds_on_device and verdict.skip is not None:
+            # Gradients of a step that won't be taken stay as they are.
+            verdict = replace(verdict, coef=torch.where(verdict.skip, 1.0, verdict.coef))
+        apply(verdict, grads, self._plan, kernel, memory, given.grad_scale)
 
-    def withhold(self, skip: Tensor | None, plan: Plan, *, scaler_follows: bool) -> None:
+    def withhold(self, skip: Tensor | None, given: Given) -> None:
         """Withhold the step if `skip`, 0-d bool, says so, and do nothing to gradients else."""
-        flag = skip if self.withholds_on_device else None
-        if flag is not None or self._step is not None:
-            self._fused().ask(None, flag, scaler_follows=scaler_follows)
-        if flag is None and skip is not None and bool(skip):
-            for parameter in plan.parameters.values():
-                parameter.grad = None
+        self._ask(None, skip, given)
+        if not self._flags_step and skip is not None and bool(skip):
+            _drop(self._plan)
+
+    def _divisor(self, verdict: Verdict) -> Tensor | None:
+        """What the step divides gradients by, 0-d float64; None for 1, where the host knows."""
+        divisor = verdict.coef.min().reciprocal()
+        return divisor if self._reads_block or bool(divisor != 1) else None
+
+    def _ask(self, divisor: Tensor | None, skip: Tensor | None, given: Given) -> None:
+        flag = skip if self._flags_step else None
+        # Also to take back what was asked for gradients that no step followed.
+        if divisor is not None or flag is not None or self._step is not None:
+            self._fused().ask(divisor, flag, scaler_steps=given.scaler_steps)
 
     def _fused(self) -> FusedStep:
         if self._step is None:
             assert self._optimizer is not None
             self._step = FusedStep(self._optimizer)
         return self._step
+
+
+def _drop(plan: Plan) -> None:
+    for parameter in plan.parameters.values():
+        parameter.grad = None
 
 
 def _why_no_flag(plan: Plan, optimizer: Any | None) -> str | None:

@@ -14,7 +14,7 @@ from gradclip.plan.plan import Plan, Rule
 from gradclip.tensors import aligned_chunks, refuse_sparse
 from gradclip.types import Edit, Elementwise, Grads, Kernel, Layout, Measurable, Memory
 
-__all__ = ["ElementMemory"]
+__all__ = ["ElementMemory", "Key"]
 
 # Elements taken at a time: temporaries of some eight times as many stay within the 2 MiB of a step
 # on a CPU, and within 32 MiB on an accelerator, where a launch is dear.
@@ -171,7 +171,7 @@ class ElementMemory:
         self._own[key] = own
         return _Held({name: value.view(grad.shape) for name, value in own.items()})
 
-    def saved(self, rule: Rule, layout: Layout) -> dict[str, dict[str, Tensor]]:
+    def saved(self, rule: Rule) -> dict[str, dict[str, Tensor]]:
         """Whole tensors of what a policy remembers, put together from all ranks, which all call.
 
         Returns:
@@ -181,7 +181,8 @@ class ElementMemory:
         policy = rule.elementwise
         if policy is None or not policy.saves:
             return {}
-        plan, device = self._plan, layout.devices[0]
+        plan, layout = self._plan, self._layout
+        device = layout.devices[0]
         names = [plan.slot_names[slot] for slot in rule.covers]
         mine = [(rule.key, name) in self._own for name in names]
         held = layout.max(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
@@ -189,13 +190,11 @@ class ElementMemory:
         for slot, name, anywhere in zip(rule.covers, names, held, strict=True):
             if anywhere:
                 own = self._own.get((rule.key, name), {})
-                found[name] = {
-                    kind: self._whole(slot, own.get(kind), layout) for kind in policy.memory
-                }
+                found[name] = {kind: self._whole(slot, own.get(kind)) for kind in policy.memory}
         return found
 
-    def _whole(self, slot: int, part: Tensor | None, layout: Layout) -> Tensor:
-        name = self._plan.slot_names[slot]
+    def _whole(self, slot: int, part: Tensor | None) -> Tensor:
+        name, layout = self._plan.slot_names[slot], self._layout
         whole = torch.zeros(self._plan.shapes[name], device=layout.devices[0])
         if part is not None and layout.weights([self._plan.slots[slot]]).counted[0]:
             target = self._plan.regions[name].of(whole)

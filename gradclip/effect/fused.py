@@ -46,14 +46,14 @@ class FusedStep:
         optimizer.register_step_post_hook(torch.compiler.disable(self._after))
 
     def ask(
-        self, scale: Tensor | None, withhold: Tensor | None, *, scaler_follows: bool = False
+        self, scale: Tensor | None, withhold: Tensor | None, *, scaler_steps: bool = False
     ) -> None:
         """Replace what was asked before.
 
         Args:
             scale: 0-d, what gradients are to be divided by, beside a scaler's; None for nothing.
             withhold: 0-d bool, whether the step is to change nothing; None for no.
-            scaler_follows: A scaler will make the step, and has to see gradients first.
+            scaler_steps: A scaler will make the step, and has to see gradients first.
         """
         self._clear()
         theirs = getattr(self._optimizer, "grad_scale", None)
@@ -65,7 +65,7 @@ class FusedStep:
             self._optimizer.grad_scale = self._scale  # type: ignore[attr-defined]
         if withhold is not None:
             self._inf = withhold.float()
-            if inf is not None or not scaler_follows:
+            if inf is not None or not scaler_steps:
                 self._join(inf)
 
     def _join(self, theirs: Tensor | int | None) -> None:

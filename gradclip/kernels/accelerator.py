@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradclip.kernels.common import (
+    FastKernel,
     assembled,
     rows_of,
     scale_slots_,
@@ -32,7 +33,7 @@ CHUNK, CHUNKS, RESULTS = 1 << 16, 1 << 16, 1 << 10
 CHUNK_SIZE = 1 << 17
 
 
-class AcceleratorKernel:
+class AcceleratorKernel(FastKernel):
     """Never reads the host and never branches on a value.
 
     Norms are accumulated in float64 by asking the multi-tensor norm for a float64 result, which
@@ -80,32 +81,27 @@ class AcceleratorKernel:
             return
         scale_slots_(grads, coef)
 
-    def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
-        """Clamp in place; see `gradclip.types.Kernel`."""
-        for grad in grads:
-            grad.clamp_(-limit, limit)  # type: ignore[arg-type]  # either kind
-
 
 def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None) -> Tensor:
     """One launch for each tensor of several units, and few for all tensors of one."""
-    parts: list[tuple[int, Tensor]] = []
+    runs: list[tuple[int, Tensor]] = []
     fused = scale is None and norm_type in FUSED
     lone = [(x, span.start) for x, span in units if fused and span.units == 1]
     if lone:
         sums = _norms([tensor for tensor, _ in lone], norm_type).pow(norm_type)
-        parts.extend(zip((start for _, start in lone), sums.split(1), strict=True))
+        runs.extend(zip((start for _, start in lone), sums.split(1), strict=True))
     for tensor, span in units:
         if fused and span.units > 1:
             norms = unit_norms(tensor, span, norm_type, torch.float64)
-            parts.append((span.start, norms.pow(norm_type)))
+            runs.append((span.start, norms.pow(norm_type)))
         elif not fused:
             for start, rows in rows_of(tensor, span, CHUNK_SIZE, CHUNK_SIZE):
                 wide = rows.to(torch.float64, copy=True)
                 if scale is not None:
                     wide.mul_(scale.narrow(0, start, rows.shape[0]).unsqueeze(1))
                 norms = torch.linalg.vector_norm(wide, norm_type, dim=1)
-                parts.append((start, norms.pow(norm_type)))
-    return assembled(parts, units)
+                runs.append((start, norms.pow(norm_type)))
+    return assembled(runs, units)
 
 
 def _norms(tensors: list[Tensor], norm_type: float) -> Tensor:
@@ -113,32 +109,33 @@ def _norms(tensors: list[Tensor], norm_type: float) -> Tensor:
     batches = list(_batches(tensors))
     # A maximum is exact in the gradients' own type.
     kind = None if norm_type == math.inf else torch.float64
-    parts = [
+    by_batch = [
         torch.stack(torch._foreach_norm([tensors[i] for i in batch], norm_type, kind)).double()
         for batch in batches
     ]
-    norms = torch.cat(parts)
-    places = list(chain.from_iterable(batches))
-    if places == sorted(places):
+    norms = torch.cat(by_batch)
+    order = list(chain.from_iterable(batches))
+    if order == sorted(order):
         return norms
-    found = dict(zip(places, norms.unbind(), strict=True))
-    return torch.stack([found[place] for place in range(len(tensors))])
+    # Indexing by a list would copy the list to the device, and wait for it.
+    found = dict(zip(order, norms.unbind(), strict=True))
+    return torch.stack([found[index] for index in range(len(tensors))])
 
 
 def _batches(tensors: list[Tensor]) -> Iterator[list[int]]:
-    """Places of tensors of one dtype, which is what the multi-tensor norm takes at once."""
+    """Indices of tensors of one dtype, as many as the multi-tensor norm may take at once."""
     by_dtype: dict[torch.dtype, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        by_dtype.setdefault(tensor.dtype, []).append(place)
-    for places in by_dtype.values():
+    for index, tensor in enumerate(tensors):
+        by_dtype.setdefault(tensor.dtype, []).append(index)
+    for indices in by_dtype.values():
         batch: list[int] = []
         widest = 1
-        for place in places:
-            wider = max(widest, -(-tensors[place].numel() // CHUNK))
+        for index in indices:
+            wider = max(widest, -(-tensors[index].numel() // CHUNK))
             if batch and (len(batch) == RESULTS or (len(batch) + 1) * wider > CHUNKS):
                 yield batch
-                batch, wider = [], -(-tensors[place].numel() // CHUNK)
-            batch.append(place)
+                batch, wider = [], -(-tensors[index].numel() // CHUNK)
+            batch.append(index)
             widest = wider
         yield batch
 

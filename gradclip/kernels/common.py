@@ -1,4 +1,4 @@
-"""What kernels share: units as rows, and writes."""
+"""What the kernels for CPUs and accelerators share: units as rows, and writes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from gradclip.types import Grads, Units, UnitSpan
 
 __all__ = [
+    "FastKernel",
     "assembled",
     "rows_of",
     "scale_slots_",
@@ -21,6 +22,15 @@ __all__ = [
 ]
 
 _dtype = attrgetter("dtype")
+
+
+class FastKernel:
+    """What is the same on a CPU and on an accelerator."""
+
+    def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
+        """Clamp in place; see `gradclip.types.Kernel`."""
+        for grad in grads:
+            grad.clamp_(-limit, limit)  # type: ignore[arg-type]  # either kind
 
 
 def scale_slots_(slots: Grads, coef: Tensor) -> None:
@@ -57,13 +67,13 @@ def scale_slots_(slots: Grads, coef: Tensor) -> None:
 def rows_of(
     tensor: Tensor, span: UnitSpan, views: int, copies: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """The units of a tensor as rows, some at a time.
+    """The units of a tensor as rows, a bounded number of elements at a time.
 
     Args:
         tensor: The elements of at least one unit.
-        span: What it holds.
-        views: How many elements at a time where units lie one after the other in memory.
-        copies: The same where they have to be copied for it.
+        span: Which units it holds.
+        views: Elements at a time where units lie one after the other in memory.
+        copies: Elements at a time where they don't, and rows have to be copied.
 
     Yields:
         The index of the first unit, and rows of shape (units, elements of one).
@@ -77,14 +87,14 @@ def rows_of(
     step = max(1, limit * ordered.shape[0] // ordered.numel())
     per = span.units // ordered.shape[0]
     for at in range(0, ordered.shape[0], step):
-        part = ordered.narrow(0, at, min(step, ordered.shape[0] - at))
-        yield span.start + at * per, part.reshape(part.shape[0] * per, -1)
+        chunk = ordered.narrow(0, at, min(step, ordered.shape[0] - at))
+        yield span.start + at * per, chunk.reshape(chunk.shape[0] * per, -1)
 
 
 def unit_norms(
     tensor: Tensor, span: UnitSpan, norm_type: float, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The norm of each unit of a tensor, of shape (units,), accumulated in a type."""
+    """The norm of each unit of a tensor, of shape (units,), accumulated in a dtype."""
     _, inside = _dims(tensor, span)
     if not inside:  # every element is a unit
         return tensor.abs().to(dtype or tensor.dtype).reshape(-1)
@@ -93,20 +103,25 @@ def unit_norms(
 
 def unit_peaks(units: Units) -> Tensor:
     """Largest |g| of each unit, float64 of shape (units,)."""
-    parts = [(span.start, unit_norms(x, span, math.inf).double()) for x, span in units]
-    return assembled(parts, units)
+    runs = [(span.start, unit_norms(x, span, math.inf).double()) for x, span in units]
+    return assembled(runs, units)
 
 
-def assembled(parts: Sequence[tuple[int, Tensor]], units: Units) -> Tensor:
-    """One vector of vectors that start where they are told; 0 in the gaps between them."""
+def assembled(runs: Sequence[tuple[int, Tensor]], units: Units) -> Tensor:
+    """One value for each unit, float64 of shape (units,), from runs of values.
+
+    Args:
+        runs: The index of a run's first unit, and a value for each of its units.
+        units: How many there are in all. Those that only other ranks hold get 0.
+    """
     zero = torch.zeros(1, dtype=torch.float64, device=units.device)
     filled: list[Tensor] = []
     at = 0
-    for start, part in sorted(parts, key=lambda item: item[0]):
+    for start, values in sorted(runs, key=lambda run: run[0]):
         if start > at:
             filled.append(zero.expand(start - at))
-        filled.append(part)
-        at = start + part.numel()
+        filled.append(values)
+        at = start + values.numel()
     if at < units.count:
         filled.append(zero.expand(units.count - at))
     return torch.cat(filled)
@@ -127,10 +142,10 @@ def scale_units_(units: Units, coef: Tensor) -> None:
             lone.append(tensor)
             factors.append(single.select(0, span.start))
             continue
-        own = coef if tensor.dtype == torch.float64 else single
+        factor = coef if tensor.dtype == torch.float64 else single
         first, last = span.unit_dims
         shape = [n if first <= d < last else 1 for d, n in enumerate(tensor.shape)]
-        tensor.mul_(own.narrow(0, span.start, span.units).view(shape))
+        tensor.mul_(factor.narrow(0, span.start, span.units).view(shape))
     if lone:
         torch._foreach_mul_(lone, factors)
 

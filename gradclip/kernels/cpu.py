@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, compress
 
 import torch
 from torch import Tensor
 
 from gradclip.kernels.common import (
+    FastKernel,
     assembled,
     rows_of,
     scale_slots_,
@@ -41,7 +42,7 @@ TRUSTED = 1e-18
 ROWS = 1 << 12
 
 
-class CpuKernel:
+class CpuKernel(FastKernel):
     """Float32 rows combined in float64; float64 throughout where float32 could not hold squares."""
 
     reads_block = False
@@ -98,28 +99,29 @@ class CpuKernel:
         if any(wanted):
             scale_slots_([slot if w else [] for slot, w in zip(grads, wanted, strict=True)], coef)
 
-    def clamp_(self, grads: list[Tensor], limit: float | Tensor) -> None:
-        """Clamp in place; see `gradclip.types.Kernel`."""
-        for grad in grads:
-            grad.clamp_(-limit, limit)  # type: ignore[arg-type]  # either kind
-
 
 def _large(grad: Tensor, norm_type: float, buffer: Tensor) -> float:
     """Sum of |g|^p from norms of rows, added up in float64; half precision uses the buffer."""
     if grad.dtype == torch.float64:
         return _exact([grad], norm_type)
+    half = grad.element_size() < 4
+    blocks = _copies([grad], buffer) if half else flat_chunks(grad, CHUNK_SIZE)
+    return _by_rows(blocks, norm_type)
+
+
+def _by_rows(blocks: Iterable[Tensor], norm_type: float) -> float:
+    """Sum of |g|^p over one-dimensional float32 tensors."""
     total = 0.0
     norms: list[Tensor] = []
     held = 0
-    half = grad.element_size() < 4
-    for block in _copies([grad], buffer) if half else flat_chunks(grad, CHUNK_SIZE):
+    for block in blocks:
         rows, rest = divmod(block.numel(), ROW)
         if rows:
-            part = block[: rows * ROW].view(rows, ROW)
-            norms.append(torch.linalg.vector_norm(part, norm_type, dim=1))
+            whole = block[: rows * ROW].view(rows, ROW)
+            norms.append(torch.linalg.vector_norm(whole, norm_type, dim=1))
         if rest:
-            part = block[rows * ROW :].view(1, rest)
-            norms.append(torch.linalg.vector_norm(part, norm_type, dim=1))
+            tail = block[rows * ROW :].view(1, rest)
+            norms.append(torch.linalg.vector_norm(tail, norm_type, dim=1))
         held += rows
         if held >= ROWS:
             total += _sum_of_powers(norms, norm_type)
@@ -147,13 +149,14 @@ def _add_small(
     """Concatenate small gradients and add the power sum of each to its slot."""
     buffer = torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
     if owners[0] == owners[-1]:
-        single = buffer.float() if buffer.element_size() < 4 else buffer
-        sums[owners[0]] += _large(single, norm_type, single)
+        double = buffer.dtype == torch.float64
+        whole = _exact([buffer], norm_type) if double else _by_rows([buffer.float()], norm_type)
+        sums[owners[0]] += whole
         return
     powers = buffer.double().abs_().pow_(norm_type)
-    parts = torch.segment_reduce(powers, "sum", lengths=torch.tensor(sizes), unsafe=True)
-    for owner, part in zip(owners, parts.tolist(), strict=True):
-        sums[owner] += part
+    totals = torch.segment_reduce(powers, "sum", lengths=torch.tensor(sizes), unsafe=True)
+    for owner, total in zip(owners, totals.tolist(), strict=True):
+        sums[owner] += total
 
 
 def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> float:
@@ -174,11 +177,11 @@ def _peak(slot: Sequence[Tensor]) -> Tensor:
 def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None = None) -> Tensor:
     """Sum of |scale * g|^p of each unit, float64 of shape (units,).
 
-    Float32 rows are measured in parts of `ROW` elements that are added up in float64, everything
-    else in float64 throughout, as gradients that aren't cut into units are.
+    In float32, `ROW` elements of a unit at a time, and their sums added up in float64; in float64
+    throughout where float32 wouldn't do: the same rules as for slots of whole tensors.
     """
     fast = scale is None and norm_type in (1.0, 2.0)
-    parts: list[tuple[int, Tensor]] = []
+    runs: list[tuple[int, Tensor]] = []
     small: dict[tuple[int, torch.dtype], list[tuple[Tensor, UnitSpan]]] = {}
     for tensor, span in units:
         if scale is None and span.units * span.row < SMALL:
@@ -186,26 +189,27 @@ def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None = None
         elif fast and tensor.dtype != torch.float64:
             views = BLOCK if tensor.element_size() < 4 else CHUNK_SIZE
             for start, rows in rows_of(tensor, span, views, BLOCK):
-                parts.append((start, _fast_rows(rows.float(), norm_type)))
+                runs.append((start, _fast_rows(rows.float(), norm_type)))
         else:
             for start, rows in rows_of(tensor, span, BATCH, BATCH):
                 factors = None if scale is None else scale.narrow(0, start, rows.shape[0])
-                parts.append((start, _exact_rows(rows, norm_type, factors)))
+                runs.append((start, _exact_rows(rows, norm_type, factors)))
     for (row, dtype), held in small.items():
         for batch in _batches(held):
             rows = torch.cat([_flat(tensor, span) for tensor, span in batch]).view(-1, row)
             wide = not fast or dtype == torch.float64
             sums = _exact_rows(rows, norm_type) if wide else _fast_rows(rows.float(), norm_type)
-            parts.extend(_runs(sums, [span for _, span in batch]))
-    return assembled(parts, units)
+            runs.extend(_runs(sums, [span for _, span in batch]))
+    return assembled(runs, units)
 
 
 def _scale_clipped_(units: Units, coef: Tensor) -> None:
     """Multiply in place, leaving tensors whose coefficients are all 1 unread."""
+    # `before[i]` counts the units below i that are clipped: one host read tells it of all tensors.
     before = torch.cat([coef.new_zeros(1), (coef != 1.0).double().cumsum(0)])
     ends = [(span.start, span.start + span.units) for span in units.spans]
     first, last = before[torch.tensor(ends, dtype=torch.int64).view(-1, 2)].unbind(1)
-    wanted = [i for i, some in enumerate((last > first).tolist()) if some]
+    wanted = [i for i, clips in enumerate((last > first).tolist()) if clips]
     if wanted:
         tensors = [units.tensors[i] for i in wanted]
         spans = [units.spans[i] for i in wanted]
@@ -250,16 +254,16 @@ def _fast_rows(rows: Tensor, norm_type: float) -> Tensor:
     whole = rows.shape[1] // ROW * ROW
     sums = rows.new_zeros(rows.shape[0], dtype=torch.float64)
     if whole:
-        parts = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, ROW)), norm_type, dim=2)
-        sums += parts.double().pow_(norm_type).sum(1)
+        norms = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, ROW)), norm_type, dim=2)
+        sums += norms.double().pow_(norm_type).sum(1)
     if whole < rows.shape[1]:
         sums += torch.linalg.vector_norm(rows[:, whole:], norm_type, dim=1).double().pow_(norm_type)
     doubted = ~((sums > TRUSTED) & (sums < math.inf))
     if bool(doubted.any()):
         doubted &= torch.linalg.vector_norm(rows, math.inf, dim=1) > 0
-        places = doubted.nonzero().squeeze(1)
-        for some in places.split(max(1, BATCH // rows.shape[1])):
-            sums[some] = _exact_rows(rows[some], norm_type)
+        indices = doubted.nonzero().squeeze(1)
+        for few in indices.split(max(1, BATCH // rows.shape[1])):
+            sums[few] = _exact_rows(rows[few], norm_type)
     return sums
 
 

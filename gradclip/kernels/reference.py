@@ -34,7 +34,7 @@ class ReferenceKernel:
             ones = torch.ones(grads.count, dtype=torch.float64) if scale is None else scale
             return _by_unit(
                 grads,
-                lambda rows, own: (rows * ones[own].unsqueeze(1)).abs().pow(norm_type).sum(1),
+                lambda rows, at: (rows * ones[at].unsqueeze(1)).abs().pow(norm_type).sum(1),
             )
         factors = [1.0] * len(grads) if scale is None else scale.tolist()
         return torch.stack(
@@ -51,10 +51,10 @@ class ReferenceKernel:
         """Multiply in place; see `gradclip.types.Kernel`."""
         if isinstance(grads, Units):
             for tensor, span in grads:
-                own = coef[span.start : span.start + span.units]
+                factors = coef[span.start : span.start + span.units]
                 shape = tensor.shape[slice(*span.unit_dims)]
                 within = [1] * (tensor.ndim - span.unit_dims[1])
-                tensor.copy_(tensor.double() * own.view((*shape, *within)))
+                tensor.copy_(tensor.double() * factors.view((*shape, *within)))
             return
         for slot, factor in zip(grads, coef.tolist(), strict=True):
             for grad in slot:
@@ -72,8 +72,8 @@ def _by_unit(units: Units, measure: Callable[[Tensor, slice], Tensor]) -> Tensor
     for tensor, span in units:
         inside = [d for d in range(tensor.ndim) if not span.unit_dims[0] <= d < span.unit_dims[1]]
         rows = tensor.double().permute((*range(*span.unit_dims), *inside)).reshape(span.units, -1)
-        own = slice(span.start, span.start + span.units)
-        found[own] = measure(rows, own)
+        at = slice(span.start, span.start + span.units)
+        found[at] = measure(rows, at)
     return found
 
 

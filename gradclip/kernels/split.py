@@ -1,4 +1,4 @@
-"""Gradients on several devices: each device's kernel on its own, results on the first."""
+"""Gradients on several devices: each device's kernel measures its own, results are on the first."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class SplitKernel:
 
     def peaks(self, grads: Grads | Units) -> Tensor:
         """Largest |g| per slot; see `gradclip.types.Kernel`."""
-        parts = [kernel.peaks(here).to(self._device) for _, kernel, here in self._split(grads)]
-        return torch.stack(parts).amax(0)
+        measured = [kernel.peaks(here).to(self._device) for _, kernel, here in self._split(grads)]
+        return torch.stack(measured).amax(0)
 
     def power_sums(
         self, grads: Grads | Units, norm_type: float, scale: Tensor | None = None
     ) -> Tensor:
         """Sum of |scale * g|^p per slot; see `gradclip.types.Kernel`."""
-        parts = [
+        measured = [
             kernel.power_sums(here, norm_type, None if scale is None else scale.to(device))
             for device, kernel, here in self._split(grads)
         ]
-        return torch.stack([part.to(self._device) for part in parts]).sum(0)
+        return torch.stack([values.to(self._device) for values in measured]).sum(0)
 
     def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place; see `gradclip.types.Kernel`."""

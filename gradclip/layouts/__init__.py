@@ -1,4 +1,9 @@
-"""Geometry: the only place that knows about ranks."""
+"""Geometry: which ranks hold what, and how sums over them are formed.
+
+The only package that names `torch.distributed`, DTensor, FSDP and DeepSpeed. `detect` reads from
+the parameters how they lie over ranks (`Sharding`) and returns the layout that collects gradients
+and adds up over ranks: `LocalLayout` or `ShardedLayout`; a DeepSpeed engine has its own.
+"""
 
 from torch.distributed import ProcessGroup
 
@@ -8,11 +13,11 @@ from gradclip.layouts.detect import (
     gathered,
     refuse_shared_names,
 )
+from gradclip.layouts.fsdp1 import is_flat, is_flattened
 from gradclip.layouts.local import LocalLayout, region_of
 from gradclip.layouts.partial import completed
 from gradclip.layouts.ranks import is_first_rank, mean_loss
 from gradclip.layouts.sharded import ShardedLayout
-from gradclip.layouts.shardings import is_flat, is_flattened
 
 __all__ = [
     "Groups",

@@ -1,7 +1,9 @@
 """Where DeepSpeed keeps the gradients that its optimizer steps with. Read in deepspeed 0.19.8.
 
 Under ZeRO 1 to 3 each rank owns one partition of the averaged gradients, flat, with padding, and
-`parameter.grad` is None by the time of a step. Under stage 0 every rank holds them whole.
+`parameter.grad` is None when the engine steps. Under stage 0 every rank holds them whole. The
+attributes of DeepSpeed that are used are listed in tests/layouts/test_zero_refusals.py, which
+fails when one is gone.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -25,17 +27,18 @@ from gradclip.layouts.deepspeed_refusals import refuse_engine
 from gradclip.layouts.local import LocalLayout
 from gradclip.types import Collected, Region
 
-__all__ = ["Address", "ModelGroups", "ZeroLayout", "elements", "is_engine", "is_managed"]
+__all__ = ["Address", "DeepSpeedLayout", "ModelGroups", "elements", "is_engine", "is_managed"]
 
 
 def is_engine(value: object) -> bool:
-    """Whether this is a DeepSpeed engine; deepspeed is never imported for the question."""
+    """Whether this is a DeepSpeed engine."""
+    # Without importing deepspeed: an engine exists only if someone else did.
     deepspeed = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(value, deepspeed.DeepSpeedEngine)
 
 
 def is_managed(parameter: Tensor) -> bool:
-    """Whether a ZeRO optimizer has taken over this parameter's gradient."""
+    """Whether a ZeRO optimizer keeps this parameter's gradient."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
@@ -45,7 +48,14 @@ def elements(parameter: Tensor) -> int:
 
 
 class Address(NamedTuple):
-    """Where this rank's part of a parameter stands: in a flat bucket, and in the parameter."""
+    """Where this rank's part of a parameter is.
+
+    Attributes:
+        bucket: Index of the flat partition that holds it.
+        start: Its first element in the partition.
+        size: Number of elements; 0 if this rank holds nothing of the parameter.
+        within: Its first element in the flattened parameter.
+    """
 
     bucket: int
     start: int
@@ -59,13 +69,18 @@ _FLAT = (
     "BF16_Optimizer",
     "FP16_Optimizer",
 )
-"""The wrappers that lay parameters out end to end."""
+"""The wrappers that lay parameters end to end in flat partitions."""
 
 
 class ModelGroups:
-    """The optimizer's groups with the model's own parameters in them, in the place of an optimizer.
+    """Stands for the optimizer where groups of parameters are asked for.
 
-    DeepSpeed replaces them by flat partitions, which have neither names nor shapes.
+    DeepSpeed puts flat partitions, without names and shapes, into the optimizer's groups; these
+    groups hold the model's own parameters.
+
+    Args:
+        groups: Options and parameters, as in `torch.optim.Optimizer.param_groups`.
+        stepping: The optimizer that DeepSpeed steps.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], stepping: Any) -> None:
@@ -73,19 +88,23 @@ class ModelGroups:
         self.stepping = stepping
 
 
-class ZeroLayout(LocalLayout):
+class DeepSpeedLayout(LocalLayout):
     """The parts of the gradients that this rank steps with; every element is on one rank.
 
     Args:
-        engine: A DeepSpeed engine with an optimizer.
+        engine: A DeepSpeed engine that has an optimizer.
 
     Raises:
         LayoutError: If the engine can't be clipped exactly; says why.
     """
 
     @classmethod
-    def of(cls, optimizer: object, layout: object) -> ZeroLayout | None:
-        """One for an engine in an optimizer's place; None for others.
+    def of(cls, optimizer: object, layout: object) -> DeepSpeedLayout | None:
+        """The layout of a DeepSpeed engine that was given as the optimizer; None for others.
+
+        Args:
+            optimizer: What the user gave as optimizer.
+            layout: What the user gave as layout; an engine allows none.
 
         Raises:
             ConfigError: If another layout was given with it.
@@ -118,14 +137,14 @@ class ZeroLayout(LocalLayout):
         flat = [group["params"] for group in engine.optimizer.param_groups]
         if self.kind == "DeepSpeedZeroOptimizer_Stage3":
             flat = [engine.optimizer.fp32_partitioned_groups_flat]
-        self._devices = tuple(dict.fromkeys(p.device for p in chain.from_iterable(flat)))
+        self.devices = tuple(dict.fromkeys(p.device for p in chain.from_iterable(flat)))
         self._slots: Sequence[Sequence[Tensor]] = ()
         self._members: dict[int, list[tuple[int, Address]]] = {}
         self._in_step = False
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Gradients are final and averaged: they may be measured."""
+        """Within this context gradients are averaged and final, so that they can be measured."""
         self._in_step = True
         try:
             yield
@@ -133,10 +152,10 @@ class ZeroLayout(LocalLayout):
             self._in_step = False
 
     def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
-        """Take this rank's parts, padding left out; nothing else may be written to them.
+        """Take this rank's parts of the gradients, without padding.
 
         Raises:
-            LayoutError: If this isn't the moment of a step.
+            LayoutError: If DeepSpeed isn't inside a step (`in_step`).
         """
         if not self._in_step:
             msg = (
@@ -144,22 +163,23 @@ class ZeroLayout(LocalLayout):
                 "steps inside engine.step(). Call clipper.attach(engine) once and leave clip() out."
             )
             raise LayoutError(msg)
-        parts: list[list[Tensor]] = [[] for _ in slots]
-        for bucket in self._by_bucket(slots):
-            for slot, part in self._parts_of(slots, bucket, self._measured(bucket)):
-                parts[slot].append(part)
-        return self.take([[(part, part) for part in slot] for slot in parts])
+        return self._parts_in(self._measured, slots)
 
     def weights(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
-        """This rank's parts of the parameters that the optimizer steps, in float32."""
+        """Take this rank's parts of the float32 parameters that the optimizer steps."""
+        return self._parts_in(self._stepped, slots)
+
+    def _parts_in(
+        self, tensors_of: Callable[[int], Sequence[Tensor]], slots: Sequence[Sequence[Tensor]]
+    ) -> Collected:
         parts: list[list[Tensor]] = [[] for _ in slots]
         for bucket in self._by_bucket(slots):
-            for slot, part in self._parts_of(slots, bucket, self._stepped(bucket)):
+            for slot, part in self._parts_of(slots, bucket, tensors_of(bucket)):
                 parts[slot].append(part)
         return self.take([[(part, part) for part in slot] for slot in parts])
 
     def region(self, name: str, parameter: Tensor) -> Region:
-        """Where this rank's part of a parameter lies: an interval of its elements."""
+        """Which interval of a parameter's elements this rank holds."""
         del name
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if self.kind not in _FLAT:
@@ -170,21 +190,21 @@ class ZeroLayout(LocalLayout):
         return Region.between(shape, at.within, at.within + at.size)
 
     def held(self, parameter: Tensor) -> list[Tensor]:
-        """This rank's parts of one gradient; at the moment of a step alone, as `collect`."""
+        """This rank's parts of one gradient; inside a step only, as `collect`."""
         return self.collect([[parameter]]).all[0]
 
     def parts(
         self, slots: Sequence[Sequence[Tensor]], bucket: int, tensors: Sequence[Tensor]
     ) -> list[list[Tensor]]:
-        """The same parts as views of what DeepSpeed is about to step with.
+        """Take the same parts of the tensors that DeepSpeed is about to step with.
 
         Args:
             slots: As for `collect`.
             bucket: Index of a flat partition (a group, or a sub-group under ZeRO 3).
-            tensors: Its tensors; end to end they are the bucket.
+            tensors: The tensors of that partition, in its order; together they fill it.
 
         Returns:
-            One list per slot, empty where the bucket has nothing of it.
+            Views, one list per slot; empty for a slot that has no part in this partition.
         """
         found: list[list[Tensor]] = [[] for _ in slots]
         for slot, part in self._parts_of(slots, bucket, tensors):
@@ -215,7 +235,7 @@ class ZeroLayout(LocalLayout):
         return self._members
 
     def _measured(self, bucket: int) -> Sequence[Tensor]:
-        """A bucket's averaged gradients before the step, which nothing has unscaled or clipped."""
+        """A bucket's averaged gradients before the step, still scaled and not clipped."""
         optimizer = self.engine.optimizer
         if self.kind == "DeepSpeedZeroOptimizer":
             if optimizer.cpu_offload:
@@ -230,7 +250,7 @@ class ZeroLayout(LocalLayout):
         return self.whole(bucket)
 
     def _stepped(self, bucket: int) -> Sequence[Tensor]:
-        """What the optimizer steps, laid out as the gradients are."""
+        """The parameters that the optimizer steps, laid out as the gradients are."""
         optimizer = self.engine.optimizer
         if self.kind == "DeepSpeedZeroOptimizer":
             return [optimizer.single_partition_of_fp32_groups[bucket].detach()]
@@ -245,7 +265,7 @@ class ZeroLayout(LocalLayout):
         return [p.detach() for p in self.groups.param_groups[bucket]["params"]]
 
     def whole(self, bucket: int) -> Sequence[Tensor]:
-        """The gradients of a group as the model's parameters hold them, zeros for none."""
+        """A group's gradients as the model's parameters hold them; zeros where one has none."""
         held = self.groups.param_groups[bucket]["params"]
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
 
@@ -269,7 +289,7 @@ def _parameters(optimizer: Any, kind: str) -> list[list[Parameter]]:
 def _addresses(
     optimizer: Any, kind: str, groups: Sequence[Sequence[Tensor]]
 ) -> Iterator[tuple[Tensor, Address]]:
-    """Where this rank's part of each parameter stands; size 0 for those it has nothing of."""
+    """Where this rank's part of each parameter is; size 0 for parameters it holds nothing of."""
     for index, parameters in enumerate(groups):
         offsets = [0, *accumulate(map(elements, parameters))]
         if kind == "DeepSpeedZeroOptimizer":
@@ -294,7 +314,7 @@ def _addresses(
 
 
 def _process_group(optimizer: Any, kind: str) -> ProcessGroup | None:
-    """The ranks over which partitions are spread; None where each holds everything."""
+    """The ranks over which partitions are spread; None if every rank holds everything."""
     if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
         return optimizer.real_dp_process_group[0]
     if kind == "DeepSpeedZeroOptimizer_Stage3":

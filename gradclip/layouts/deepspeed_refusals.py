@@ -1,4 +1,4 @@
-"""DeepSpeed engines that can't be clipped exactly, by name. Read in deepspeed 0.19.8."""
+"""Which DeepSpeed engines can't be clipped exactly, and why. Read in deepspeed 0.19.8."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def refuse_engine(engine: Any) -> None:
 
 
 def _reasons(engine: Any) -> Iterator[tuple[str, str]]:
+    """Pairs of what was found and the way out."""
     optimizer = engine.optimizer
     name = type(optimizer).__name__
     if type(engine).__name__ == "PipelineEngine":
@@ -104,7 +105,7 @@ def _reasons(engine: Any) -> Iterator[tuple[str, str]]:
 
 
 def _spread(optimizer: Any) -> list[object]:
-    """The process groups of an optimizer's partitions."""
+    """The process groups that an optimizer's partitions are spread over."""
     for name in ("real_dp_process_group", "sub_group_process_groups"):
         groups = getattr(optimizer, name, None)
         if groups is not None:

@@ -1,4 +1,4 @@
-"""From parameters to their layout: found out from the tensors, and from groups the user names."""
+"""From parameters to their layout: read from the tensors, and from the groups the user names."""
 
 from __future__ import annotations
 
@@ -9,23 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.deepspeed import is_managed
+from gradclip.layouts.fsdp1 import fsdp1_shardings, is_flattened
 from gradclip.layouts.geometry import Sharding, distinct, reduction_axes
 from gradclip.layouts.local import LocalLayout
+from gradclip.layouts.meshes import axis_of, root_of, sharding_over
 from gradclip.layouts.sharded import ShardedLayout
-from gradclip.layouts.shardings import (
-    axis_of,
-    fsdp1_shardings,
-    is_flattened,
-    root_of,
-    sharding_over,
-)
 
 __all__ = ["Groups", "detect", "gathered"]
 
@@ -35,14 +30,23 @@ Groups = ProcessGroup | Mapping[str, ProcessGroup | None]
 Fact = TypeVar("Fact")
 
 
-def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> LocalLayout:
-    """Find out from the parameters themselves how they are laid out.
+def detect(
+    parameters: Mapping[str, Tensor],
+    groups: Groups | None = None,
+    model: nn.Module | None = None,
+) -> LocalLayout:
+    """Read from the parameters themselves how they lie over ranks.
 
     Args:
         parameters: Every parameter by name, in the same order on every rank.
         groups: A group whose ranks hold other parameters of the same model, or one for each
-            pattern of names, first match first; None, as for what no pattern matches, says that
-            every rank holds the same.
+            pattern of names; the first pattern that matches counts. Parameters with the group
+            None, or with no matching pattern, are the same on every rank.
+        model: The module that has the parameters, if the caller knows it. FSDP1's parameters
+            alone don't say which ranks hold the rest; its modules do.
+
+    Returns:
+        A `ShardedLayout` if a parameter is sharded, else a `LocalLayout`.
 
     Raises:
         LayoutError: If a parameter is laid out in a way that isn't supported, this rank isn't in
@@ -56,7 +60,7 @@ def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> Lo
             "it: GradientClipper(policy, optimizer=engine).attach(engine)."
         )
         raise LayoutError(msg)
-    shardings = _shardings(parameters)
+    shardings = _shardings(parameters, model)
     if groups is None:
         _refuse_marked(parameters)
         _warn_of_forgotten_axes(parameters, shardings.values())
@@ -75,14 +79,14 @@ def detect(parameters: Mapping[str, Tensor], groups: Groups | None = None) -> Lo
 
 
 def gathered(facts: dict[str, Fact], groups: Groups | None) -> dict[str, Fact]:
-    """What this rank knows of its parameters, by name, and what ranks with other ones know.
+    """Exchange facts about parameters between ranks that hold different ones.
 
     Args:
-        facts: Anything that can be pickled.
-        groups: As for `detect`; every rank of them takes part.
+        facts: This rank's, by name of the parameter; anything that can be pickled.
+        groups: As for `detect`; every rank of them must call.
 
     Returns:
-        The same names in the same order on every rank of the groups.
+        The facts of all ranks of the groups, in the same order on each.
     """
     for group in _distinct(groups):
         facts = {name: fact for one in _exchanged(facts, group) for name, fact in one.items()}
@@ -90,11 +94,11 @@ def gathered(facts: dict[str, Fact], groups: Groups | None) -> dict[str, Fact]:
 
 
 def refuse_shared_names(parameters: Mapping[str, Tensor], groups: Groups | None) -> None:
-    """Refuse parameters of one name that are different ones on different ranks.
+    """Refuse one name for different parameters on different ranks.
 
     Raises:
-        LayoutError: If a named group's ranks both have one, or a mesh leaves ranks that have one
-            with other elements (experts).
+        LayoutError: If two ranks of a group use one name, or a parameter is sharded over a part
+            of an axis only, so that ranks outside that part hold another one (an expert).
     """
     for group in _distinct(groups):
         mine = [name for name in parameters if groups and _group_of(name, groups) is group]
@@ -120,11 +124,12 @@ def _shared(name: str) -> str:
     )
 
 
-def _shardings(parameters: Mapping[str, Tensor]) -> dict[str, Sharding]:
+def _shardings(
+    parameters: Mapping[str, Tensor], model: nn.Module | None = None
+) -> dict[str, Sharding]:
     """How each parameter lies over ranks; a plain tensor is the same on every rank."""
-    shardings: dict[str, Sharding] = fsdp1_shardings(
-        {n: p for n, p in parameters.items() if is_flattened(p)}
-    )
+    flattened = {name: p for name, p in parameters.items() if is_flattened(p)}
+    shardings = fsdp1_shardings(flattened, model)
     whole = Sharding()
     known: dict[tuple[int, tuple[Placement, ...]], Sharding] = {}
     for name, p in parameters.items():
@@ -153,7 +158,7 @@ def _exchanged(mine: Fact, group: ProcessGroup) -> list[Fact]:
 
 
 def _refuse_marked(parameters: Mapping[str, Tensor]) -> None:
-    """Megatron's marks of plain tensors that differ by rank, without the ranks they differ over."""
+    """Refuse Megatron's marks: such tensors differ by rank, and no mark says over which ranks."""
     marked = [
         name
         for name, p in parameters.items()
@@ -170,7 +175,8 @@ def _refuse_marked(parameters: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_outsiders(groups: Groups) -> None:
-    """`new_group` gives ranks outside a group an object too, which can't reduce anything."""
+    """Refuse a group that this rank isn't in."""
+    # `new_group` returns an object on ranks outside the group too; it can't reduce anything.
     if any(dist.get_rank(group) < 0 for group in _distinct(groups)):
         msg = (
             f"process_group: rank {dist.get_rank()} is not in the group given on it; allowed: the "
@@ -183,7 +189,7 @@ def _refuse_outsiders(groups: Groups) -> None:
 def _check_copies(
     parameters: Mapping[str, Tensor], named: Mapping[str, ProcessGroup | None]
 ) -> None:
-    """A group's first rank counts what all of its ranks hold a copy of, so it must have it."""
+    """Refuse copies that a group's first rank lacks, as that rank counts copies (`counts`)."""
     copies = {name: p.numel() for name, p in parameters.items() if named[name] is None}
     for group in dict.fromkeys(group for group in named.values() if group is not None):
         first, *others = _exchanged(copies, group)
@@ -202,7 +208,7 @@ def _check_copies(
 def _warn_of_forgotten_axes(
     parameters: Mapping[str, Tensor], shardings: Iterable[Sharding]
 ) -> None:
-    """Say so where meshes are slices of a larger one, and nothing tells what the rest holds."""
+    """Warn if meshes are slices of a larger mesh, and no parameter lies over one of its axes."""
     lines = [
         set(axis.ranks)
         for sharding in distinct(shardings)

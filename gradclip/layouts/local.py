@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from gradclip.errors import LayoutError
-from gradclip.layouts.shardings import flat_handle, is_flat, is_flattened
+from gradclip.layouts.fsdp1 import flat_region, is_flattened, padding
+from gradclip.layouts.meshes import mesh_region
 from gradclip.types import Collected, Grads, Region
 
 __all__ = [
@@ -30,10 +29,14 @@ Owned = Sequence[Sequence[tuple[Tensor, Tensor]]]
 
 
 class LocalLayout:
-    """Whole gradients, so no collective, unless groups are given whose ranks hold other parts.
+    """Every rank holds every gradient whole, so that no collective is needed.
 
-    Of a sparse gradient its values are taken, once those of one row are added up; of a complex one
-    its real and imaginary parts.
+    Sparse gradients are measured by their values, after values of the same row were added up;
+    complex ones by their real and imaginary parts.
+
+    Args:
+        parameters: Every parameter by name.
+        groups: For subclasses, and for a test: groups of ranks that hold other parts, to sum over.
     """
 
     def __init__(
@@ -42,13 +45,9 @@ class LocalLayout:
         self._some_complex = any(p.is_complex() for p in parameters.values())
         self._groups = list(groups)
         parts = [local_part(p) for p in parameters.values()]
-        self._devices = tuple(dict.fromkeys(part.device for part in parts))
+        devices = dict.fromkeys(part.device for part in parts)
+        self.devices = tuple(devices) or (torch.device("cpu"),)
         self._some_empty = not all(part.numel() for part in parts)
-
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """Where local gradients are; measures and decisions live on the first."""
-        return self._devices or (torch.device("cpu"),)
 
     def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:
         """Take `.grad` of each parameter that has one.
@@ -69,10 +68,10 @@ class LocalLayout:
         return self.take([[(p, p.detach()) for p in slot] for slot in slots])
 
     def sizes(self, slots: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Elements of each slot over all ranks, float64 of shape (slots,); no padding counts."""
+        """How many elements each slot has over all ranks, without padding: float64, (slots,)."""
         held = [sum(part.numel() for part in slot) for slot in self.weights(slots).counted]
-        padding = [sum(map(_surplus, slot)) for slot in slots]
-        mine = [n - extra for n, extra in zip(held, padding, strict=True)]
+        surplus = [sum(map(_surplus, slot)) for slot in slots]
+        mine = [n - extra for n, extra in zip(held, surplus, strict=True)]
         return self.sum(torch.tensor(mine, dtype=torch.float64, device=self.devices[0]))
 
     def region(self, name: str, parameter: Tensor) -> Region:
@@ -84,7 +83,11 @@ class LocalLayout:
         return region_of(name, parameter)
 
     def take(self, slots: Owned) -> Collected:
-        """Take the local part of gradients, given with whose they are, without a copy."""
+        """Take the local part of gradients that are given with their parameters; nothing is copied.
+
+        Args:
+            slots: For each slot, pairs of a parameter and its gradient.
+        """
         held = [[grad for _, grad in slot] for slot in slots]
         return self._taken(held, _are_contiguous(held))
 
@@ -96,25 +99,23 @@ class LocalLayout:
         return Collected(all=held, counted=held)
 
     def held(self, parameter: Tensor) -> list[Tensor]:
-        """The local part of one gradient, if there is one; no rank waits for another."""
+        """The local part of one gradient, or nothing if there is none; without a collective."""
         return [] if parameter.grad is None else [_real_values(local_part(parameter.grad))]
 
     def local_part(self, tensor: Tensor) -> Tensor:
-        """What this rank holds of a tensor that lies as a parameter does."""
+        """What this rank holds of a tensor that is sharded as a parameter is."""
         return local_part(tensor)
 
     def sum(self, values: Tensor) -> Tensor:
-        """One all-reduce for each group of ranks that hold other parts; none if there is none."""
+        """Add up over ranks that hold other parts: one all-reduce for each axis, none without."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
-        """The largest over the same groups, reduced as integers.
-
-        Some backends lose NaN in a MAX reduction. The bits of non-negative doubles order like
-        the numbers themselves, with NaN above infinity, and integers have no NaN to lose.
-        """
+        """The largest over the same ranks; NaN if one of them has a NaN."""
         if not self._groups:
             return values
+        # Some backends lose NaN in a MAX reduction. The bits of non-negative doubles, read as
+        # integers, have the order of the numbers, with NaN above infinity.
         bits = values.abs().view(torch.int64)
         return self._reduce(bits, dist.ReduceOp.MAX).view(torch.float64)
 
@@ -127,7 +128,7 @@ class LocalLayout:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory (`expand`), so that each can't be written by itself."""
+    """Whether elements share memory (as after `expand`), so that writing one writes others."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -141,22 +142,23 @@ def _grads(slots: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
 
 
 def _are_contiguous(held: Grads) -> bool:
-    """One cheap look that lets all but plain dense gradients be seen to."""
+    """Whether all are plain dense tensors: a cheap test, so that only others cost more."""
     return all(map(Tensor.is_contiguous, chain.from_iterable(held)))
 
 
 def _settled(grad: Tensor) -> Tensor:
-    """The same gradient with one place in memory for each element."""
+    """The same gradient with memory of its own for each element."""
     if grad.is_sparse:
         return grad.coalesce()
     return grad if not overlaps(grad) else grad.clone(memory_format=torch.contiguous_format)
 
 
 def _real_values(grad: Tensor) -> Tensor:
-    """A view of all that isn't zero, as real numbers; conjugates have the same magnitudes."""
+    """The values of a sparse gradient, and complex numbers as pairs of real ones; views."""
     if grad.is_sparse:
         grad = grad.coalesce().values()
     if grad.is_complex():
+        # A conjugate's magnitudes are the same, and torch can't view a lazy one as real numbers.
         grad = torch.view_as_real(grad.conj() if grad.is_conj() else grad)
     return grad
 
@@ -164,7 +166,7 @@ def _real_values(grad: Tensor) -> Tensor:
 def _surplus(parameter: Tensor) -> int:
     """Numbers held of a parameter that aren't elements: padding of FSDP1, imaginary parts."""
     imaginary = parameter.numel() if parameter.is_complex() else 0
-    return imaginary + getattr(parameter, "_shard_numel_padded", 0)
+    return imaginary + padding(parameter)
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -173,7 +175,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def device_of(group: ProcessGroup, near: torch.device) -> torch.device:
-    """Where a group can reduce: here, else where it has a backend (shards offloaded to CPU)."""
+    """The device a group reduces on: this one if it can, else the one that it has a backend for.
+
+    They differ where shards are offloaded to the CPU and ranks talk over NCCL.
+    """
     kinds = [part.split(":")[0] for part in dist.get_backend_config(group).split(",")]
     if near.type in kinds:
         return near
@@ -181,47 +186,18 @@ def device_of(group: ProcessGroup, near: torch.device) -> torch.device:
 
 
 def region_of(name: str, parameter: Tensor) -> Region:
-    """Where the local part of a parameter lies.
+    """Where the local part of a parameter lies in it.
 
     Args:
         name: To name in errors.
         parameter: A plain tensor, a DTensor, or a parameter of FSDP1.
 
     Raises:
-        LayoutError: If that can't be told: several parameters in one, or cut twice by FSDP1.
+        LayoutError: If FSDP1 holds the parameter together with others in one, or holds a part of
+            it that tensor parallelism sharded first.
     """
     if is_flattened(parameter):
-        return _in_flat(name, parameter)
+        return flat_region(name, parameter)
     if isinstance(parameter, DTensor):
-        shape = tuple(parameter.shape)
-        size, start = compute_local_shape_and_global_offset(
-            shape, parameter.device_mesh, parameter.placements
-        )
-        return Region(shape, tuple(start) or (0,) * len(shape), tuple(size))
+        return mesh_region(parameter)
     return Region.whole(tuple(parameter.shape))
-
-
-def _in_flat(name: str, parameter: Tensor) -> Region:
-    handle = flat_handle(name, parameter)
-    flat = handle.flat_param
-    if is_flat(parameter) or flat._params is None:
-        msg = (
-            f"{name!r} is a FlatParameter of FSDP1, many parameters in one, which have no rows; "
-            "wrap with use_orig_params=True, or use fully_shard."
-        )
-        raise LayoutError(msg)
-    index = next(i for i, own in enumerate(flat._params) if own is parameter)
-    if flat._param_extensions[index] is not None:
-        msg = (
-            f"{name!r} was cut by tensor parallelism and then by FSDP1, in the middle of rows; "
-            "supported for units, and to save the memory of elements: fully_shard over tensor "
-            "parallelism. Use that, or another scope, or save: false."
-        )
-        raise LayoutError(msg)
-    shape = tuple(flat._shapes[index])
-    if not handle.uses_sharded_strategy:
-        return Region.whole(shape)
-    info = flat._shard_param_infos[index]
-    if info.intra_param_start_idx is None or info.intra_param_end_idx is None:
-        return Region.between(shape, 0, 0)
-    return Region.between(shape, info.intra_param_start_idx, info.intra_param_end_idx + 1)

@@ -1,4 +1,7 @@
-"""Gradients that no collective has reduced yet: sequence parallel norms, hand-made partial sums."""
+"""Gradients that are Partial: each rank holds a term of a sum that no collective has formed yet.
+
+Sequence parallel norms leave such gradients, and computations on DTensors by hand.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from gradclip.errors import LayoutError
 __all__ = ["PartialSums", "completed"]
 
 BUCKET = 1 << 17
-"""Elements that are copied together into one message; a larger gradient is sent as it is."""
+"""How many elements are copied into one message; a larger gradient is sent without a copy."""
 
 _NOTHING, _WHOLE, _PARTIAL = range(3)
 
@@ -24,9 +27,9 @@ class PartialSums:
     """Reduces Partial gradients of replicated parameters in place, in few messages.
 
     Only a parameter that is Replicate on every axis of its mesh can have such a gradient:
-    `fully_shard` reduces those of the parameters it shards. Which of them do is agreed among
-    ranks once, when each first has a gradient anywhere, so that ranks without a gradient know
-    which messages to take part in.
+    `fully_shard` reduces the gradients of what it shards. Ranks agree once, when a parameter first
+    has a gradient on any of them, whether its gradients are Partial. A rank without a gradient
+    then knows which messages to take part in.
 
     Args:
         parameters: Every parameter by name, in the same order on every rank.
@@ -44,10 +47,10 @@ class PartialSums:
         self._kinds: dict[DTensor, list[int]] = {}
 
     def reduce(self) -> None:
-        """Complete this step's partial gradients; every rank takes part.
+        """Reduce this step's Partial gradients; every rank must call.
 
         Raises:
-            LayoutError: If a gradient is partial in another sense than a sum or a mean.
+            LayoutError: If a gradient is Partial with another reduction than a sum or a mean.
         """
         for mesh, parameters in self._meshes.items():
             unknown = [p for p in parameters if p not in self._kinds]
@@ -86,7 +89,7 @@ class PartialSums:
 
 
 def completed(tensor: Tensor) -> Tensor:
-    """A DTensor with its partial sums reduced; every rank of its mesh takes part."""
+    """The tensor with its partial sums reduced; every rank of its mesh must call."""
     if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
         return tensor
     whole = [Replicate() if p.is_partial() else p for p in tensor.placements]
@@ -94,7 +97,7 @@ def completed(tensor: Tensor) -> Tensor:
 
 
 def _buckets(parameters: list[DTensor]) -> Iterator[list[DTensor]]:
-    """Neighbours of one dtype that fit into one message; a large one alone."""
+    """Groups of neighbours of one dtype that fit into one message; a larger one alone."""
     bucket: list[DTensor] = []
     for p in parameters:
         if bucket and (p.dtype != bucket[0].dtype or sum(q.numel() for q in [*bucket, p]) > BUCKET):
@@ -106,7 +109,10 @@ def _buckets(parameters: list[DTensor]) -> Iterator[list[DTensor]]:
 
 
 def _complete(bucket: list[DTensor], mesh: DeviceMesh, dim: int) -> None:
-    """Reduce one bucket of gradients along one axis, and how many ranks had each of them."""
+    """Reduce one bucket of gradients along one axis of the mesh.
+
+    The same message counts how many ranks had each gradient: if none had, it stays None.
+    """
     group = mesh.get_group(dim)
     shares = [_share(p, mesh, dim).reshape(-1) for p in bucket]
     had = shares[0].new_tensor([p.grad is not None for p in bucket])
@@ -122,7 +128,10 @@ def _complete(bucket: list[DTensor], mesh: DeviceMesh, dim: int) -> None:
 
 
 def _share(parameter: DTensor, mesh: DeviceMesh, dim: int) -> Tensor:
-    """What this rank adds to a gradient: its part, or the whole of it on the first rank alone."""
+    """What this rank adds to the sum of one gradient along one axis.
+
+    A Partial gradient adds its part. A whole one is the same on every rank: the first adds it.
+    """
     grad = parameter.grad
     if isinstance(grad, DTensor):
         part = grad.to_local()
@@ -135,7 +144,7 @@ def _share(parameter: DTensor, mesh: DeviceMesh, dim: int) -> Tensor:
 
 
 def _write(parameter: DTensor, total: Tensor, ranks: Tensor, dim: int) -> None:
-    """Put a reduced gradient in place, unless no rank had any."""
+    """Put a reduced gradient in the parameter's `.grad`, unless no rank had one."""
     grad = parameter.grad
     if grad is None:
         if ranks > 0:

@@ -1,4 +1,4 @@
-"""What is asked of all ranks: which is the first, and the mean of their losses."""
+"""Questions to all ranks that aren't about gradients: which is the first, the mean loss."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["is_first_rank", "mean_loss"]
 
 
 def mean_loss(losses: Sequence[Tensor], device: torch.device) -> Tensor | None:
-    """The mean over the ranks that have a loss, in one message of 16 bytes; every rank takes part.
+    """The mean loss of the ranks that have one: one message of 16 bytes; every rank must call.
 
     Args:
-        losses: This rank's, of one element each; empty where it has none, as on all but the last
-            pipeline stage.
+        losses: This rank's losses, of one element each; empty if it has none, as on all but the
+            last pipeline stage.
         device: Where decisions are made.
 
     Returns:
@@ -27,24 +27,24 @@ def mean_loss(losses: Sequence[Tensor], device: torch.device) -> Tensor | None:
     """
     # A loss over sharded classes (loss parallel) is a DTensor.
     whole = [loss.full_tensor() if isinstance(loss, DTensor) else loss for loss in losses]
-    own = None
+    mine = None
     if whole:
-        own = torch.stack([loss.reshape(()).to(device, torch.float64) for loss in whole]).mean()
+        mine = torch.stack([loss.reshape(()).to(device, torch.float64) for loss in whole]).mean()
     if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return own
+        return mine
     message = torch.zeros(2, dtype=torch.float64, device=device)
-    if own is not None:
-        message = torch.stack([own, torch.ones_like(own)])
+    if mine is not None:
+        message = torch.stack([mine, torch.ones_like(mine)])
     group = dist.group.WORLD
     assert group is not None
     message = message.to(device_of(group, device))
     dist.all_reduce(message, group=group)
     total, count = message.to(device).unbind()
-    if own is None and not bool(count):
+    if mine is None and not bool(count):
         return None
     return total / count
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one of all that writes files and warnings."""
+    """Whether this process is the first of all ranks, which alone writes files and warnings."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -23,8 +23,8 @@ __all__ = ["ShardedLayout"]
 class ShardedLayout(LocalLayout):
     """Each rank holds parts of some parameters and all of others.
 
-    Each gradient element is counted by one rank alone, so one sum over the axes is the sum over
-    every element, and the same bits on every rank.
+    Every gradient element is counted by exactly one rank (`gradclip.layouts.geometry.counts`).
+    The sum over ranks is then the sum over all elements, and the same bits on every rank.
 
     Args:
         parameters: Every parameter by name, in the same order on every rank.
@@ -41,7 +41,7 @@ class ShardedLayout(LocalLayout):
         complex_ = [name for name, p in parameters.items() if p.is_complex()]
         if complex_:
             msg = (
-                f"Parameters {complex_[:3]} are complex and the model is cut over ranks; "
+                f"Parameters {complex_[:3]} are complex and the model is sharded over ranks; "
                 "supported: real floating point there, complex in one process or under DDP. Store "
                 "them as real tensors (torch.view_as_real), or leave them out of the optimizer."
             )
@@ -66,7 +66,7 @@ class ShardedLayout(LocalLayout):
         return self.take([[(p, g) for p in slot if (g := p.grad) is not None] for slot in slots])
 
     def take(self, slots: Owned) -> Collected:
-        """Take the local part of gradients, given with whose they are, without a copy.
+        """Take the local part of gradients that are given with their parameters; nothing is copied.
 
         Raises:
             LayoutError: If a gradient is sparse, has elements that share memory, or lies over
@@ -87,7 +87,7 @@ class ShardedLayout(LocalLayout):
 
     def _refuse_irregular(self, owner: Tensor, part: Tensor) -> None:
         name = self._names.get(owner, "?")
-        refuse_sparse([(name, part)], "the model is cut over ranks, which needs dense ones")
+        refuse_sparse([(name, part)], "the model is sharded over ranks, which needs dense ones")
         if overlaps(part):
             msg = (
                 f"The gradient of {name!r} has elements that share memory (expand); supported: "
@@ -110,7 +110,7 @@ class ShardedLayout(LocalLayout):
 
 
 def _groups(axes: Sequence[Axis]) -> list[ProcessGroup]:
-    """Axes that together hold every rank are summed over at once."""
+    """The groups to sum over: one of all ranks in place of axes that together hold every rank."""
     whole = math.prod(len(axis.ranks) for axis in axes) == dist.get_world_size()
     if len(axes) > 1 and whole and dist.group.WORLD is not None:
         return [dist.group.WORLD]

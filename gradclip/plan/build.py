@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
-from gradclip.measure import is_wide
+from gradclip.norms import is_wide
 from gradclip.plan.groups import Fact, Membership, matched, members_of
 from gradclip.plan.plan import Plan, Rule
 from gradclip.plan.units import UnitDims, UnitMap
@@ -90,13 +90,16 @@ def build_plan(
         slots=list(slots.values()),
         slot_names=[path[-1] for path in slots],
         rules=rules,
+        recorded=recorded,
         norm_types={p: is_wide(p, dtypes) for p in dict.fromkeys([recorded, *needed])},
         watched=_watched(where, unit_map, device),
         weight_types={p: is_wide(p, dtypes) for p in dict.fromkeys(weighed)},
         probe_types={
             i: {p: is_wide(p, dtypes)}
             for i, rule in enumerate(rules)
-            if _probes(rule.policy) and (p := rule.policy.measured[1])
+            if rule.elementwise is not None
+            and rule.elementwise.probes
+            and (p := rule.policy.measured[1])
         },
         unit_map=unit_map,
         regions=regions,

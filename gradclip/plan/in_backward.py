@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from types import CodeType
-from typing import Any
+import logging
+from collections.abc import Mapping
 
-from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip.errors import ConfigError
 
-__all__ = ["refuse_lost_gradients", "refuse_steps_in_backward"]
+__all__ = ["BackwardWatch", "refuse_marked"]
+
+_logger = logging.getLogger("gradclip")
 
 _WAY_OUT = (
     "Clipping needs every gradient before any is applied: step after backward, with one "
@@ -23,96 +19,78 @@ _WAY_OUT = (
 )
 
 
-def refuse_steps_in_backward(parameters: Mapping[str, Parameter]) -> None:
-    """Check that no parameter is stepped as soon as its gradient is accumulated.
+def refuse_marked(parameters: Mapping[str, Parameter]) -> None:
+    """Refuse parameters that `torch.distributed.optim._apply_optimizer_in_backward` marked.
 
-    Told from what `torch.distributed.optim._apply_optimizer_in_backward` leaves on parameters,
-    and from the code of their hooks: one that calls a method `step` steps an optimizer. Other
-    hooks (a sharding framework's, a logger's) may stay.
+    It leaves the optimizers on each parameter, in an attribute read in torch 2.13.
 
     Raises:
-        ConfigError: If one is.
+        ConfigError: If one is marked.
     """
-    found: dict[str, str] = {}
-    told: dict[Any, bool] = {}
-    for name, parameter in parameters.items():
-        for optimizer in getattr(parameter, "_in_backward_optimizers", ()):
-            found[name] = f"{type(optimizer).__name__} of _apply_optimizer_in_backward"
-        for hook in _hooks(parameter):
-            code = _code(hook)
-            if code is not None and told.setdefault(code, _steps(code)):
-                found[name] = f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})"
+    found = {
+        name: f"{type(optimizer).__name__} of _apply_optimizer_in_backward"
+        for name, parameter in parameters.items()
+        for optimizer in getattr(parameter, "_in_backward_optimizers", ())
+    }
     if found:
-        msg = (
-            f"An optimizer steps inside backward: {_listed(list(found))} is stepped by "
-            f"{next(iter(found.values()))} as soon as its gradient is accumulated, so that no "
-            f"gradient is left to clip. Allowed: hooks that don't step. {_WAY_OUT}"
-        )
-        raise ConfigError(msg)
+        raise ConfigError(_stepped(list(found), f"stepped by {next(iter(found.values()))}"))
 
 
-def refuse_lost_gradients(
-    parameters: Mapping[str, Parameter], norms: Tensor, steps: Tensor
-) -> None:
-    """Explain why no rank has ever had a gradient, where hooks may have taken them.
+class BackwardWatch:
+    """Sees that hooks stepped an optimizer in backward, in the steps before a first gradient.
 
-    Without hooks a step without gradients is a step like any other, and nothing is read.
+    Such a parameter has a hook on its gradient, no gradient is left when `clip` looks, and it was
+    written to since the clipper was built: torch counts the writes to each tensor. A hook that
+    doesn't step (a logger's, a sharding framework's) leaves the gradient there.
 
     Args:
-        parameters: None of which has a gradient on this rank.
-        norms: Of all ranks' gradients.
-        steps: 0-d, those so far that had one.
-
-    Raises:
-        ConfigError: If a parameter has hooks that run in backward, whatever their code.
+        parameters: Those that are clipped, by name.
     """
-    if not any(map(_hooks, parameters.values())) or bool(norms.any()) or bool(steps):
-        return
-    refuse_steps_in_backward(parameters)
-    if hooked := [name for name, parameter in parameters.items() if _hooks(parameter)]:
-        code = _code(_hooks(parameters[hooked[0]])[0])
-        hook = "a hook" if code is None else f"the hook {code.co_name} ({code.co_filename})"
-        msg = (
-            f"clip: no parameter has had a gradient, on any rank, and {_listed(hooked)} has "
-            f"{hook}, which runs in backward and may step an optimizer and drop the gradient. "
-            f"{_WAY_OUT} If it doesn't step, call clip() only after a backward."
-        )
-        raise ConfigError(msg)
+
+    def __init__(self, parameters: Mapping[str, Parameter]) -> None:
+        self._writes = {p: p._version for p in parameters.values()}
+
+    def look(self, parameters: Mapping[str, Parameter]) -> bool:
+        """Check the parameters that never had a gradient; the others are watched no more.
+
+        Where others have one, a warning has to do: loading a checkpoint writes to parameters too,
+        and a parameter may be unused.
+
+        Args:
+            parameters: Their names.
+
+        Returns:
+            Whether any is left to watch.
+
+        Raises:
+            ConfigError: If parameters were stepped in backward, and none has a gradient.
+        """
+        stepped: set[Parameter] = set()
+        for p, writes in list(self._writes.items()):
+            if p.grad is not None:
+                del self._writes[p]
+            elif _has_hooks(p) and p._version != writes:
+                stepped.add(p)
+        if stepped:
+            names = [name for name, p in parameters.items() if p in stepped]
+            msg = _stepped(names, "written to, and its gradient dropped, by a hook")
+            if not any(p.grad is not None for p in parameters.values()):
+                raise ConfigError(msg)
+            _logger.warning("%s", msg)
+            self._writes.clear()  # said once
+        return bool(self._writes)
 
 
-def _hooks(parameter: Parameter) -> list[Callable[..., Any]]:
-    """Hooks on a parameter's gradient: a private attribute of tensors, read in torch 2.13."""
-    kinds: list[Mapping[int, Callable[..., Any]] | None]
-    kinds = [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
-    return [hook for hooks in kinds for hook in (hooks or {}).values()]
+def _has_hooks(parameter: Parameter) -> bool:
+    """Whether a hook runs on its gradient: private attributes of tensors, read in torch 2.13."""
+    return bool(parameter._post_accumulate_grad_hooks or parameter._backward_hooks)
 
 
-def _code(hook: Callable[..., Any]) -> CodeType | None:
-    """The code of a function, method, partial, decorated function or callable object."""
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    hook = inspect.unwrap(getattr(hook, "__func__", hook))
-    if not hasattr(hook, "__code__"):
-        hook = getattr(type(hook).__call__, "__func__", type(hook).__call__)
-    return getattr(hook, "__code__", None)
-
-
-def _steps(code: CodeType) -> bool:
-    """Whether a method `step` is called, here or in a function inside; reading one is no call."""
-    return "step" in _called(code)
-
-
-def _called(code: CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        # Since 3.12 loading a method is a flag of loading an attribute.
-        flagged = sys.version_info >= (3, 12) and instruction.opname == "LOAD_ATTR"
-        if instruction.opname == "LOAD_METHOD" or (flagged and (instruction.arg or 0) & 1):
-            yield str(instruction.argval)
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            yield from _called(const)
-
-
-def _listed(names: list[str]) -> str:
+def _stepped(names: list[str], how: str) -> str:
     shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} (and {len(names) - 3} more)"
+    more = "" if len(names) <= 3 else f" (and {len(names) - 3} more)"
+    return (
+        f"An optimizer steps inside backward: {shown}{more} is {how} as soon as its gradient is "
+        f"accumulated, so that no gradient is left to clip. Allowed: hooks that don't step. "
+        f"{_WAY_OUT}"
+    )

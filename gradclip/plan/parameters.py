@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
 from gradclip.plan.groups import Fact, for_each
-from gradclip.plan.in_backward import refuse_steps_in_backward
+from gradclip.plan.in_backward import refuse_marked
 
 __all__ = ["collect_parameters", "configs_for", "facts_of", "grad_dtype", "refuse_differentiable"]
 
@@ -69,7 +69,7 @@ def collect_parameters(
             "GradientClipper got no parameters: a generator may have been used up. Pass a new one."
         )
         raise ConfigError(msg)
-    refuse_steps_in_backward(found)
+    refuse_marked(found)
     return found
 
 

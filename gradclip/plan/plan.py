@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradclip.measure import combine, combine_runs
+from gradclip.norms import combine, combine_runs
 from gradclip.plan.units import UnitMap
-from gradclip.types import Elementwise, Grads, Region, Units
-
-if TYPE_CHECKING:
-    from gradclip.policies import Policy
+from gradclip.types import Decides, Elementwise, Region
 
 __all__ = ["Plan", "Rule"]
 
@@ -46,7 +42,7 @@ class Rule:
     """
 
     key: tuple[int, int]
-    policy: Policy
+    policy: Decides
     names: tuple[str, ...]
     covers: tuple[int, ...]
     members: Tensor | None
@@ -102,8 +98,9 @@ class Plan:
             slots can be put together from.
         slot_names: One name per measured slot.
         rules: The policies in order, each with its slots.
-        norm_types: The p of every norm to measure, the recorded one first, and whether it is
-            wide (`gradclip.measure.is_wide`).
+        recorded: The p of the norm that records show.
+        norm_types: The p of every norm to measure, and whether it is wide
+            (`gradclip.norms.is_wide`).
         watched: Int64 indices of the measured slots (or units) that may withhold a step; None for
             all.
         weight_types: The p of every norm of the parameters themselves to measure, as `norm_types`.
@@ -122,6 +119,7 @@ class Plan:
     slots: Sequence[Sequence[Parameter]]
     slot_names: Sequence[str]
     rules: Sequence[Rule]
+    recorded: float
     norm_types: Mapping[float, bool]
     watched: Tensor | None
     weight_types: Mapping[float, bool]
@@ -134,11 +132,6 @@ class Plan:
     each: Mapping[str, Sequence[Parameter]] | None
 
     @property
-    def recorded(self) -> float:
-        """The p of the norm that records show."""
-        return next(iter(self.norm_types))
-
-    @property
     def split_by(self) -> str | None:
         """The type of a policy that one coefficient for all gradients can't stand for, if any."""
         for rule in self.rules:
@@ -146,10 +139,6 @@ class Plan:
             if self.unit_map is not None or not whole or rule.elementwise is not None:
                 return rule.policy.type
         return None
-
-    def as_measured(self, grads: Grads) -> Grads | Units:
-        """Local tensors as they are measured and scaled: by slot, or by unit."""
-        return grads if self.unit_map is None else self.unit_map.units(grads)
 
     def with_sizes(self, sizes: Tensor) -> Plan:
         """The same, with the elements of each slot, float64 of shape (slots,), for who asks."""

@@ -8,7 +8,6 @@ from gradclip.policies.adagc import AdaGC
 from gradclip.policies.agc import AGC
 from gradclip.policies.autoclip import AutoClip
 from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
-from gradclip.policies.chain import decide_all
 from gradclip.policies.elements import ClipByValue, ElementPolicy
 from gradclip.policies.ema import EmaClip
 from gradclip.policies.fixed import ClipByNorm, ClipByRMS
@@ -42,7 +41,6 @@ __all__ = [
     "UClip",
     "ZClip",
     "after",
-    "decide_all",
 ]
 
 AnyPolicy = Annotated[

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradclip.measure import combine
+from gradclip.norms import combine
 from gradclip.policies.base import AdaptivePolicy, coefficient, filled
-from gradclip.policies.history import median_of, run
+from gradclip.policies.history import run
 from gradclip.policies.schedule import Limit
 from gradclip.types import Decision, Scope, State, Stats
 
@@ -97,8 +97,10 @@ class AdaGC(AdaptivePolicy):
     def _floored(self, mean: Tensor, started: Tensor) -> Tensor:
         """Running means, none of them too small to recover from."""
         if self.mean_floor:
-            floor = self.mean_floor * median_of(mean, started)
-            mean = torch.where(torch.isfinite(floor), torch.maximum(mean, floor), mean)
+            # NaN before any slot has started: `fmax` then keeps the mean. `nanmedian` would take
+            # the lower of two middles, and wait for the device.
+            middle = torch.where(started, mean, torch.nan).nanquantile(0.5)
+            mean = torch.fmax(mean, self.mean_floor * middle)
         return mean.clamp(min=self.eps)
 
     def _share(self, norms: Tensor, step: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from gradclip.policies.model import STRICT
-from gradclip.policies.schedule import Limit, Schedule, value_at
+from gradclip.policies.schedule import Limit, Schedule
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = [
@@ -163,6 +163,7 @@ def coefficient(norms: Tensor, limit: Tensor, eps: float) -> Tensor:
 
 
 def filled(like: Tensor, value: float | Schedule, step: Tensor) -> Tensor:
-    """A limit at a step, in the shape and type of another tensor."""
-    found = value_at(value, step)
-    return found.expand_as(like) if isinstance(found, Tensor) else torch.full_like(like, found)
+    """A limit at a step, in the shape, dtype and device of another tensor."""
+    if isinstance(value, Schedule):
+        return value.at(step).expand_as(like)
+    return torch.full_like(like, value)

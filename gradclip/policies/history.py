@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,6 @@ __all__ = [
     "mean_and_std",
     "median",
     "median_and_mad",
-    "median_of",
     "percentile_of_last",
     "pushed",
     "run",
@@ -49,14 +46,8 @@ def percentile_of_last(rows: Tensor, seen: Tensor, share: float) -> Tensor:
     Returns:
         Shape (slots,); inf for a slot that has none.
     """
-    ordered = torch.where(last_rows(rows, seen), rows, torch.inf).sort(0).values
-    rank = share * (seen.clamp(max=rows.shape[0]) - 1).clamp(min=0)
-    low, high = (
-        ordered.gather(0, place.long().unsqueeze(0)).squeeze(0)
-        for place in (rank.floor(), rank.ceil())
-    )
-    # Equal ends are taken as they are: inf - inf, where nothing was seen, is no number.
-    return torch.where(low == high, low, low + (high - low) * (rank - rank.floor()))
+    held = torch.where(last_rows(rows, seen), rows, torch.nan)
+    return torch.where(seen > 0, held.nanquantile(share, dim=0), torch.inf)
 
 
 def mean_and_std(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,20 +76,10 @@ def level(recent: Tensor, count: int, kind: str) -> tuple[Tensor, Tensor]:
 
 def median(rows: Tensor) -> Tensor:
     """The middle of each column, the mean of both middles for an even count."""
+    # `rows.quantile(0.5, dim=0)` gives the same values with 18 operations in place of 3.
     ordered = rows.sort(0).values
     count = rows.shape[0]
     return ordered.narrow(0, (count - 1) // 2, 2 - count % 2).mean(0)
-
-
-def median_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """The median of the chosen ones of some values, 0-d; inf if none is chosen.
-
-    `torch.nanmedian` reads the host on an accelerator.
-    """
-    ordered = torch.where(chosen, values, math.inf).sort().values
-    count = chosen.sum()
-    middles = torch.stack([(count - 1).clamp(min=0) // 2, count // 2])
-    return ordered.take(middles).mean()
 
 
 def run(length: Tensor, above: Tensor, below: Tensor) -> Tensor:

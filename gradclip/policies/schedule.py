@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradclip.policies.model import STRICT
 
-__all__ = ["Limit", "Schedule", "value_at"]
+__all__ = ["Limit", "Schedule"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -91,8 +91,3 @@ Limit = Annotated[
     Discriminator(_kind),
 ]
 """A limit, above 0 so that it can neither freeze nor flip (inf only measures), or a schedule."""
-
-
-def value_at(limit: float | Schedule, step: Tensor) -> float | Tensor:
-    """A limit at a step: the number itself, or a 0-d float64 tensor."""
-    return limit.at(step) if isinstance(limit, Schedule) else limit

@@ -1,4 +1,4 @@
-"""Who made a gradient norm large, or not finite."""
+"""Which parameters made a gradient norm large, or not finite."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def shares(per_parameter: Mapping[str, float], norm_type: float = 2.0) -> list[t
     """How much of the norm each parameter accounts for, largest first.
 
     Args:
-        per_parameter: Norm before clipping by parameter name. Those that aren't finite are left
-            out, and the shares are of the norm of the others.
+        per_parameter: Norm before clipping by parameter name. Norms that aren't finite are left
+            out; the shares are of the norm of the others.
         norm_type: p of the norms, `inf` included.
 
     Returns:
-        Names with (n / N)^p, where n is a parameter's norm and N that of all: they add up to 1.
-        For p = inf n / N, since the largest alone makes the norm. Equal ones keep their order.
+        Names and shares. With n the norm of a parameter and N the norm of all, a share is
+        (n / N)^p, and shares add up to 1; for p = inf it is n / N. Equal shares keep their order.
 
     Example:
         >>> shares({"body": 3.0, "head": 4.0})
@@ -35,11 +35,11 @@ def shares(per_parameter: Mapping[str, float], norm_type: float = 2.0) -> list[t
     return sorted(found, key=lambda one: one[1], reverse=True)
 
 
-def not_finite(per_parameter: Mapping[str, float]) -> list[str]:
-    """Parameters whose gradient has a NaN or an infinity, those nearest the loss first.
+def not_finite(per_parameter: dict[str, float]) -> list[str]:
+    """Parameters whose gradient has a NaN or an infinity, the nearest to the loss first.
 
-    Backward runs from the loss to the first layer and carries a NaN along, so the one nearest the
-    loss is where to look first.
+    Backward runs from the loss to the first layer and carries a NaN along, so look first at the
+    parameter nearest to the loss.
 
     Args:
         per_parameter: Norm before clipping by parameter name, in the model's order.
@@ -48,6 +48,4 @@ def not_finite(per_parameter: Mapping[str, float]) -> list[str]:
         >>> not_finite({"embed": math.nan, "body": math.nan, "head": 1.0})
         ['body', 'embed']
     """
-    return [
-        name for name in reversed(list(per_parameter)) if not math.isfinite(per_parameter[name])
-    ]
+    return [name for name, norm in reversed(per_parameter.items()) if not math.isfinite(norm)]

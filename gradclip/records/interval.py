@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gradclip.config import LogConfig
 from gradclip.records.record import COLUMNS
 
-__all__ = ["Window"]
+if TYPE_CHECKING:
+    from gradclip.config import LogConfig
+
+__all__ = ["Interval", "Streaks"]
 
 _logger = logging.getLogger("gradclip")
 _MEANS = ("grad_norm", "limit", "coef", "clipped_norm")
-_COUNTS = ("some", "clipped", "skipped", "nonfinite")
+_COUNTS = ("has_gradient", "clipped", "skipped", "nonfinite")
 
 
-class Window:
+class Interval:
     """Sums over the steps since the last log entry.
 
     Args:
@@ -55,7 +58,7 @@ class Window:
             return
         self.rows += len(rows)
         self._counts += rows[:, [COLUMNS.index(name) for name in self._counted]].sum(0)
-        steady = (_column(rows, "some") != 0) & (_column(rows, "nonfinite") == 0)
+        steady = (_column(rows, "has_gradient") != 0) & (_column(rows, "nonfinite") == 0)
         kept = rows[steady][:, [COLUMNS.index(name) for name in _MEANS]]
         known = torch.isfinite(kept)  # a limit may be none, a clipped norm may be unknown
         self._means += torch.stack([torch.where(known, kept, 0.0).sum(0), known.sum(0)])
@@ -66,9 +69,9 @@ class Window:
         self._clip_rate = float(_column(rows, "clip_rate")[-1])
         self._sums += sums
 
-    def next(self) -> Window:
+    def next(self) -> Interval:
         """An empty one like this."""
-        return Window(self.names, keeps=self._keeps, drops=self._drops)
+        return Interval(self.names, keeps=self._keeps, drops=self._drops)
 
     def metrics(self) -> dict[str, float]:
         """What to log; empty without a step. Means are over finite steps, NaN if there is none."""
@@ -92,7 +95,7 @@ class Window:
         }
 
 
-class Runs:
+class Streaks:
     """Steps in a row that were all clipped, never clipped, or withheld; warns of each once.
 
     Args:
@@ -102,27 +105,27 @@ class Runs:
     def __init__(self, config: LogConfig) -> None:
         after, skips = config.warn_after, config.warn_skips
         self._bounds = {"never": after, "always": after, "withheld": skips}
-        self._runs = dict.fromkeys(("never", "always", "withheld"), 0)
+        self._lengths = dict.fromkeys(("never", "always", "withheld"), 0)
         self._said: set[str] = set()
 
     def follow(self, rows: Tensor, tag: str) -> None:
-        """Take in steps, as `Window.add`; `tag` tells clippers apart."""
-        names = ("some", "clipped", "skipped", "limit", "grad_norm")
+        """Take in steps, as `Interval.add`; `tag` tells clippers apart."""
+        names = ("has_gradient", "clipped", "skipped", "limit", "grad_norm")
         wanted = rows[:, [COLUMNS.index(name) for name in names]]
-        for some, clipped, skipped, limit, norm in wanted.tolist():
-            if not some and not skipped:
+        for has_gradient, clipped, skipped, limit, norm in wanted.tolist():
+            if not has_gradient and not skipped:
                 continue
             self._count("withheld", bool(skipped))
             if math.isfinite(limit):  # no limit is there yet in a warm-up
                 self._count("never", not clipped and not skipped)
                 self._count("always", bool(clipped or skipped))
             for run, bound in self._bounds.items():
-                if self._runs[run] == bound and run not in self._said:
+                if self._lengths[run] == bound and run not in self._said:
                     self._said.add(run)
                     _logger.warning(_ADVICE[run], tag, bound, norm, limit)
 
     def _count(self, run: str, goes_on: bool) -> None:
-        self._runs[run] = self._runs[run] + 1 if goes_on else 0
+        self._lengths[run] = self._lengths[run] + 1 if goes_on else 0
 
 
 _SEEN = "(the last norm is %.4g and the limit %.4g)"

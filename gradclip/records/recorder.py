@@ -1,52 +1,170 @@
-"""What the last steps were, read from the device in one copy: for loggers, and for a file."""
+"""What happened: counted on the device, read in one copy for loggers and for a file."""
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
-from gradclip.layouts import is_first_rank
-from gradclip.measure import combine
+from gradclip.norms import combine
 from gradclip.plan.plan import Plan
-from gradclip.records.interval import Runs, Window
-from gradclip.records.record import COLUMNS, ByName, ClipRecord, Tally
+from gradclip.records.interval import Interval, Streaks
+from gradclip.records.record import COLUMNS, ByName, ClipRecord
 from gradclip.records.trace_file import TraceHeader, write_trace
-from gradclip.records.worst import WorstOnDevice, WorstOnHost, WorstSteps
-from gradclip.types import Verdict
+from gradclip.records.worst import WorstSteps
+from gradclip.types import Step, Verdict
 
-__all__ = ["Recorder", "Seen"]
+if TYPE_CHECKING:
+    from gradclip.config import ClipConfig
+
+__all__ = ["TAKEN", "Recorder", "Tally"]
+
+_ROWS = 512  # without a flight record: more than a log entry spans
+_NUMBERS, _FLAGS = COLUMNS.index("loss"), COLUMNS.index("has_gradient")
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a step is told by, beside its verdict.
+class Tally:
+    """Counts over the run, and a row for each of the last steps; all on the device.
+
+    A step is taken if it was finite, not withheld, and had a gradient: schedules follow those.
+
+    Args:
+        device: Where.
+        length: Steps that have a row.
 
     Attributes:
-        norms: Float64 of shape (measured slots or units,), as recorded.
-        batch: Index of the step's last batch, if known.
-        loss: 0-d, if known.
-        measure: Gives the norm of each parameter, float64 of shape (parameters,).
+        counts: Float64 of shape (5,), as in `NAMES`: steps, clipped, skipped, not finite, taken.
+        rows: Float64 of shape (length, columns), the latest one at `made - 1` modulo length.
+        made: Rows so far, those of steps without a gradient too.
+        first: Number of the step that the first row was of.
     """
 
-    norms: Tensor
-    batch: int | None
-    loss: Tensor | None
-    measure: Callable[[], Tensor]
+    NAMES = ("steps", "clipped", "skipped", "nonfinite", "taken")
+    """`steps` are those with a gradient; `taken`, of these, those that moved parameters."""
+
+    def __init__(self, device: torch.device, length: int) -> None:
+        self.counts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.rows = self.counts.new_zeros(length, len(COLUMNS))
+        self.made = self.first = 0
+        self._unknown = self.counts.new_full((), math.nan)
+        self._clip_rate = self.counts.new_zeros(())
+
+    def to(self, device: torch.device) -> None:
+        """Move to where decisions are made now."""
+        self.counts, self.rows = self.counts.to(device), self.rows.to(device)
+        self._unknown = self._unknown.to(device)
+
+    def describe(
+        self,
+        grad_norm: Tensor,
+        clipped_norm: Tensor,
+        verdict: Verdict,
+        per_parameter: Mapping[str, Tensor],
+        norm_type: float,
+    ) -> ClipRecord:
+        """What happened, before it is counted; `clip_rate` is that of the steps before.
+
+        Args:
+            grad_norm: 0-d float64, before clipping.
+            clipped_norm: 0-d float64, once slots are multiplied by their coefficients.
+            verdict: What was decided.
+            per_parameter: Norm before clipping by name.
+            norm_type: p of the norms.
+        """
+        skipped = torch.zeros_like(verdict.finite) if verdict.skip is None else verdict.skip
+        coef = torch.where(skipped, 1.0, verdict.coef.min())
+        clipped = coef < 1
+        if verdict.edits:
+            edited = verdict.edited & skipped.logical_not()
+            clipped = clipped | edited
+            clipped_norm = torch.where(edited, torch.nan, clipped_norm)
+        return ClipRecord(
+            grad_norm=grad_norm,
+            limit=verdict.limit,
+            coef=coef,
+            clipped_norm=torch.where(skipped, grad_norm, clipped_norm),
+            clipped=clipped,
+            skipped=skipped,
+            finite=verdict.finite,
+            clip_rate=self._clip_rate,
+            per_parameter=per_parameter,
+            norm_type=norm_type,
+        )
+
+    def count(
+        self,
+        record: ClipRecord,
+        *,
+        batch: int | None = None,
+        loss: Tensor | None = None,
+        sound: Tensor | None = None,
+    ) -> ClipRecord:
+        """Count a step, make its row, and say how many were clipped up to it.
+
+        A step without any gradient (norm 0) is not counted.
+
+        Args:
+            record: What happened.
+            batch: Index of the step's last batch, if known.
+            loss: 0-d, if known.
+            sound: 0-d bool, what the optimizer steps with is finite; `record.finite` if None.
+        """
+        has_gradient = record.grad_norm != 0
+        clean = record.finite if sound is None else sound
+        taken = has_gradient & clean & record.skipped.logical_not()
+        flags = (has_gradient, record.clipped, record.skipped, record.finite.logical_not(), taken)
+        happened = torch.stack(flags)
+        self.counts = self.counts + happened
+        steps, total = self.counts.narrow(0, 0, 2).unbind()
+        self._clip_rate = rate = total / steps.clamp(min=1)
+        numbers = (record.grad_norm, record.limit, record.coef, record.clipped_norm, rate)
+        row = self.rows.select(0, self.made % len(self.rows))
+        row.select(0, 0).fill_(self.first + self.made)
+        row.select(0, 1).fill_(-1 if batch is None else batch)
+        loss = self._unknown if loss is None else loss
+        # Not `copy_`, which fake tensors of a device that isn't there don't have.
+        row.narrow(0, _NUMBERS, _FLAGS - _NUMBERS).zero_().add_(torch.stack((loss, *numbers)))
+        row.narrow(0, _FLAGS, len(happened)).zero_().add_(happened)
+        if record.dropped is not None:
+            row.select(0, COLUMNS.index("dropped")).zero_().add_(record.dropped)
+        self.made += 1
+        return replace(record, clip_rate=rate)
+
+    def amend(self, record: ClipRecord, verdict: Verdict) -> ClipRecord:
+        """Join to the last step what one more evaluation of its closure found.
+
+        Args:
+            record: Of that step.
+            verdict: On the evaluation: it may be withheld, or not finite.
+        """
+        none = torch.zeros_like(record.skipped)
+        skipped = none if verdict.skip is None else verdict.skip & record.skipped.logical_not()
+        nonfinite = record.finite & verdict.finite.logical_not()
+        row = self.rows.select(0, (self.made - 1) % len(self.rows))
+        taken = row.select(0, COLUMNS.index("taken")) != 0
+        untaken = -(taken & (skipped | nonfinite)).double()
+        change = torch.stack([none.double(), none.double(), skipped, nonfinite, untaken])
+        self.counts = self.counts + change
+        row.narrow(0, _FLAGS, len(change)).add_(change)  # flags stand in the order of the counts
+        return replace(
+            record, skipped=record.skipped | skipped, finite=record.finite & verdict.finite
+        )
+
+
+TAKEN = Tally.NAMES.index("taken")
+"""Which of the counts says how many optimizer steps were taken so far."""
 
 
 class Recorder:
-    """Reads the rows of the last steps when a log entry is due, and keeps the flight record.
+    """Counts and describes each step, reads the rows when a log entry is due, writes the file.
 
     Rows stay on the device. They are read, in one copy, by `flush`, when they would be
     overwritten, and, with a flight record, every `log.every_n_steps` (10) steps; on a CPU, where
@@ -58,41 +176,36 @@ class Recorder:
 
     Args:
         config: What to log and record.
-        tally: Where the rows are.
-        owner: With whose end the file is written, if not before.
+        device: Where decisions are made.
+        is_first: This process writes files and warnings.
 
     Attributes:
         folder: Where a file with a relative path goes; at first the working directory.
         tag: Part of the file's name, to tell clippers apart.
         norms: Those of the finite steps of the last `flush`, with `log.histograms`.
+        tally: The counts and rows.
     """
 
-    def __init__(self, config: ClipConfig, tally: Tally, owner: object) -> None:
+    def __init__(self, config: ClipConfig, device: torch.device, *, is_first: bool) -> None:
         self.folder: Path = Path.cwd()
         self.tag = ""
         self.norms: list[float] = []
+        self.tally = Tally(device, _ROWS if config.recorder is None else config.recorder.steps)
         self._config = config
-        self._tally = tally
-        self._is_first = is_first_rank()
-        self._runs = Runs(config.log) if self._is_first else None
+        self._is_first = is_first
+        self._streaks = Streaks(config.log) if is_first else None
         self._read = self._written = self._alarms = 0
         self._path: Path | None = None
-        self._window = Window(())
-        self._sums = torch.zeros(1)
+        self._interval = Interval(())
+        self._sums = torch.zeros(1, dtype=torch.float64, device=device)
         self._names: Sequence[str] = ()
-        if config.recorder is not None:
-            weakref.finalize(owner, self.close)
 
-    def begin(self, step: int) -> None:
-        """Go on with a step of this number; those before it were another run's, with its file."""
-        self._drain()
-        self.close()
-        self._path = None
-        self._tally.first, self._tally.made = step, 0
-        self._read = self._written = self._alarms = 0
-        self.lay(self._plan, self._tally.rows.device, reads_block=self._reads_block)
+    @property
+    def keeps_worst(self) -> bool:
+        """Whether the norm of each parameter is kept for some steps."""
+        return self._worst is not None
 
-    def lay(self, plan: Plan, device: torch.device, *, reads_block: bool) -> None:
+    def follow(self, plan: Plan, device: torch.device, *, reads_block: bool) -> None:
         """Follow these parameters from the next step on.
 
         Args:
@@ -102,47 +215,63 @@ class Recorder:
         """
         log, flight = self._config.log, self._config.recorder
         self._drain()
-        self._tally.to(device)
+        self.tally.to(device)
         self._plan, self._reads_block = plan, reads_block
         self._names = list(plan.each or plan.slot_names)
-        self._places = {name: place for place, name in enumerate(self._names)}
+        self._indices = {name: index for index, name in enumerate(self._names)}
         logged = [f"grad_norms/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
             logged += [f"grad_norms/group/{name}" for name in plan.group_names]
         drops = self._config.stage == "after_backward"
         keeps = log.histograms and self._is_first
-        self._window = Window(logged, keeps=keeps, drops=drops)
+        self._interval = Interval(logged, keeps=keeps, drops=drops)
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=device)
         self._worst: WorstSteps | None = None
         if flight is not None:
-            on_device = (flight.worst, len(self._names), device)
-            self._worst = WorstOnDevice(*on_device) if reads_block else WorstOnHost(flight.worst)
+            self._worst = WorstSteps(
+                flight.worst, len(self._names), device, reads_block=reads_block
+            )
 
-    def record(self, verdict: Verdict, seen: Seen) -> ClipRecord:
+    def restart(self, step: int, counts: Tensor) -> None:
+        """Go on from saved counts; the steps before were another run's, with its file.
+
+        Args:
+            step: Number of the next step.
+            counts: Float64 of shape (5,), as in `Tally.NAMES`.
+        """
+        self._drain()
+        self.close()
+        self._path = None
+        self.tally.first, self.tally.made, self.tally.counts = step, 0, counts
+        self._read = self._written = self._alarms = 0
+        self.follow(self._plan, self.tally.rows.device, reads_block=self._reads_block)
+
+    def record(self, step: Step) -> ClipRecord:
         """Count a step and describe it."""
-        record, slots = self.describe(verdict, seen.norms)
-        each = seen.measure if self._plan.each else slots
-        return self.note(record, slots, each, seen.batch, seen.loss)
+        slots = partial(self._plan.by_slot, step.norms)
+        each = step.measure_each if self._plan.each else slots
+        record = self.describe(step)
+        return self.count(record, slots, each, step.given.batch, step.given.loss)
 
-    @property
-    def keeps_worst(self) -> bool:
-        """Whether the norm of each parameter is kept for some steps."""
-        return self._worst is not None
-
-    def describe(self, verdict: Verdict, norms: Tensor) -> tuple[ClipRecord, Callable[[], Tensor]]:
-        """What happened, not counted, and what gives the norm of each slot."""
-        plan = self._plan
-        grad_norm = combine(norms, plan.recorded)
-        clipped_norm = combine(norms * verdict.coef, plan.recorded)
-        slots = partial(plan.by_slot, norms)
-        named = self.named(slots)
-        return self._tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded), slots
+    def describe(self, step: Step) -> ClipRecord:
+        """What happened, not counted."""
+        plan, verdict = self._plan, step.verdict
+        both = torch.stack([step.norms, step.norms * verdict.coef])
+        whole = both.shape[1] == 1  # one slot of all: nothing to combine
+        totals = both.squeeze(1) if whole else combine(both, plan.recorded)
+        grad_norm, clipped_norm = totals.unbind()
+        named = self.named(partial(plan.by_slot, step.norms))
+        return self.tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded)
 
     def named(self, slots: Callable[[], Tensor]) -> Mapping[str, Tensor]:
-        """The norm of each parameter by name, where they are logged."""
-        return ByName(self._places, slots()) if self._config.log.per_parameter else {}
+        """The norm of each parameter by name, where they are logged.
 
-    def note(
+        Args:
+            slots: Gives the norm of each slot, float64 of shape (slots,).
+        """
+        return ByName(self._indices, slots()) if self._config.log.per_parameter else {}
+
+    def count(
         self,
         record: ClipRecord,
         slots: Callable[[], Tensor],
@@ -155,13 +284,13 @@ class Recorder:
 
         Args:
             record: What happened.
-            slots: Gives the norm of each slot.
-            each: Gives the norm of each parameter.
+            slots: Gives the norm of each slot, float64 of shape (slots,).
+            each: Gives the norm of each parameter, float64 of shape (parameters,).
             batch: Index of the step's last batch, if known.
             loss: 0-d, if known.
             sound: As for `Tally.count`.
         """
-        record = self._tally.count(record, batch=batch, loss=loss, sound=sound)
+        record = self.tally.count(record, batch=batch, loss=loss, sound=sound)
         row = self._last(1).select(0, 0)
         if self._worst is not None:
             self._worst.note(row, each)
@@ -171,35 +300,25 @@ class Recorder:
             self._drain()
         return record
 
-    def witness(self, verdict: Verdict, seen: Seen) -> None:
+    def amend(self, record: ClipRecord, verdict: Verdict) -> ClipRecord:
+        """Join to the last step what one more evaluation of its closure found."""
+        return self.tally.amend(record, verdict)
+
+    def witness(self, step: Step) -> None:
         """Write a step that stops the run to the file, where alone it is counted."""
         if self._config.recorder is not None:
-            counts = self._tally.counts
-            self.record(replace(verdict, skip=torch.ones_like(verdict.finite)), seen)
+            counts = self.tally.counts
+            skip = torch.ones_like(step.verdict.finite)
+            self.record(replace(step, verdict=replace(step.verdict, skip=skip)))
             self.close()
-            self._tally.counts = counts
+            self.tally.counts = counts
 
     def flush(self) -> dict[str, float]:
         """What to log of the steps since the last call; see `GradientClipper.flush`."""
         self._drain()
-        metrics, self.norms = self._window.metrics(), self._window.norms
-        self._window = self._window.next()
+        metrics, self.norms = self._interval.metrics(), self._interval.norms
+        self._interval = self._interval.next()
         return metrics
-
-    def give_histogram(self, writer: Any, key: str, step: int | None) -> None:
-        """Give `norms` to what has histograms; anything else is left alone.
-
-        Args:
-            writer: TensorBoard's `SummaryWriter`, or a W&B run.
-            key: Under which name.
-            step: At which step, if known.
-        """
-        if self.norms and hasattr(writer, "add_histogram"):
-            writer.add_histogram(key, torch.tensor(self.norms), step)
-        elif self.norms and type(writer).__module__.startswith("wandb"):
-            import wandb
-
-            writer.log({key: wandb.Histogram(self.norms)}, commit=False)
 
     def write(self, path: str | Path | None = None) -> Path | None:
         """Write the flight record: the last steps, and the worst ones with every parameter's norm.
@@ -219,10 +338,10 @@ class Recorder:
                 "give a path, or add `recorder: {}` to record the worst steps too."
             )
             raise ConfigError(msg)
-        if not self._is_first or not self._tally.made:
+        if not self._is_first or not self.tally.made:
             return None
         path = self._own_path() if path is None else Path(path)
-        counts = dict(zip(Tally.NAMES, map(int, self._tally.counts.tolist()), strict=True))
+        counts = dict(zip(Tally.NAMES, map(int, self.tally.counts.tolist()), strict=True))
         del counts["taken"]
         header = TraceHeader(
             norm_type=self._plan.recorded,
@@ -232,33 +351,33 @@ class Recorder:
             counts=counts,
         )
         write_trace(path, header, self._steps())
-        self._written = self._tally.made
+        self._written = self.tally.made
         return path
 
     def close(self) -> None:
         """Write what the file doesn't have yet."""
-        if self._config.recorder is not None and self._written < self._tally.made:
+        if self._config.recorder is not None and self._written < self.tally.made:
             self.write()
 
     def _is_due(self, row: Tensor) -> bool:
         """Whether rows have to be read now."""
-        length, pending = len(self._tally.rows), self._tally.made - self._read
+        length, pending = len(self.tally.rows), self.tally.made - self._read
         if self._config.recorder is None:
             return pending == length
-        odd = not self._reads_block and bool(row.select(0, COLUMNS.index("nonfinite")))
-        return odd or pending == min(length, self._config.log.every_n_steps or 10)
+        nonfinite = not self._reads_block and bool(row.select(0, COLUMNS.index("nonfinite")))
+        return nonfinite or pending == min(length, self._config.log.every_n_steps or 10)
 
     def _add(self, row: Tensor, norms: Tensor) -> None:
         parts = [norms] if self._config.log.per_parameter else []
         if self._config.log.per_group:
             parts.append(combine(norms, self._plan.recorded, self._plan.group_members))
-        some, odd = (row.select(0, COLUMNS.index(name)) for name in ("some", "nonfinite"))
-        steady = (some != 0) & (odd == 0)
-        self._sums += torch.where(steady, torch.cat([some.unsqueeze(0), *parts]), 0.0)
+        has_gradient = row.select(0, COLUMNS.index("has_gradient"))
+        steady = (has_gradient != 0) & (row.select(0, COLUMNS.index("nonfinite")) == 0)
+        self._sums += torch.where(steady, torch.cat([has_gradient.unsqueeze(0), *parts]), 0.0)
 
     def _last(self, steps: int) -> Tensor:
         """The rows of the last steps, in order."""
-        rows, made = self._tally.rows, self._tally.made
+        rows, made = self.tally.rows, self.tally.made
         steps = min(steps, made, len(rows))
         stop = made % len(rows)
         if steps <= stop:
@@ -268,26 +387,26 @@ class Recorder:
 
     def _drain(self) -> None:
         """Read what is new."""
-        if self._read == self._tally.made:
+        if self._read == self.tally.made:
             return
-        rows = self._last(self._tally.made - self._read)
+        rows = self._last(self.tally.made - self._read)
         read = torch.cat([rows.flatten(), self._sums]).cpu()
-        self._read = self._tally.made
+        self._read = self.tally.made
         self._sums.zero_()
         rows = read[: rows.numel()].view_as(rows)
-        self._window.add(rows, read[rows.numel() :])
-        if self._runs is not None:
-            self._runs.follow(rows, self.tag)
-        odd = bool(rows[:, COLUMNS.index("nonfinite")].any())
+        self._interval.add(rows, read[rows.numel() :])
+        if self._streaks is not None:
+            self._streaks.follow(rows, self.tag)
+        nonfinite = bool(rows[:, COLUMNS.index("nonfinite")].any())
         # Ever rarer, since a run may stay so for good.
-        rare = self._tally.made - self._written >= self._alarms
-        if odd and rare and self._config.recorder is not None:
+        rare = self.tally.made - self._written >= self._alarms
+        if nonfinite and rare and self._config.recorder is not None:
             self._alarms += 1
             self.write()
 
     def _steps(self) -> list[dict[str, Any]]:
         """What the file has, in rising order."""
-        found = {row["step"]: row for row in map(_as_step, self._last(self._tally.made).tolist())}
+        found = {row["step"]: row for row in map(_as_step, self._last(self.tally.made).tolist())}
         for values, norms in () if self._worst is None else self._worst.kept():
             row = found.setdefault(int(values[0]), _as_step(values))
             row["per_parameter"] = dict(zip(self._names, norms, strict=True))

@@ -7,10 +7,19 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+)
 
 from gradclip.errors import ConfigError
 
@@ -21,6 +30,7 @@ __all__ = [
     "VERSION",
     "TraceHeader",
     "import_pyarrow",
+    "null_unless_finite",
     "spell_out",
     "write_trace",
 ]
@@ -31,11 +41,41 @@ NUMBERS = ("grad_norm", "limit", "coef", "clipped_norm", "loss")
 FLAGS = ("clipped", "skipped", "finite")
 
 _ROWS_AT_ONCE = 65536
+_SPELLED = {".inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
 
 
-@dataclass(frozen=True)
-class TraceHeader:
-    """What a trace says once.
+def spell_out(value: Any) -> Any:
+    """The same with infinity and NaN as YAML spells them, since JSON has no such numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    if isinstance(value, Mapping):
+        return {str(key): spell_out(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [spell_out(item) for item in value]
+    return value
+
+
+def _read_spelled(value: Any) -> Any:
+    """The opposite of `spell_out`."""
+    if isinstance(value, dict):
+        return {key: _read_spelled(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_spelled(item) for item in value]
+    return _SPELLED.get(value, value) if isinstance(value, str) else value
+
+
+_SpelledOut = BeforeValidator(_read_spelled), PlainSerializer(spell_out)
+
+
+def _need_totals(counts: dict[str, int]) -> dict[str, int]:
+    if lacking := {"steps", "clipped", "skipped", "nonfinite"} - set(counts):
+        msg = f"{lacking} are missing"
+        raise ValueError(msg)
+    return counts
+
+
+class TraceHeader(BaseModel):
+    """The first line of a trace. A field's description is what the reader allows there.
 
     Attributes:
         norm_type: p of the norms.
@@ -43,20 +83,30 @@ class TraceHeader:
         config: The configuration that was in use, as a mapping; None if unknown.
         created: ISO 8601 time.
         parameters: Names of the parameters, in order.
-        counts: Totals over the whole run: steps, clipped, skipped, nonfinite.
+        counts: Totals over the whole run.
     """
 
-    norm_type: float = 2.0
-    source: str = "recorder"
-    config: Mapping[str, Any] | None = None
-    created: str | None = None
-    parameters: tuple[str, ...] | None = None
-    counts: Mapping[str, int] | None = None
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    norm_type: Annotated[float, *_SpelledOut] = Field(
+        2.0, gt=0, description='a number above 0, or ".inf"'
+    )
+    source: str = Field("recorder", description="text")
+    config: Annotated[dict[str, Any] | None, *_SpelledOut] = Field(
+        None, description="an object or null"
+    )
+    created: str | None = Field(None, description="text or null")
+    parameters: tuple[str, ...] | None = Field(None, description="a list of names or null")
+    counts: Annotated[dict[str, NonNegativeInt], AfterValidator(_need_totals)] | None = Field(
+        None,
+        description="null, or an object with the whole numbers steps, clipped, skipped and "
+        "nonfinite",
+    )
 
     def as_text(self) -> str:
         """The header as one line of JSON."""
-        fields = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps(spell_out(fields), separators=(",", ":"), allow_nan=False)
+        fields = {"format": FORMAT, "version": VERSION, **self.model_dump()}
+        return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
 
 def write_trace(path: str | Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -65,7 +115,7 @@ def write_trace(path: str | Path, header: TraceHeader, rows: Iterable[Mapping[st
     Args:
         path: The file; `.parquet` writes Parquet (needs pyarrow), anything else JSON Lines.
             Missing folders are made.
-        header: What the trace says once.
+        header: The first line.
         rows: One mapping per step in rising order of `step`, with the keys of docs/traces.md as
             plain Python numbers. NaN and infinity are allowed. Other keys are left out.
 
@@ -96,22 +146,20 @@ def import_pyarrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def spell_out(value: Any) -> Any:
-    """The same with infinity and NaN as YAML spells them, since JSON has no such numbers."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
-    if isinstance(value, Mapping):
-        return {str(key): spell_out(item) for key, item in value.items()}
+def null_unless_finite(value: Any) -> Any:
+    """The same with None for infinity and NaN, as JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: null_unless_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [spell_out(item) for item in value]
-    return value
+        return [null_unless_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_lines(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(header.as_text() + "\n")
-        file.writelines(encode(_null_unless_finite(row)) + "\n" for row in rows)
+        file.writelines(encode(null_unless_finite(row)) + "\n" for row in rows)
 
 
 def _write_parquet(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -128,9 +176,14 @@ def _write_parquet(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, 
     )
     rest = iter(rows)
     with parquet.ParquetWriter(path, schema) as writer:
-        while some := list(islice(rest, _ROWS_AT_ONCE)):
-            listed = [{**row, "per_parameter": _norms_as_text(row)} for row in some]
+        while block := list(islice(rest, _ROWS_AT_ONCE)):
+            listed = [{**row, "per_parameter": _norms_as_text(row)} for row in block]
             writer.write_table(pyarrow.Table.from_pylist(listed, schema))
+
+
+def _norms_as_text(row: Mapping[str, Any]) -> str | None:
+    norms = row.get("per_parameter")
+    return None if norms is None else json.dumps(null_unless_finite(norms), allow_nan=False)
 
 
 @contextmanager
@@ -146,7 +199,10 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 
 def _complete(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
-    """Rows with known keys only; None spelled out, `finite` said where the norm tells it."""
+    """Rows with known keys only; None becomes NaN, or infinity for a limit.
+
+    `finite` is added where the norm alone says that the step wasn't finite.
+    """
     last = -1
     for row in rows:
         step = row["step"]
@@ -171,18 +227,3 @@ def _complete(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[dict[st
             elif name == "finite" and math.isnan(done.get("grad_norm", 0.0)):
                 done[name] = False
         yield done
-
-
-def _null_unless_finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    clean = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    if norms := clean.get("per_parameter"):
-        clean["per_parameter"] = _null_unless_finite(norms)
-    return clean
-
-
-def _norms_as_text(row: Mapping[str, Any]) -> str | None:
-    norms = row.get("per_parameter")
-    return None if norms is None else json.dumps(_null_unless_finite(norms), allow_nan=False)

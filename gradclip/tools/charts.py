@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from itertools import cycle
+from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gradclip.tools.curves import Curve
+from gradclip.tools.curves import Curve, Floats, Steps
 
-__all__ = ["Counts", "clip_rate", "plot_png"]
-
-Floats = NDArray[np.float64]
-Steps = NDArray[np.int64]
+__all__ = ["Clipping", "Counts", "clip_rate", "plot_png"]
 
 # From Okabe and Ito's palette, told apart also by colour-blind readers and on black as on white.
 GREY, VERMILION, PURPLE = "#7A8698", "#D55E00", "#9B4FC4"
@@ -26,53 +22,76 @@ MOST_MARKS = 300
 
 
 class Counts(NamedTuple):
-    """Over a run: how many steps there were, and what became of them."""
+    """Numbers of steps over a run."""
 
     steps: int
     clipped: int
     skipped: int
 
 
+class Clipping(NamedTuple):
+    """What one configuration did over a run, to be drawn.
+
+    Attributes:
+        name: The configuration, as plain text.
+        counts: How many steps there were, and how many of them were clipped and withheld.
+        limit: The limit over the steps; None if unknown.
+        clipped: Clipped steps in rising order; an even choice of them will do. None if unknown.
+        skipped: Withheld steps, likewise.
+    """
+
+    name: str
+    counts: Counts
+    limit: Curve | None
+    clipped: Steps | None
+    skipped: Steps | None
+
+
 class Colors(NamedTuple):
-    """Of one configuration: with a single one, what clips and what withholds stand out."""
+    """Of one configuration."""
 
     limit: str
     clipped: str
     skipped: str
 
 
-def colors_by_name(names: Mapping[str, Any]) -> dict[str, Colors]:
-    if len(names) == 1:
-        return {name: Colors(COLORS[0], VERMILION, PURPLE) for name in names}
-    return {name: Colors(*[c] * 3) for name, c in zip(names, cycle(COLORS), strict=False)}
+def colors_of(count: int) -> list[Colors]:
+    """Colours of so many configurations; for a single one, marks stand out from the limit."""
+    if count == 1:
+        return [Colors(COLORS[0], VERMILION, PURPLE)]
+    return [Colors(color, color, color) for color in islice(cycle(COLORS), count)]
 
 
-def clip_rate(norm: Curve, clipped: Steps, counts: Counts) -> tuple[Steps, Floats]:
+def clip_rate(norm: Curve, made: Clipping) -> tuple[Steps, Floats]:
     """The share of steps that were clipped, over the run.
 
     Args:
         norm: Any curve of the run; its buckets say where the steps are.
-        clipped: Int64 of shape (n,), rising: the clipped steps, or an even choice of them.
-        counts: Of the run.
+        made: Its clipped steps must be known.
 
     Returns:
         Int64 of shape (bins,), the last step of each bin, and float64 of that shape, the share.
     """
+    steps, clipped = made.counts.steps, _known(made.clipped)
     buckets = max(1, len(norm.step))
     # All buckets but the last hold equally many steps, a power of two.
-    width = 2 ** math.ceil(math.log2(max(1.0, counts.steps / buckets)))
+    width = 2 ** math.ceil(math.log2(max(1.0, steps / buckets)))
     together = math.ceil(buckets / RATE_BINS)
     ends = norm.step[together - 1 :: together]
     if buckets % together:
         ends = np.append(ends, norm.step[-1])
     held = np.full(len(ends), width * together)
-    held[-1:] = max(1, counts.steps - width * together * (len(ends) - 1))
+    held[-1:] = max(1, steps - width * together * (len(ends) - 1))
     found = np.bincount(np.searchsorted(ends, clipped), minlength=len(ends))[: len(ends)]
-    return ends, np.minimum(1.0, found * (counts.clipped / max(1, len(clipped))) / held)
+    return ends, np.minimum(1.0, found * (made.counts.clipped / max(1, len(clipped))) / held)
 
 
-def find_marks(norm: Curve, steps: Steps) -> tuple[Steps, Floats]:
-    """At most one mark a bucket, at its highest norm; at the top where it has none."""
+def find_marks(norm: Curve, steps: Steps | None) -> tuple[Steps, Floats]:
+    """Where to mark steps: at most one mark per bucket, at its highest norm.
+
+    A bucket without a finite norm has its mark at the top.
+    """
+    steps = _known(steps)
     if not len(norm.step) or not len(steps):
         return np.empty(0, np.int64), np.empty(0)
     place = np.minimum(np.searchsorted(norm.step, steps), len(norm.step) - 1)
@@ -82,41 +101,31 @@ def find_marks(norm: Curve, steps: Steps) -> tuple[Steps, Floats]:
     return steps[first], np.where(np.isfinite(high), high, top)
 
 
-def find_clip_marks(norm: Curve, clipped: Mapping[str, Steps]) -> dict[str, tuple[Steps, Floats]]:
-    """By name; none where those of several configurations would hide the norm."""
-    found = {name: find_marks(norm, steps) for name, steps in clipped.items()}
+def find_clip_marks(norm: Curve, made: Sequence[Clipping]) -> list[tuple[Steps, Floats]]:
+    """Marks of each configuration; none where several configurations would hide the norm."""
+    found = [find_marks(norm, one.clipped) for one in made]
     most = MOST_MARKS if len(found) > 1 else math.inf
-    return {
-        name: marks if len(marks[0]) <= most else find_marks(norm, clipped[name][:0])
-        for name, marks in found.items()
-    }
+    return [marks if len(marks[0]) <= most else find_marks(norm, None) for marks in found]
 
 
-def _describe(name: str, counts: Counts) -> str:
-    text = f"{name}\n{counts.clipped / max(1, counts.steps):.2%} clipped"
+def _known(steps: Steps | None) -> Steps:
+    return np.empty(0, np.int64) if steps is None else steps
+
+
+def _describe(made: Clipping) -> str:
+    counts = made.counts
+    text = f"{made.name}\n{counts.clipped / max(1, counts.steps):.2%} clipped"
     return f"{text}\n{counts.skipped:,} withheld" if counts.skipped else text
 
 
-def plot_png(
-    path: str | Path,
-    title: str,
-    norm: Curve,
-    limits: Mapping[str, Curve],
-    clipped: Mapping[str, Steps],
-    skipped: Mapping[str, Steps],
-    *,
-    counts: Mapping[str, Counts],
-) -> None:
+def plot_png(path: str | Path, title: str, norm: Curve, made: Sequence[Clipping]) -> None:
     """Draw a run: the norm with the limits above it, and the clip rate below.
 
     Args:
         path: The PNG file to write.
-        title: Stands above it.
+        title: Plain text.
         norm: The norm before clipping.
-        limits: The limit by name of the configuration.
-        clipped: Int64, the clipped steps by the same names, or an even choice of them.
-        skipped: Int64, the withheld steps by the same names.
-        counts: Of the run, by the same names.
+        made: One for each configuration, with limits and steps.
     """
     from matplotlib.figure import Figure
     from matplotlib.transforms import offset_copy
@@ -128,30 +137,31 @@ def plot_png(
     upper.fill_between(norm.step, norm.low, norm.high, color=GREY, alpha=0.35, linewidth=0)
     upper.plot(norm.step, norm.last, color=GREY, linewidth=0.8)
     line = {"drawstyle": "steps-mid", "linewidth": 1.8, "solid_joinstyle": "round"}
-    clip_marks = find_clip_marks(norm, clipped)
     entries = [("gradient norm", GREY)]
-    for row, (name, colors) in enumerate(colors_by_name(limits).items()):
-        upper.plot(limits[name].step, limits[name].last, color=colors.limit, **line)
+    drawn = zip(made, colors_of(len(made)), find_clip_marks(norm, made), strict=True)
+    for row, (one, colors, clip_marks) in enumerate(drawn):
+        if one.limit is not None:
+            upper.plot(one.limit.step, one.limit.last, color=colors.limit, **line)
         for marks, shape, size, color in (
-            (clip_marks[name], "v", 3.5, colors.clipped),
-            (find_marks(norm, skipped[name]), "X", 6.5, colors.skipped),
+            (clip_marks, "v", 3.5, colors.clipped),
+            (find_marks(norm, one.skipped), "X", 6.5, colors.skipped),
         ):
             style = {"markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.3}
             shift = offset_copy(upper.transData, figure, y=4 + 6 * row, units="points")
             upper.plot(*marks, shape, color=color, transform=shift, clip_on=False, **style)
-        ends, rate = clip_rate(norm, clipped[name], counts[name])
+        ends, rate = clip_rate(norm, one)
         edges = np.concatenate([norm.step[:1], ends])
-        lower.stairs(100 * rate, edges, color=colors.clipped, linewidth=1.5, fill=len(limits) == 1)
-        entries.append((_describe(name, counts[name]), colors.limit))
+        lower.stairs(100 * rate, edges, color=colors.clipped, linewidth=1.5, fill=len(made) == 1)
+        entries.append((_describe(one), colors.limit))
     _name_lines(upper, entries)
     _shape_axes(upper, lower, norm)
-    legend = "▼ clipped   ✖ withheld" if any(map(len, skipped.values())) else "▼ clipped"
+    legend = "▼ clipped   ✖ withheld" if any(one.counts.skipped for one in made) else "▼ clipped"
     upper.text(1.02, 0.0, legend, color="0.35", size=9, transform=upper.transAxes)
     figure.savefig(path, metadata={"Software": None})
 
 
 def _name_lines(axes: Any, entries: list[tuple[str, str]]) -> None:
-    """What each colour means, at the right."""
+    """Write what each colour means at the right."""
     height = 1.0
     for text, color in entries:
         name, *rest = text.split("\n")

@@ -1,28 +1,44 @@
-"""Checking YAML files before anything is trained, without the framework that reads them."""
+"""Checking YAML files before training, without the framework that reads them."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from pydantic import BaseModel
 
-from gradclip.config import ClipConfig, as_config, load_section, parse_mapping
-from gradclip.config.load import Lines, dotted, parse_yaml, read_text
+from gradclip.config import (
+    ClipConfig,
+    GroupConfig,
+    LogConfig,
+    RecorderConfig,
+    as_config,
+    load_section,
+    parse_mapping,
+)
+from gradclip.config.load import (
+    KeyPath,
+    Lines,
+    dotted,
+    line_of,
+    nearest,
+    policy_types,
+    read_yaml,
+)
 from gradclip.errors import ConfigError
+from gradclip.policies import Policy
 from gradclip.records.trace_file import spell_out
-from gradclip.tools.class_paths import PARTS, as_mapping, line_of
 
 __all__ = ["Checked", "check_file", "describe_as_json", "describe_as_yaml"]
 
-Region = tuple[str | int, ...]
-
 _CALLBACKS = ("lightning_clip.GradientClip", "lightning_clip.callback.GradientClip", "GradientClip")
 _ARGUMENTS = ("policy", "progress_bar", "restore")
+_PARTS = ("init_args", "dict_kwargs")
 _SECTION = "gradient_clip_config"
 _ACCELERATE = {"compute_environment", "distributed_type", "num_machines", "num_processes"}
 
@@ -33,8 +49,8 @@ class Checked:
 
     Attributes:
         path: The file.
-        kind: `gradclip`, `lightning` or `accelerate`; None if it can't be told.
-        configs: Valid configurations by the place they stand at; "" is the file itself.
+        kind: `gradclip`, `lightning` or `accelerate`; None if the file isn't YAML.
+        configs: Valid configurations by their key path in the file; "" is the whole file.
         fault: What is wrong; None if nothing is.
     """
 
@@ -45,18 +61,18 @@ class Checked:
 
 
 def check_file(path: str | Path) -> Checked:
-    """Find out what kind of file it is, and validate what it says about clipping."""
+    """Find out which kind of file it is, and validate what it says about clipping."""
     path, kind = Path(path), None
     try:
-        content, lines = parse_yaml(read_text(path), str(path))
-        kind = _kind(content, lines)
+        file = _File(path, *read_yaml(path))
+        kind = file.kind()
         if kind == "lightning":
-            configs = _check_lightning(content, lines, path)
+            configs = _check_lightning(file)
         elif kind == "accelerate":
             configs = {_SECTION: load_section(path, _SECTION)}
-            _refuse_deepspeed(content, configs[_SECTION], lines, path)
+            _refuse_deepspeed(file, configs[_SECTION])
         else:
-            configs = {"": parse_mapping(content, str(path), lines)}
+            configs = {"": parse_mapping(file.content, str(path), file.lines)}
     except ConfigError as error:
         return Checked(path, kind, {}, str(error))
     return Checked(path, kind, configs)
@@ -65,21 +81,21 @@ def check_file(path: str | Path) -> Checked:
 def describe_as_yaml(checked: Sequence[Checked]) -> str:
     """The settings in effect, one YAML document for each configuration."""
     parts = [
-        f"# {file.path}{f': {place}' if place else ''}\n"
+        f"# {file.path}{f': {where}' if where else ''}\n"
         + yaml.safe_dump(config.model_dump(), sort_keys=False)
         for file in checked
-        for place, config in file.configs.items()
+        for where, config in file.configs.items()
     ]
     return "---\n".join(parts)
 
 
 def describe_as_json(checked: Sequence[Checked]) -> str:
-    """The same for machines, with what is wrong; infinity is the text ".inf"."""
+    """The settings in effect and the faults, as JSON; infinity is the text ".inf"."""
     files = [
         {
             "file": str(file.path),
             "kind": file.kind,
-            "settings": {place: config.model_dump() for place, config in file.configs.items()},
+            "settings": {where: config.model_dump() for where, config in file.configs.items()},
             "fault": file.fault,
         }
         for file in checked
@@ -87,102 +103,107 @@ def describe_as_json(checked: Sequence[Checked]) -> str:
     return json.dumps(spell_out(files), indent=2) + "\n"
 
 
-def _kind(content: Any, lines: Lines) -> str:
-    keys = {str(key) for key in content} if isinstance(content, Mapping) else set()
-    if any(place[-1:] == ("trainer",) for place in lines):
-        return "lightning"
-    if _SECTION in keys or keys & _ACCELERATE:
-        return "accelerate"
-    return "gradclip"
+@dataclass(frozen=True)
+class _File:
+    """A YAML file: its content, and the line of each key path."""
+
+    path: Path
+    content: Any
+    lines: Lines
+
+    def kind(self) -> str:
+        keys = {str(key) for key in self.content} if isinstance(self.content, Mapping) else set()
+        if any(at[-1:] == ("trainer",) for at in self.lines):
+            return "lightning"
+        return "accelerate" if keys & {_SECTION, *_ACCELERATE} else "gradclip"
+
+    def value(self, at: KeyPath) -> Any:
+        value = self.content
+        for part in at:
+            value = value[part]
+        return value
+
+    def refuse(self, at: KeyPath, fault: str) -> NoReturn:
+        msg = f"{self.path}, line {line_of(at, self.lines)}: {fault}."
+        raise ConfigError(msg)
 
 
-def _check_lightning(content: Any, lines: Lines, path: Path) -> dict[str, ClipConfig]:
+def _check_lightning(file: _File) -> dict[str, ClipConfig]:
     """The GradientClip among the callbacks of each trainer: a file may have one per subcommand."""
     configs: dict[str, ClipConfig] = {}
-    others: dict[str, int] = {}
-    for place in [place for place in lines if place[-1:] == ("trainer",)]:
-        trainer = _at(content, place)
-        trainer = trainer if isinstance(trainer, Mapping) else {}
+    others: dict[str, int | None] = {}
+    for at in [at for at in file.lines if at[-1:] == ("trainer",)]:
+        trainer = file.value(at)
+        given = trainer.get("callbacks") if isinstance(trainer, Mapping) else None
+        here = (*at, "callbacks")
+        spots = [(*here, i) for i in range(len(given))] if isinstance(given, list) else [here]
         ours = []
-        for spot, callback in _callbacks(trainer, place):
-            class_path = str(
-                callback.get("class_path") if isinstance(callback, Mapping) else callback
-            )
-            if class_path in _CALLBACKS:
+        for spot in spots if given else []:
+            callback = file.value(spot)
+            named = callback.get("class_path") if isinstance(callback, Mapping) else callback
+            if str(named) in _CALLBACKS:
                 ours.append(spot)
             else:
-                others[class_path] = line_of(spot, lines)
-        for spot in ours[:1]:
-            where, config = _check_callback(_at(content, spot), spot, lines, path)
-            configs[where] = config
-        value = trainer.get("gradient_clip_val")
-        if ours and value:
+                others[str(named)] = line_of(spot, file.lines)
+        if not ours:
+            continue
+        where, config = _check_callback(file, ours[0])
+        configs[where] = config
+        if value := trainer.get("gradient_clip_val"):
             fault = f"gradient_clip_val is {value!r}, and GradientClip clips too. Remove it"
-            _refuse(fault, (*place, "gradient_clip_val"), lines, path)
+            file.refuse((*at, "gradient_clip_val"), fault)
         if len(ours) > 1:
             fault = "a second GradientClip would clip again. Keep one, with a list of policies"
-            _refuse(fault, ours[1], lines, path)
+            file.refuse(ours[1], fault)
     if not configs:
         close = difflib.get_close_matches(_CALLBACKS[0], others, n=1, cutoff=0.7)
         hint = f" Line {others[close[0]]} has {close[0]!r}." if close else ""
         msg = (
-            f"{path}: no callback of a trainer has class_path {_CALLBACKS[0]}, so nothing here "
-            f"clips by gradclip.{hint} Add it under trainer.callbacks."
+            f"{file.path}: no callback of a trainer has class_path {_CALLBACKS[0]}, so nothing "
+            f"here clips by gradclip.{hint} Add it under trainer.callbacks."
         )
         raise ConfigError(msg)
     return configs
 
 
-def _callbacks(trainer: Mapping[str, Any], place: Region) -> Iterator[tuple[Region, Any]]:
-    given = trainer.get("callbacks") or []
-    if isinstance(given, list):
-        yield from (((*place, "callbacks", index), item) for index, item in enumerate(given))
-    else:
-        yield (*place, "callbacks"), given
-
-
-def _check_callback(
-    callback: Any, place: Region, lines: Lines, path: Path
-) -> tuple[str, ClipConfig]:
-    """Where its policy stands, and what it is."""
-    arguments = _arguments(callback, place, lines, path)
+def _check_callback(file: _File, at: KeyPath) -> tuple[str, ClipConfig]:
+    """The key path of the callback's policy as text, and the configuration it stands for."""
+    arguments = _check_arguments(file, at)
     if "policy" not in arguments:
         fault = "init_args.policy is missing; give policies, or the path of a file with them"
-        _refuse(fault, place, lines, path)
+        file.refuse(at, fault)
     at = arguments["policy"]
-    policy, inside = as_mapping(_at(callback, at[len(place) :]), at, lines, str(path))
-    where = dotted(at)
+    policy, lines = _as_mapping(file, at)
     if isinstance(policy, Mapping):
-        return where, parse_mapping(policy, str(path), inside)
+        return dotted(at), parse_mapping(policy, str(file.path), lines)
     try:
-        return where, as_config(policy)
+        return dotted(at), as_config(policy)
     except ConfigError as error:
-        msg = f"{path}, line {line_of(at, lines)}: {error}"
+        msg = f"{file.path}, line {line_of(at, file.lines)}: {error}"
         raise ConfigError(msg) from None
 
 
-def _arguments(callback: Any, place: Region, lines: Lines, path: Path) -> dict[str, Region]:
-    """Where its arguments stand, each of which `GradientClip` has and takes."""
-    found: dict[str, Region] = {}
-    parts = dict(callback) if isinstance(callback, Mapping) else {}
-    parts.pop("class_path", None)
-    for part, given in parts.items():
-        at: Region = (*place, str(part))
-        if part not in PARTS:
-            known = ", ".join(("class_path", *PARTS))
-            _refuse(f"{part} is not a known key; known: {known}", at, lines, path)
+def _check_arguments(file: _File, at: KeyPath) -> dict[str, KeyPath]:
+    """The key path of each argument of a callback; `GradientClip` has and takes all of them."""
+    found: dict[str, KeyPath] = {}
+    callback = file.value(at)
+    for part, given in callback.items() if isinstance(callback, Mapping) else ():
+        here = (*at, str(part))
+        if part == "class_path":
+            continue
+        if part not in _PARTS:
+            known = ", ".join(("class_path", *_PARTS))
+            file.refuse(here, f"{part} is not a known key; known: {known}")
         if not isinstance(given, Mapping | None):
-            _refuse(f"{part} is {given!r:.80}; allowed: a mapping of arguments", at, lines, path)
+            file.refuse(here, f"{part} is {given!r:.80}; allowed: a mapping of arguments")
         for name, value in (given or {}).items():
-            here = (*at, str(name))
+            found[name] = (*here, str(name))
             if name not in _ARGUMENTS:
                 known = ", ".join(_ARGUMENTS)
-                _refuse(f"{part}.{name} is not a known key; known: {known}", here, lines, path)
+                file.refuse(found[name], f"{part}.{name} is not a known key; known: {known}")
             if name != "policy" and not _is_flag(value):
-                _refuse(
-                    f"{part}.{name} is {value!r:.80}; allowed: true or false", here, lines, path
-                )
-            found[name] = here
+                fault = f"{part}.{name} is {value!r:.80}; allowed: true or false"
+                file.refuse(found[name], fault)
     return found
 
 
@@ -192,26 +213,85 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool | None) or (isinstance(value, str) and value.lower() in words)
 
 
-def _refuse(fault: str, at: Region, lines: Lines, path: Path) -> NoReturn:
-    msg = f"{path}, line {line_of(at, lines)}: {fault}."
-    raise ConfigError(msg)
+# jsonargparse itself can't do what follows: it imports every module that a class_path names, and
+# what doesn't fit a class it passes on as a plain mapping, without a fault and without its line.
+def _as_mapping(file: _File, at: KeyPath) -> tuple[Any, Lines]:
+    """What LightningCLI builds of a `policy`, as the mapping that `ClipConfig` validates.
+
+    Returns:
+        That mapping, and the line of each key path in it. A value without a `class_path` stays as
+        it is.
+
+    Raises:
+        ConfigError: If a `class_path` names no class of gradclip's configuration.
+    """
+    value = file.value(at)
+    built: Any = _built(file, value, at)
+    start: KeyPath = ()
+    if isinstance(value, list) and value and all(map(_has_class_path, value)):
+        built, start = {"policies": built}, ("policies",)
+    elif _has_class_path(value) and issubclass(_known_classes()[value["class_path"]], Policy):
+        built, start = {"policies": [built]}, ("policies", 0)
+    lines: dict[KeyPath, int] = {(): line_of(at, file.lines) or 1}
+    for spot, line in file.lines.items():
+        if spot[: len(at)] == at:
+            inside = (part for part in spot[len(at) :] if part not in _PARTS)
+            lines.setdefault((*start, *inside), line)
+    return built, lines
 
 
-def _refuse_deepspeed(content: Any, config: ClipConfig, lines: Lines, path: Path) -> None:
-    """What DeepSpeed would refuse at start: a threshold of its own that no policy has."""
-    section = content.get("deepspeed_config")
+def _built(file: _File, value: Any, at: KeyPath) -> Any:
+    """The value with the fields of a class in place of each `class_path` and its arguments."""
+    if _has_class_path(value):
+        known, path = _known_classes(), value["class_path"]
+        if path not in known:
+            ours = [name for name in known if name.count(".") == 1]
+            fault = f"class_path is {path!r}; {nearest(path, ours)[:-1]}"
+            file.refuse((*at, "class_path"), fault)
+        model = known[path]
+        fields: dict[str, Any] = {}
+        if issubclass(model, Policy):
+            fields["type"] = model.model_fields["type"].default
+        for part in _PARTS:  # jsonargparse builds no class within the arguments of another
+            fields |= value.get(part) or {}
+        return fields
+    if isinstance(value, Mapping):
+        return {key: _built(file, item, (*at, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_built(file, item, (*at, index)) for index, item in enumerate(value)]
+    return value
+
+
+def _has_class_path(value: Any) -> bool:
+    """Whether jsonargparse takes it for a class with arguments."""
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("class_path"), str)
+        and set(value) <= {"class_path", *_PARTS}
+        and all(isinstance(value.get(part) or {}, Mapping) for part in _PARTS)
+    )
+
+
+def _known_classes() -> dict[str, type[BaseModel]]:
+    """The models of a configuration, by every path they can be imported from."""
+    models: list[type[BaseModel]] = [ClipConfig, GroupConfig, LogConfig, RecorderConfig]
+    found: dict[str, type[BaseModel]] = {}
+    for model in [*policy_types().values(), *models]:
+        module = model.__module__
+        while module:
+            found[f"{module}.{model.__name__}"] = model
+            module = module.rpartition(".")[0]
+    return found
+
+
+def _refuse_deepspeed(file: _File, config: ClipConfig) -> None:
+    """Refuse what DeepSpeed refuses at the start: a threshold that no policy has."""
+    section = file.content.get("deepspeed_config")
     written = section.get("gradient_clipping") if isinstance(section, Mapping) else None
     ours = [getattr(policy, "max_norm", None) for policy in config.policies]
     if written and written != "auto" and written not in ours:
-        line = lines[("deepspeed_config", "gradient_clipping")]
-        msg = (
-            f"{path}, line {line}: deepspeed_config.gradient_clipping is {written}, and only one "
-            f"can clip. Remove it, or add a policy {{type: norm, max_norm: {written}}}."
+        fault = (
+            f"deepspeed_config.gradient_clipping is {written}, and only one can clip. Remove it, "
+            f"or add a policy {{type: norm, max_norm: {written}}}"
         )
-        raise ConfigError(msg)
-
-
-def _at(content: Any, place: Region) -> Any:
-    for part in place:
-        content = content[part]
-    return content
+        file.refuse(("deepspeed_config", "gradient_clipping"), fault)

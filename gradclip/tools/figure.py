@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,59 +14,66 @@ from gradclip.tools.charts import (
     GREY,
     PURPLE,
     VERMILION,
-    Counts,
-    Steps,
+    Clipping,
     clip_rate,
-    colors_by_name,
+    colors_of,
     find_clip_marks,
     find_marks,
 )
-from gradclip.tools.curves import Curve
+from gradclip.tools.curves import Curve, Steps
 
 __all__ = ["Note", "draw_figure"]
 
+_TOP = {"row": 1, "col": 1}
+
 
 class Note(NamedTuple):
-    """What to say of a step; its norm is NaN if it wasn't finite."""
+    """Text for a step; its norm is NaN if it wasn't finite."""
 
     step: int
     grad_norm: float
     lines: Sequence[str]
 
+    @property
+    def hover_text(self) -> str:
+        """The text as plotly takes it."""
+        return "<br>".join(map(_plain, self.lines))
+
+
+class _Event(NamedTuple):
+    label: str
+    name: str
+    steps: Steps
+    color: str
+
 
 def draw_figure(
     norm: Curve,
-    limits: Mapping[str, Curve],
-    clipped: Mapping[str, Steps],
-    skipped: Mapping[str, Steps],
+    made: Sequence[Clipping],
     *,
-    counts: Mapping[str, Counts],
     loss: Curve | None = None,
     nonfinite: Steps | None = None,
     notes: Sequence[Note] = (),
 ) -> Any:
-    """Draw a run; its rows are zoomed together.
+    """Draw a run, in rows that zoom together.
 
     Args:
         norm: The norm before clipping.
-        limits: The limit by name of the configuration.
-        clipped: Int64, the clipped steps by the same names, or an even choice of them.
-        skipped: Int64, the withheld steps by the same names, likewise.
-        counts: Of the run, by the same names.
-        loss: A row of its own, if given.
+        made: One for each configuration.
+        loss: Drawn in a row of its own.
         nonfinite: Int64, steps that were not finite.
-        notes: Shown where the pointer is on a step; those steps are marked.
+        notes: Shown when the pointer is on their step, which is marked.
 
     Returns:
         A `plotly.graph_objects.Figure`. Names are shown as they are, never as markup.
     """
     from plotly.subplots import make_subplots
 
-    events = _name_events(skipped, nonfinite)
+    events = [event for event in _name_events(made, nonfinite) if len(event.steps)]
     wanted = {
         "gradient norm": 0.55,
         "loss": 0.18 * (loss is not None),
-        "clip rate": 0.15 * bool(clipped),
+        "clip rate": 0.15 * any(one.clipped is not None for one in made),
         "": (0.06 + 0.03 * len(events)) * bool(events),
     }
     heights = {name: height for name, height in wanted.items() if height}
@@ -79,38 +86,35 @@ def draw_figure(
     )
     _shape_figure(figure, rows, norm)
     _draw_band(figure, norm, "gradient norm", GREY, rows)
-    _draw_limits(figure, norm, limits, clipped)
+    _draw_limits(figure, norm, made)
     _draw_notes(figure, notes)
     if loss is not None:
         _draw_band(figure, loss, "loss", PURPLE, rows)
-    for name, steps in clipped.items():
-        ends, rate = clip_rate(norm, steps, counts[name])
-        at = {"x": np.concatenate([norm.step[:1], ends]), "y": np.concatenate([rate[:1], rate])}
-        line = {"shape": "vh", "color": colors_by_name(clipped)[name].clipped, "width": 1.6}
-        text = {"name": _label("clip rate", name, clipped), "hovertemplate": "%{y:.1%}"}
-        fill = {"mode": "lines", "fill": "tozeroy" if len(clipped) == 1 else "none"}
-        figure.add_scatter(**at, line=line, showlegend=False, **fill, **text, **rows["clip rate"])
+    for one, colors in zip(made, colors_of(len(made)), strict=True):
+        if one.clipped is not None:
+            ends, rate = clip_rate(norm, one)
+            figure.add_scatter(
+                x=np.concatenate([norm.step[:1], ends]),
+                y=np.concatenate([rate[:1], rate]),
+                mode="lines",
+                line={"shape": "vh", "color": colors.clipped, "width": 1.6},
+                fill="tozeroy" if len(made) == 1 else "none",
+                name=_label("clip rate", one, made),
+                hovertemplate="%{y:.1%}",
+                showlegend=False,
+                **rows["clip rate"],
+            )
     if events:
         _draw_events(figure, norm, events, notes, rows[""])
     return figure
 
 
-class _Event(NamedTuple):
-    label: str
-    name: str
-    steps: Steps
-    color: str
-
-
-def _name_events(skipped: Mapping[str, Steps], nonfinite: Steps | None) -> list[_Event]:
-    colors = colors_by_name(skipped)
-    events = [
-        _Event("withheld", _label("withheld", name, skipped), steps, colors[name].skipped)
-        for name, steps in skipped.items()
-    ]
+def _name_events(made: Sequence[Clipping], nonfinite: Steps | None) -> Iterator[_Event]:
+    for one, colors in zip(made, colors_of(len(made)), strict=True):
+        if one.skipped is not None:
+            yield _Event("withheld", _label("withheld", one, made), one.skipped, colors.skipped)
     if nonfinite is not None:
-        events.append(_Event("not finite", "not finite", nonfinite, VERMILION))
-    return [event for event in events if len(event.steps)]
+        yield _Event("not finite", "not finite", nonfinite, VERMILION)
 
 
 def _draw_events(
@@ -120,19 +124,17 @@ def _draw_events(
     notes: Sequence[Note],
     place: Mapping[str, int],
 ) -> None:
-    """A line of marks for each kind, from the bottom up."""
-    texts = {note.step: _hover_text(note) for note in notes}
+    """A line of marks for each kind of event, from the bottom up."""
+    texts = {note.step: note.hover_text for note in notes}
     for height, event in enumerate(events):
         x = find_marks(norm, event.steps)[0]
-        hover = [texts.get(int(step), f"step {step:,}") for step in x]
-        marker = {"symbol": "x", "size": 8, "color": event.color}
         figure.add_scatter(
             x=x,
             y=[height] * len(x),
             mode="markers",
-            marker=marker,
+            marker={"symbol": "x", "size": 8, "color": event.color},
             name=event.name,
-            hovertext=hover,
+            hovertext=[texts.get(int(step), f"step {step:,}") for step in x],
             hovertemplate="%{hovertext}",
             showlegend=False,
             **place,
@@ -142,64 +144,56 @@ def _draw_events(
     figure.update_yaxes(range=[-0.7, len(events) - 0.3], **ticks, **place)
 
 
-def _draw_limits(
-    figure: Any, norm: Curve, limits: Mapping[str, Curve], clipped: Mapping[str, Steps]
-) -> None:
-    """The limits, and a mark above what they clipped."""
-    clip_marks = find_clip_marks(norm, clipped)
-    for name, colors in colors_by_name(limits).items():
-        group = name if len(limits) > 1 else None
+def _draw_limits(figure: Any, norm: Curve, made: Sequence[Clipping]) -> None:
+    """The limits, and marks on what they clipped."""
+    drawn = zip(made, colors_of(len(made)), find_clip_marks(norm, made), strict=True)
+    for one, colors, (x, y) in drawn:
+        if one.limit is None:
+            continue
+        group = one.name if len(made) > 1 else None
         figure.add_scatter(
-            x=limits[name].step,
-            y=limits[name].last,
+            x=one.limit.step,
+            y=one.limit.last,
             mode="lines",
             line={"shape": "hvh", "color": colors.limit, "width": 2},
-            name=_label("limit", name, limits),
+            name=_label("limit", one, made),
             hovertemplate="%{y:.4g}",
             legendgroup=group,
-            row=1,
-            col=1,
+            **_TOP,
         )
-        x, y = clip_marks[name]
         figure.add_scatter(
             x=x,
             y=y,
             mode="markers",
             marker={"symbol": "triangle-down", "size": 6, "color": colors.clipped},
-            name=_label("clipped", name, limits),
+            name=_label("clipped", one, made),
             hoverinfo="skip",
             legendgroup=group,
-            showlegend=len(limits) == 1 and len(x) > 0,
-            row=1,
-            col=1,
+            showlegend=len(made) == 1 and len(x) > 0,
+            **_TOP,
         )
 
 
 def _draw_notes(figure: Any, notes: Sequence[Note]) -> None:
     finite = [note for note in notes if math.isfinite(note.grad_norm)]
     if finite:
+        line = {"width": 1.5}
         figure.add_scatter(
             x=[note.step for note in finite],
             y=[note.grad_norm for note in finite],
             mode="markers",
-            marker={
-                "symbol": "circle-open",
-                "size": 11,
-                "color": VERMILION,
-                "line": {"width": 1.5},
-            },
+            marker={"symbol": "circle-open", "size": 11, "color": VERMILION, "line": line},
             name="in the table",
-            hovertext=[_hover_text(note) for note in finite],
+            hovertext=[note.hover_text for note in finite],
             hovertemplate="%{hovertext}",
-            row=1,
-            col=1,
+            **_TOP,
         )
 
 
 def _draw_band(
     figure: Any, curve: Curve, name: str, color: str, rows: Mapping[str, Mapping[str, int]]
 ) -> None:
-    """A line, and behind it what it reached where a bucket holds several steps."""
+    """A line, with the range behind it where a bucket holds several steps."""
     if np.any(curve.high > curve.low):
         edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False}
         low = {"name": "lowest", "hoverinfo": "skip"}
@@ -220,17 +214,13 @@ def _draw_band(
     )
 
 
-def _label(what: str, name: str, names: Mapping[str, Any]) -> str:
-    return what if len(names) == 1 else f"{what}, {_plain(name)}"
+def _label(what: str, one: Clipping, made: Sequence[Clipping]) -> str:
+    return what if len(made) == 1 else f"{what}, {_plain(one.name)}"
 
 
 def _plain(text: str) -> str:
-    """Text that plotly, which reads some HTML in names and labels, shows as it is."""
+    """Text that plotly shows as it is; plotly reads some HTML in names and labels."""
     return html.escape(text, quote=False)
-
-
-def _hover_text(note: Note) -> str:
-    return "<br>".join(_plain(line) for line in note.lines)
 
 
 def _shape_figure(figure: Any, rows: Mapping[str, Mapping[str, int]], norm: Curve) -> None:

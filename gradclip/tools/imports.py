@@ -1,4 +1,4 @@
-"""From a log of norms to a trace: which column is what, and which value of a step stands."""
+"""From a log of norms to a trace: which column means what, and which value of a step counts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gradclip.errors import ConfigError
+from gradclip.tools.curves import Floats, Steps
 from gradclip.tools.logs import Log, open_log
 from gradclip.tools.trace import Chunk, TraceHeader
 
 __all__ = ["ImportedLog", "import_log"]
 
-Floats = NDArray[np.float64]
-Series = tuple[NDArray[np.int64], Floats]
+Series = tuple[Steps, Floats]
 
 _OURS = re.compile(r"(?:.*[/ ])?clip/grad_norm(?:/optimizer\d+)?")
 _NORM = re.compile(
@@ -48,14 +47,14 @@ _BESIDE = ("limit", "coef", "clipped_norm", "clipped", "skipped")
 
 @dataclass(frozen=True)
 class ImportedLog:
-    """What a log says about norms.
+    """The norms in a log, and what was logged with them.
 
     Attributes:
         path: The log.
-        header: Of a trace made of it.
+        header: The header of a trace made from it.
         chunk: All its steps.
         taken: Column of the log by column of the trace.
-        notes: What a reader should know: values taken otherwise than they stand in the log.
+        notes: Remarks for the reader, such as values that were changed.
     """
 
     path: Path
@@ -65,7 +64,7 @@ class ImportedLog:
     notes: Sequence[str]
 
     def describe(self) -> str:
-        """What was taken, in a few lines."""
+        """A summary of a few lines."""
         chunk = self.chunk
         lost = int(np.sum(~chunk.finite))
         lines = [f"{len(chunk)} steps from {chunk.step[0]} to {chunk.step[-1]}, {lost} not finite"]
@@ -90,19 +89,19 @@ def import_log(
 ) -> ImportedLog:
     """Read norms, and what was logged with them, from a log.
 
-    Steps stay as logged; only those with a norm are taken. Of a step that was logged several
-    times, as in a resumed run, the last value stands.
+    Only steps with a norm are taken, under their numbers in the log. If a step was logged several
+    times, as in a resumed run, its last value counts.
 
     Args:
         path: A file, or a folder that holds one log.
-        norm_column: Name of the norm before clipping; None looks for a name that says so.
-        step_column: Name of the step; None looks for one.
-        limit_column: Name of the limit; None takes `clip/limit` if there is one.
-        loss_column: Name of the loss; None takes a training loss if there is one.
+        norm_column: Column of the norm before clipping; None looks for a usual name.
+        step_column: Column of the step; None looks for a usual name.
+        limit_column: Column of the limit; None takes `clip/limit` if there is one.
+        loss_column: Column of the loss; None takes a training loss if there is one.
 
     Raises:
-        ConfigError: If the log can't be read, names don't tell which column is meant, or a value
-            isn't a number.
+        ConfigError: If the log can't be read, its names don't tell which column is meant, or a
+            value isn't a number.
     """
     log = open_log(path)
     asked = {
@@ -215,7 +214,7 @@ def _listed(log: Log) -> str:
 
 
 def _collect(log: Log, taken: Mapping[str, str]) -> dict[str, Series]:
-    """Steps and values of each column, in the order logged."""
+    """Steps and values of each column, in the order of the log."""
     roles = {role: name for role, name in taken.items() if role != "step"}
     steps = {role: array("q") for role in roles}
     values = {role: array("d") for role in roles}
@@ -233,8 +232,8 @@ def _collect(log: Log, taken: Mapping[str, str]) -> dict[str, Series]:
     return {role: (np.array(steps[role]), np.array(values[role])) for role in roles}
 
 
-def _on(step: NDArray[np.int64], steps: NDArray[np.int64], values: Floats) -> Floats:
-    """Values on these rising steps: the last one of each, NaN where there is none."""
+def _on(step: Steps, steps: Steps, values: Floats) -> Floats:
+    """The last value on each of these rising steps; NaN where there is none."""
     unique, from_end = np.unique(steps[::-1], return_index=True)
     last = values[::-1][from_end]
     _, to, of = np.intersect1d(step, unique, assume_unique=True, return_indices=True)
@@ -264,7 +263,7 @@ def _number(value: Any, name: str, place: str) -> float:
 
 
 def _norm_type(name: str) -> float:
-    """p, where a name such as `grad_2.0_norm_total` says it."""
+    """The p of the norms, from a name such as `grad_2.0_norm_total`; else 2."""
     match = _NORM.fullmatch(name)
     said = match.group("p") if match else None
     return float(said.lower().replace("l2", "2")) if said else 2.0

@@ -35,10 +35,10 @@ class Log:
 
     Attributes:
         kind: csv, jsonl, transformers, tensorboard or mlflow.
-        path: Where it is.
-        names: What was logged, in the order found.
-        rows: Given names, yields rows that hold some of them, in the order logged: a place to
-            name in errors, and values by name. Absent, None and "" all mean not logged.
+        path: The file or folder.
+        names: The logged names, in the order found.
+        rows: Called with wanted names; yields, in the order of the log, where a row stands (for
+            errors) and its values by name. An absent value, None and "" all mean not logged.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Log:
 
 
 def open_log(path: str | Path) -> Log:
-    """Find out what a file or folder is, and what was logged in it.
+    """Find out which kind of log a file or folder is, and what was logged in it.
 
     Raises:
         ConfigError: If it can't be read, isn't a known kind of log, or a folder holds several.
@@ -85,7 +85,7 @@ def open_log(path: str | Path) -> Log:
 
 
 def _find(folder: Path) -> Path:
-    """The one log in a folder."""
+    """The only log in a folder."""
     found = {
         *(file.parent for file in folder.rglob("*tfevents*")),
         *folder.rglob("metrics.csv"),
@@ -115,7 +115,7 @@ def _first_line(path: Path) -> str:
 
 
 def _open_text(path: Path) -> AbstractContextManager[TextIO]:
-    """The file as text, with a progress bar where someone may see it."""
+    """The file as text, with a progress bar if standard error is a terminal."""
     console = Console(stderr=True)
     return rich.progress.open(
         path,
@@ -161,7 +161,7 @@ def _open_json_lines(path: Path) -> Log:
                 if line.strip():
                     yield f"line {number}", _object(line, path, f"line {number}")
 
-    # Keys differ from line to line.
+    # Lines may have different keys.
     names = dict.fromkeys(name for _, row in entries() for name in row)
     return Log("jsonl", path, tuple(names), lambda _: entries())
 
@@ -205,7 +205,7 @@ def _open_tensorboard(path: Path) -> Log:
             "pip install 'gradclip[tools]'"
         )
         raise ConfigError(msg) from None
-    # 0 keeps all of them; a resumed run's repeated steps are for the caller to see.
+    # 0 keeps all events, and purging is off: the caller sees the repeated steps of a resumed run.
     sizes = {**event_accumulator.DEFAULT_SIZE_GUIDANCE, "scalars": 0, "tensors": 0}
     sizes |= {"histograms": 1, "images": 1, "audio": 1, "compressedHistograms": 1}
     events = event_accumulator.EventAccumulator(str(path), sizes, purge_orphaned_data=False)
@@ -226,7 +226,7 @@ def _open_tensorboard(path: Path) -> Log:
 
 
 def _open_mlflow(path: Path) -> Log:
-    """A metrics folder, or one file in it: a key may have slashes, and is then a path."""
+    """A metrics folder, or one file in it; a key with slashes is a path in that folder."""
     above = [folder for folder in path.parents if folder.name == "metrics"]
     top = path if path.is_dir() else above[0] if above else path.parent
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())

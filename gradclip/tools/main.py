@@ -1,20 +1,32 @@
-"""The command `gradclip`: one function for each of its words."""
+"""The command `gradclip`: a function for each subcommand."""
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+from gradclip.config import load_yaml
+from gradclip.config.schema import schema_text
 from gradclip.errors import ConfigError
-from gradclip.tools.outputs import refuse_input, refuse_lost_folder, refuse_other_than_png
 
 try:
-    import numpy  # noqa: F401
     import typer
-except ImportError as error:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from gradclip.tools import check as checks
+    from gradclip.tools import show_replay, show_report
+    from gradclip.tools.imports import import_log
+    from gradclip.tools.recommend import recommend as propose
+    from gradclip.tools.replay import replay as run_replay
+    from gradclip.tools.report import open_run, summarize
+    from gradclip.tools.trace import Trace, write_trace
+except ModuleNotFoundError as error:
     sys.stderr.write(
         f"gradclip: {error.name} isn't installed, which the commands need. "
         "Install it: pip install 'gradclip[tools]'\n"
@@ -25,7 +37,7 @@ __all__ = ["app", "main"]
 
 
 def _examples(*commands: str) -> str:
-    """What `--help` ends with."""
+    """The end of `--help`."""
     return "\n".join(["Examples:\n", "```", *commands, "```"])
 
 
@@ -82,9 +94,6 @@ def import_(
     ] = False,
 ) -> None:
     """Make a trace from a log of gradient norms, of a run made with or without gradclip."""
-    from gradclip.tools.imports import import_log
-    from gradclip.tools.trace import write_trace
-
     if out.exists() and not overwrite:
         msg = f"{out} exists. Name another file with --out, or pass --overwrite."
         raise ConfigError(msg)
@@ -95,7 +104,7 @@ def import_(
         limit_column=limit_column,
         loss_column=loss_column,
     )
-    refuse_input(out, found.path)
+    _refuse_input(out, found.path)
     write_trace(out, found.header, found.rows())
     typer.echo(found.describe())
     typer.echo(f"Wrote {out}")
@@ -117,16 +126,15 @@ def check(
             help="Configurations, LightningCLI files or Accelerate files.",
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: _AsJson = False,
 ) -> None:
-    """Validate YAML files of any of our kinds and show the settings in effect.
+    """Validate YAML files of gradclip, LightningCLI or Accelerate; show the settings in effect.
 
-    Exits with 1 if a file is bad.
+    Exits with 1 if a file is wrong.
     """
-    from gradclip.tools.check import check_file, describe_as_json, describe_as_yaml
-
-    checked = [check_file(path) for path in files]
-    typer.echo(describe_as_json(checked) if as_json else describe_as_yaml(checked), nl=False)
+    checked = [checks.check_file(path) for path in files]
+    describe = checks.describe_as_json if as_json else checks.describe_as_yaml
+    typer.echo(describe(checked), nl=False)
     faults = [file.fault for file in checked if file.fault]
     for fault in faults:
         typer.echo(fault, err=True)
@@ -138,8 +146,6 @@ def schema(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file.")] = None,
 ) -> None:
     """Print the JSON schema of configurations, which editors complete from."""
-    from gradclip.config.schema import schema_text
-
     if out is None:
         typer.echo(schema_text(), nl=False)
     else:
@@ -165,31 +171,25 @@ def report(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The page; replaced if it exists.")
     ] = Path("report.html"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    as_json: _AsJson = False,
 ) -> None:
     """Show what clipping did in a run, and which parameters made norms large or not finite.
 
     Prints a summary and writes one HTML page that works without a network. Exits with 1 if the run
     has no steps.
     """
-    from rich.console import Console
-
-    from gradclip.tools.progress import show_progress
-    from gradclip.tools.report import open_run, summarize
-    from gradclip.tools.show_report import describe_as_json, describe_as_text, write_report
-
     found = open_run(run)
-    refuse_input(out, found.path)
-    with show_progress(f"Reading {found.path.name}") as progress:
+    _refuse_input(out, found.path)
+    with _progress(f"Reading {found.path.name}") as progress:
         summary = summarize(found, progress)
     if summary is None:
         typer.echo(f"{found.path} has no steps; nothing to report.", err=True)
         raise typer.Exit(1)
-    write_report(summary, out)
+    show_report.write_report(summary, out)
     if as_json:
-        typer.echo(describe_as_json(summary, out))
+        typer.echo(show_report.describe_as_json(summary, out))
     else:
-        Console().print(describe_as_text(summary))
+        Console().print(show_report.describe_as_text(summary))
         typer.echo(f"Wrote {out}")
 
 
@@ -219,31 +219,27 @@ def replay(
 ) -> None:
     """Run configurations over the norms of a trace and compare them side by side.
 
-    Each decides as it would have in training, on these norms, beginning with nothing learnt.
+    Each decides as it would in training on these norms, beginning with nothing learnt.
     """
-    from rich.console import Console
-
-    from gradclip.config import load_yaml
-    from gradclip.tools.progress import show_progress
-    from gradclip.tools.replay import name_files, parse_steps
-    from gradclip.tools.replay import replay as replayed
-    from gradclip.tools.show_replay import draw_replay, replay_as_json, replay_as_text
-    from gradclip.tools.trace import Trace
-
-    refuse_other_than_png(plot)
+    if plot is not None and plot.suffix.lower() != ".png":
+        msg = f"{plot}: a picture is a PNG file; allowed: a name in .png, such as {plot.stem}.png."
+        raise ConfigError(msg)
     for out in (plot, html):
-        refuse_lost_folder(out)
-        refuse_input(out, trace, *config)
-    start, stop = parse_steps(steps)
-    configs = {name: load_yaml(path) for name, path in name_files(config).items()}
+        _refuse_lost_folder(out)
+        _refuse_input(out, trace, *config)
+    start, stop = _parse_steps(steps)
+    stems = [path.stem for path in config]
+    configs = {
+        str(path) if stems.count(path.stem) > 1 else path.stem: load_yaml(path) for path in config
+    }
     opened = Trace.open(trace)
-    with show_progress(f"Replaying {trace.name}") as progress:
-        found = replayed(opened, configs, start=start, stop=stop, progress=progress)
-    draw_replay(found, trace.name, png=plot, html=html)
+    with _progress(f"Replaying {trace.name}") as progress:
+        found = run_replay(opened, configs, start=start, stop=stop, progress=progress)
+    show_replay.draw_replay(found, trace.name, png=plot, html=html)
     if as_json:
-        typer.echo(replay_as_json(found))
+        typer.echo(show_replay.replay_as_json(found))
         return
-    Console().print(replay_as_text(found))
+    Console().print(show_replay.replay_as_text(found))
     for path in filter(None, (plot, html)):
         typer.echo(f"Wrote {path}")
 
@@ -273,44 +269,30 @@ def recommend(
 ) -> None:
     """Propose a threshold, and settings of adaptive policies, that clip a share of the steps.
 
-    Says how sure it is and why, and prints YAML that is ready to paste.
+    Prints YAML that is ready to paste, with how sure each proposal is and why.
     """
-    from rich.console import Console
-
-    from gradclip.tools.progress import show_progress
-    from gradclip.tools.recommend import recommend as recommended
-    from gradclip.tools.replay import parse_steps
-    from gradclip.tools.show_replay import (
-        recommendation_as_json,
-        recommendation_as_text,
-        recommendation_as_yaml,
-    )
-    from gradclip.tools.trace import Trace
-
-    refuse_lost_folder(out)
-    refuse_input(out, trace)
-    start, stop = parse_steps(steps)
+    _refuse_lost_folder(out)
+    _refuse_input(out, trace)
+    start, stop = _parse_steps(steps)
     opened = Trace.open(trace)
-    with show_progress(f"Fitting to {trace.name}") as progress:
-        found = recommended(
-            opened, clip_rate, start=start, stop=stop, quick=quick, progress=progress
-        )
+    with _progress(f"Fitting to {trace.name}") as progress:
+        found = propose(opened, clip_rate, start=start, stop=stop, quick=quick, progress=progress)
     if out is not None:
         out.write_text(found.taken.yaml, encoding="utf-8")
     if as_json:
-        typer.echo(recommendation_as_json(found))
+        typer.echo(show_replay.recommendation_as_json(found))
         return
-    Console().print(recommendation_as_text(found))
-    typer.echo(f"\n{recommendation_as_yaml(found)}", nl=False)
+    Console().print(show_replay.recommendation_as_text(found))
+    typer.echo(f"\n{show_replay.recommendation_as_yaml(found)}", nl=False)
     if out is not None:
         typer.echo(f"Wrote {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console command. Exit code 0: fine, 1: a problem was found, 2: it was called wrongly.
+    """The console command. Exit code 0: fine, 1: a problem was found, 2: a usage error.
 
     Args:
-        argv: What follows `gradclip`; taken from the command line if None.
+        argv: The arguments after `gradclip`; None takes those of the command line.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -323,6 +305,46 @@ def main(argv: Sequence[str] | None = None) -> None:
             named = f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
             sys.stderr.write(f"gradclip: {named}\n")
             sys.exit(2)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[float], None]]:
+    """A progress bar on standard error, if that is a terminal.
+
+    Args:
+        what: Plain text before the bar.
+
+    Yields:
+        A function to call with the share of the work that is done, 0 to 1.
+    """
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what.replace("[", r"\["), total=1.0)
+        yield lambda share: progress.update(task, completed=share)
+
+
+def _parse_steps(text: str) -> tuple[int, int | None]:
+    """The first step and the one after the last (None for all) from "A:B", "A:" or ":B"."""
+    found = re.fullmatch(r"(\d*):(\d*)", text.strip())
+    if found is None:
+        msg = f"--steps is {text!r}; allowed: A:B, A: or :B with numbers of steps, as 1000:2000."
+        raise ConfigError(msg)
+    first, stop = found.groups()
+    return int(first or 0), int(stop) if stop else None
+
+
+def _refuse_input(out: Path | None, *inputs: Path) -> None:
+    """Refuse to write over an input, also by another name of the same file."""
+    if out is not None and out.exists() and any(map(out.samefile, inputs)):
+        msg = f"{out} is what is read here, and would be lost. Name another file to write."
+        raise ConfigError(msg)
+
+
+def _refuse_lost_folder(out: Path | None) -> None:
+    """Refuse a file that can't be written, before the work it waits for."""
+    if out is not None and not out.parent.is_dir():
+        msg = f"{out}: the folder {out.parent} doesn't exist. Make it, or name another file."
+        raise ConfigError(msg)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""A configuration that decides on norms alone, step after step, as the engine would."""
+"""A configuration that decides step after step on norms alone, as a clipper would."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import torch
 from numpy.typing import NDArray
 
 from gradclip.config import ClipConfig
+from gradclip.decide import decide_all
 from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
 from gradclip.plan.plan import Rule
-from gradclip.policies import ElementPolicy, Policy, decide_all
-from gradclip.stops import is_withheld
+from gradclip.policies import ElementPolicy, Policy
+from gradclip.stops import refuse_stop
+from gradclip.tools.curves import Bools, Floats, Steps
 from gradclip.tools.trace import TraceHeader
 
 __all__ = ["Decisions", "Player", "refuse_unplayable"]
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 _CPU = torch.device("cpu")
 
@@ -29,10 +28,11 @@ class Decisions:
     """What one configuration decided on n steps in a row.
 
     Attributes:
-        limit: Shape (n,), the tightest limit; inf for none.
-        coef: Shape (n, slots), what gradients are multiplied by; 1 where the step is withheld.
-        skipped: Shape (n,), whether the step is withheld.
-        stopped: Why training would have ended at the step after these; None if it would not.
+        limit: Float64 of shape (n,), the smallest limit; inf for none.
+        coef: Float64 of shape (n, slots), what gradients are multiplied by; 1 where the step is
+            withheld.
+        skipped: Bool of shape (n,), whether the step is withheld.
+        stopped: The error that would have ended training at the step after these; None for none.
     """
 
     limit: Floats
@@ -42,12 +42,12 @@ class Decisions:
 
 
 class Player:
-    """A configuration and what it remembers: decides step after step, as in training.
+    """A configuration with its adaptive states, deciding step after step as in training.
 
     Args:
-        config: Without groups, of policies that need only the one norm (`refuse_unplayable`).
-        norm_type: p of the norms that it is going to be given.
-        slots: In how many slots each norm is looked at, each with a state of its own.
+        config: Without groups, and of policies that need one norm only (`refuse_unplayable`).
+        norm_type: p of the norms.
+        slots: The number of slots, which all get the same norms; each has its own state.
     """
 
     def __init__(self, config: ClipConfig, norm_type: float, slots: int = 1) -> None:
@@ -63,13 +63,13 @@ class Player:
         self._norm_type, self._slots = norm_type, slots
         self._not_taken = 0
 
-    def decide(self, step: NDArray[np.int64], norms: Floats, loss: Floats) -> Decisions:
-        """Decide on steps that follow those before.
+    def decide(self, step: Steps, norms: Floats, loss: Floats) -> Decisions:
+        """Decide on the next steps.
 
         Args:
-            step: Shape (n,), their numbers, which schedules go by.
+            step: Shape (n,), their numbers, for schedules.
             norms: Shape (n,), before clipping; NaN where not finite.
-            loss: Shape (n,), for policies that watch it.
+            loss: Shape (n,), for policies that watch the loss.
         """
         limits, coefs, skips = [], [], []
         stopped: str | None = None
@@ -89,8 +89,10 @@ class Player:
                     loss=one_loss if self._watches_loss else None,
                     skip_nonfinite=self._on_nonfinite == "skip",
                 )
+                skipped = verdict.skip is not None and bool(verdict.skip)
                 try:
-                    skipped = is_withheld(verdict, self._rules, where, raises=raises)
+                    if skipped or raises:
+                        refuse_stop(verdict, self._rules, where, raises=raises)
                 except (NonFiniteError, SkipLimitError) as error:
                     stopped = str(error)
                     break
@@ -110,10 +112,10 @@ class Player:
 
 
 def refuse_unplayable(config: ClipConfig, header: TraceHeader, name: str) -> None:
-    """Refuse what one norm a step can't tell.
+    """Refuse a configuration that needs more than one norm a step.
 
     Raises:
-        ConfigError: If there is such a policy; says which, and what to do.
+        ConfigError: Names the policy, and says what to do.
     """
     if config.groups:
         msg = (
@@ -132,7 +134,7 @@ def _unbound(values: NDArray[Any]) -> tuple[torch.Tensor, ...]:
 
 
 def _lacks(policy: Policy, header: TraceHeader) -> str | None:
-    """What a policy would need that a trace hasn't, and the way out; None if nothing."""
+    """What a policy needs that a trace doesn't hold, and what to do; None if nothing."""
     scope, norm_type = policy.measured
     if isinstance(policy, ElementPolicy):
         return "it changes elements one by one, and a trace holds none. Leave it out."

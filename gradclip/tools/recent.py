@@ -1,4 +1,4 @@
-"""The norms of a run that settings are fitted on, in bounded memory."""
+"""The norms of a run that settings are fitted to, in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ _FEWEST, _MOST = 1000, 4096
 
 
 class Recent:
-    """What is kept of a trace: an even sample of all norms, and the last ones in a row."""
+    """Norms of a trace: an even sample of all of them, and the last ones without a gap.
+
+    Attributes:
+        wanted: The wanted share of steps to clip.
+        norm_type: p of the norms.
+        steps: How many steps have a norm above 0.
+        nonfinite: How many steps weren't finite.
+        sample: The even sample, float64, and the steps it is from.
+        tail: The last norms, float64, and their steps.
+        counted: Rates are of this many last steps; policies learn from those before.
+    """
 
     def __init__(
         self,
@@ -31,12 +41,12 @@ class Recent:
         progress: Callable[[float], None],
     ) -> None:
         self.wanted, self.norm_type = wanted, trace.header.norm_type
-        # As many as put chance at a tenth of the wanted rate.
+        # So many that the standard deviation is a tenth of the wanted rate.
         self._enough = int(min(_MOST, max(_FEWEST, 100 * (1 - wanted) / wanted)))
         steps, norms = Thinned(_SAMPLE, np.int64), Thinned(_SAMPLE, np.float64)
         tail = np.empty((2, 0))
         self.nonfinite = 0
-        for chunk in kept_steps(trace, start, stop, lambda _: None, progress):
+        for chunk, _ in kept_steps(trace, start, stop, progress):
             used = chunk.grad_norm > 0
             self.nonfinite += int(np.isnan(chunk.grad_norm).sum())
             steps.add(chunk.step[used])
@@ -53,11 +63,10 @@ class Recent:
         self.sample_steps, self.sample = steps.values, norms.values
         self.tail_steps, self.tail = tail[0].astype(np.int64), tail[1]
         self.counted = min(self._enough, self.steps - max(100, self.steps // 5))
-        """The last so many steps are those that rates are of; those before let policies learn."""
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The first and the last of the steps that are counted."""
+        """The first and the last of the counted steps."""
         return int(self.tail_steps[-self.counted]), int(self.tail_steps[-1])
 
     def facts(self) -> list[str]:

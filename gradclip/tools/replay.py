@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
-from gradclip.tools.curves import Curve, CurveBuilder, Thinned
+from gradclip.tools.curves import Curve, CurveBuilder, Steps, Thinned
 from gradclip.tools.player import Player, refuse_unplayable
 from gradclip.tools.trace import Chunk, Trace, TraceHeader
 
-__all__ = [
-    "Outcome",
-    "Replay",
-    "kept_steps",
-    "name_files",
-    "parse_steps",
-    "replay",
-    "select",
-    "sparseness",
-]
-
-Floats = NDArray[np.float64]
-Steps = NDArray[np.int64]
+__all__ = ["Outcome", "Replay", "kept_steps", "replay", "sparseness"]
 
 _AT_ONCE = 4096
 _MARKS = 5000
@@ -43,19 +27,19 @@ class Outcome:
 
     Attributes:
         name: Of the configuration.
-        steps: Steps with a gradient, up to where it would have stopped.
-        clipped: How many of them it would have scaled down.
-        skipped: How many it would have withheld.
+        steps: Steps with a gradient, up to where training would have ended.
+        clipped: How many of them would have been scaled down.
+        skipped: How many of them would have been withheld.
         clip_rate: clipped / steps.
-        limit_first: Its first limit; inf if it never had one.
-        limit_median: The middle of its limits, of an even sample where there are many.
-        limit_last: Its last limit.
-        mean_coef: What gradients would have been multiplied by, on average of steps not withheld.
+        limit_first: The first limit; inf if there was none.
+        limit_median: The median limit (of an even sample in a long trace).
+        limit_last: The last limit.
+        mean_coef: The mean of what gradients are multiplied by, over the steps not withheld.
         stopped_at: The step at which training would have ended with an error; None for none.
         why_stopped: That error.
-        limit: Its limit over the steps.
-        clipped_steps: Steps that were clipped; where there are many, evenly chosen of them.
-        skipped_steps: Steps that were withheld, likewise.
+        limit: The limit over the steps.
+        clipped_steps: The clipped steps; an even choice of them where there are many.
+        skipped_steps: The withheld steps, likewise.
     """
 
     name: str
@@ -83,7 +67,7 @@ class Replay:
         last: Number of the last step.
         steps: How many steps were replayed.
         nonfinite: How many of them weren't finite.
-        notes: What a reader has to know.
+        notes: Remarks for the reader, a sentence each.
         norm: The norm over the steps.
         outcomes: One for each configuration.
     """
@@ -105,16 +89,16 @@ def replay(
     stop: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Replay:
-    """Run configurations over the norms of a trace, as if each had been there in training.
+    """Run configurations over the norms of a trace, as if each had been used in training.
 
     Every policy begins with nothing learnt at the first step that is read.
 
     Args:
         trace: Its norms are those before clipping, so it doesn't matter what clipped them.
-        configs: By the name to show.
-        start: The first step to take.
-        stop: The first step not to take any more; None for all.
-        progress: Called with the share of the file that was read so far.
+        configs: The configurations by the name to show.
+        start: The first step.
+        stop: The step after the last; None for all.
+        progress: Called with the share of the file read so far.
 
     Raises:
         ConfigError: If a policy needs more than one norm a step, a norm of another p, or a loss
@@ -124,65 +108,51 @@ def replay(
         refuse_unplayable(config, trace.header, name)
     watching = [n for n, c in configs.items() if any(p.watches_loss for p in c.policies)]
     scores = [_Score(name, config, trace.header) for name, config in configs.items()]
-    survey = _Survey()
-    for chunk in kept_steps(trace, start, stop, survey.unknown, progress):
-        survey.add(chunk)
+    norm = CurveBuilder()
+    first = last = -1
+    steps = nonfinite = left_out = 0
+    for chunk, unknown in kept_steps(trace, start, stop, progress):
+        left_out += unknown
+        if not len(chunk):
+            continue
+        first, last = int(chunk.step[0]) if first < 0 else first, int(chunk.step[-1])
+        steps += len(chunk)
+        nonfinite += int(np.isnan(chunk.grad_norm).sum())
+        norm.add(chunk.step, chunk.grad_norm)
         if watching:
             _refuse_lost_loss(chunk, watching[0])
         for score in scores:
             score.add(chunk)
-    if not survey.steps:
+    if not steps:
         end = "the end" if stop is None else str(stop)
         msg = f"{trace.path}: no step from {start} to {end} has a norm. Choose other steps."
         raise ConfigError(msg)
-    return Replay(
-        first=survey.first,
-        last=survey.last,
-        steps=survey.steps,
-        nonfinite=survey.nonfinite,
-        notes=tuple(survey.notes()),
-        norm=survey.norm.curve(),
-        outcomes=tuple(score.outcome() for score in scores),
-    )
-
-
-def parse_steps(text: str) -> tuple[int, int | None]:
-    """The first step and the one after the last (None for all) from "A:B", "A:" or ":B".
-
-    Raises:
-        ConfigError: If it is none of them.
-    """
-    found = re.fullmatch(r"(\d*):(\d*)", text.strip())
-    if found is None:
-        msg = f"--steps is {text!r}; allowed: A:B, A: or :B with numbers of steps, as 1000:2000."
-        raise ConfigError(msg)
-    first, stop = found.groups()
-    return int(first or 0), int(stop) if stop else None
-
-
-def name_files(paths: Sequence[Path]) -> dict[str, Path]:
-    """Short names for files: without folder and suffix where those tell them apart."""
-    stems = [path.stem for path in paths]
-    return {str(p) if stems.count(p.stem) > 1 else p.stem: p for p in paths}
+    notes = [
+        "This is what would have happened to these gradients; a run that is clipped otherwise "
+        "goes another way and has other gradients."
+    ]
+    notes += [f"Policies begin at step {first} with nothing learnt."] if first > 0 else []
+    notes += sparseness(first, last, steps)
+    notes += [f"{left_out} steps without a norm were left out."] if left_out else []
+    outcomes = tuple(score.outcome() for score in scores)
+    return Replay(first, last, steps, nonfinite, tuple(notes), norm.curve(), outcomes)
 
 
 def kept_steps(
-    trace: Trace,
-    start: int,
-    stop: int | None,
-    unknown: Callable[[int], None],
-    progress: Callable[[float], None] | None,
-) -> Iterator[Chunk]:
-    """The steps of a trace from `start` to `stop` that have a norm, or are known not to be finite.
+    trace: Trace, start: int, stop: int | None, progress: Callable[[float], None] | None
+) -> Iterator[tuple[Chunk, int]]:
+    """The steps of a trace that have a norm, or are known not to be finite.
 
-    Of a flight record the last ones in a row, without the few before them that stood out.
+    A flight record is read from its last gap on: before it stand single steps that stood out.
 
     Args:
         trace: What to read.
         start: The first step.
-        stop: The one after the last; None for all.
-        unknown: Called with the number of steps in between that were left out.
-        progress: Called with the share of the file that was read so far.
+        stop: The step after the last; None for all.
+        progress: Called with the share of the file read so far.
+
+    Yields:
+        Such steps, and how many steps without a norm were left out between them.
     """
     if trace.header.source == "recorder":
         start = max(start, _after_last_gap(trace))
@@ -193,37 +163,23 @@ def kept_steps(
         if stop is not None:
             inside &= chunk.step < stop
         known = ~(np.isnan(chunk.grad_norm) & chunk.finite)
-        unknown(int((inside & ~known).sum()))
-        taken = inside & known
-        if taken.any():
-            norms = np.where(chunk.finite, chunk.grad_norm, np.nan)
-            yield select(replace(chunk, grad_norm=norms), taken)
+        norms = np.where(chunk.finite, chunk.grad_norm, np.nan)
+        yield replace(chunk, grad_norm=norms).take(inside & known), int((inside & ~known).sum())
         if stop is not None and len(chunk) and chunk.step[-1] >= stop:
             return
-
-
-def select(chunk: Chunk, which: slice | NDArray[np.bool_]) -> Chunk:
-    """Some of the steps of a chunk."""
-    columns = {f.name: getattr(chunk, f.name) for f in fields(chunk)}
-    chosen: dict[str, Any] = {
-        name: v[which] for name, v in columns.items() if isinstance(v, np.ndarray)
-    }
-    return replace(chunk, **chosen)
 
 
 def _after_last_gap(trace: Trace) -> int:
     found, last = 0, -1
     for chunk in trace.chunks(_AT_ONCE):
-        steps = np.concatenate([[last], chunk.step])
-        gaps = np.flatnonzero(np.diff(steps) > 1)
-        if len(gaps):
-            found = int(steps[gaps[-1] + 1])
-        last = int(steps[-1])
+        gap = chunk.last_gap(last)
+        found = found if gap is None else int(chunk.step[gap])
+        last = int(chunk.step[-1])
     return found
 
 
 def sparseness(first: int, last: int, steps: int) -> Iterator[str]:
-    """What a reader has to know where steps are missing between the first and the last."""
+    """A remark where many steps between the first and the last have no norm."""
     if (apart := (last - first + 1) / steps) >= 1.5:
         yield (
             f"There is a norm on one of {apart:.3g} steps; policies took them as steps in a row, "
@@ -231,38 +187,8 @@ def sparseness(first: int, last: int, steps: int) -> Iterator[str]:
         )
 
 
-class _Survey:
-    """What the steps themselves are like."""
-
-    def __init__(self) -> None:
-        self.first = self.last = -1
-        self.steps = self.nonfinite = self._left_out = 0
-        self.norm = CurveBuilder("grad_norm")
-
-    def unknown(self, count: int) -> None:
-        self._left_out += count
-
-    def add(self, chunk: Chunk) -> None:
-        self.first = int(chunk.step[0]) if self.first < 0 else self.first
-        self.last = int(chunk.step[-1])
-        self.steps += len(chunk)
-        self.nonfinite += int(np.isnan(chunk.grad_norm).sum())
-        self.norm.add(chunk.step, chunk.grad_norm)
-
-    def notes(self) -> Iterator[str]:
-        yield (
-            "This is what would have happened to these gradients; a run that is clipped otherwise "
-            "goes another way and has other gradients."
-        )
-        if self.first > 0:
-            yield f"Policies begin at step {self.first} with nothing learnt."
-        yield from sparseness(self.first, self.last, self.steps)
-        if self._left_out:
-            yield f"{self._left_out} steps without a norm were left out."
-
-
 class _Score:
-    """One configuration, and what it decided so far, in bounded memory."""
+    """What one configuration decided so far, in bounded memory."""
 
     def __init__(self, name: str, config: ClipConfig, header: TraceHeader) -> None:
         self._name, self._player = name, Player(config, header.norm_type)
@@ -270,7 +196,7 @@ class _Score:
         self._sum = 0.0
         self._first, self._last = math.inf, math.inf
         self._stopped: tuple[int, str] | None = None
-        self._limit = CurveBuilder(name)
+        self._limit = CurveBuilder()
         self._limits = Thinned(_SAMPLE, np.float64)
         self._marks = Thinned(_MARKS, np.int64), Thinned(_MARKS, np.int64)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from gradclip.records.culprits import not_finite, shares
 from gradclip.records.trace_file import FORMAT
-from gradclip.tools.charts import Counts, Steps
-from gradclip.tools.curves import Curve, CurveBuilder, Thinned
+from gradclip.tools.charts import Counts
+from gradclip.tools.curves import Curve, CurveBuilder, Steps, Thinned
 from gradclip.tools.imports import import_log
-from gradclip.tools.replay import select
 from gradclip.tools.trace import Chunk, Trace, TraceHeader
 
 __all__ = ["Report", "Run", "Spike", "open_run", "summarize"]
@@ -34,7 +33,7 @@ class Run:
         header: Of the trace, or of the trace that a log gives.
         chunks: The steps, to be read once.
         size: Bytes that `Chunk.bytes_read` counts up to.
-        notes: What a reader should know.
+        notes: Remarks for the reader, a sentence each.
     """
 
     path: Path
@@ -46,7 +45,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Spike:
-    """A step worth a look.
+    """A step that stood out.
 
     Attributes:
         step: The optimizer step.
@@ -75,27 +74,27 @@ class Spike:
 
 @dataclass(frozen=True)
 class Report:
-    """A run in short, of a size that doesn't depend on its length.
+    """A summary of a run; its size doesn't depend on the run's length.
 
-    A flight record holds the last steps and a few before them that stood out; curves and counts are
-    of the last steps then, and `worst` and `broken` of all.
+    A flight record holds the last steps and single steps before them that stood out. Curves and
+    counts are of the last steps then; `worst` and `broken` are of all steps.
 
     Attributes:
         run: What was read.
         first: Number of the first step.
         last: Number of the last step.
-        counts: Steps that were read, and how many of them were clipped and withheld.
+        counts: How many steps were read, and how many of them were clipped and withheld.
         nonfinite: How many were not finite.
         columns: What the trace gives; see `Chunk.columns`.
         norm: The norm before clipping.
         limit: The limit.
         loss: The loss.
-        clipped_steps: Int64; where there are many, evenly chosen of them.
+        clipped_steps: Int64; an even choice of them where there are many.
         skipped_steps: Int64, likewise.
         nonfinite_steps: Int64, likewise.
-        largest: The step with the largest norm, if any is finite.
-        worst: Steps whose parameters' norms are known, else those with the largest norms; largest
-            first.
+        largest: The step with the largest finite norm, if any.
+        worst: Steps with known norms of their parameters, else those with the largest norms;
+            largest first.
         broken: The first steps that were not finite.
     """
 
@@ -117,11 +116,11 @@ class Report:
 
 
 def open_run(path: Path) -> Run:
-    """Find what a run left behind.
+    """Open the trace or the log of a run.
 
     Args:
-        path: A trace; a folder, in which the newest trace is taken; or a log, or a folder with
-            one, that `gradclip import` understands.
+        path: A trace, a folder whose newest trace is taken, or a log (or a folder with one) that
+            `gradclip import` understands.
 
     Raises:
         ConfigError: If there is neither, or it can't be read.
@@ -137,7 +136,7 @@ def open_run(path: Path) -> Run:
 
 
 def _is_trace(path: Path) -> bool:
-    """Without reading more than its head, or of a Parquet file its foot, which names its kind."""
+    """Whether a file is a trace, from its first bytes (JSON Lines) or its last (Parquet)."""
     name, most = FORMAT.encode(), 1 << 20
     with path.open("rb") as file:
         if path.suffix == ".parquet":
@@ -151,12 +150,12 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
 
     Args:
         run: What to read.
-        progress: Called with the share of the file that was read so far.
+        progress: Called with the share of the file read so far.
 
     Returns:
         None if the run has no step.
     """
-    norm, limit, loss = (CurveBuilder(name) for name in ("gradient norm", "limit", "loss"))
+    norm, limit, loss = (CurveBuilder() for _ in range(3))
     marks = [Thinned(MOST_MARKS, np.int64) for _ in range(3)]
     totals = np.zeros(4, dtype=np.int64)
     columns: set[str] = set()
@@ -169,7 +168,8 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
             continue
         spikes.add(chunk)
         if first < 0 and run.header.source == "recorder":
-            chunk = _last_in_a_row(chunk)
+            # Before the last gap, a flight record holds single steps that stood out.
+            chunk = chunk.take(slice(chunk.last_gap(int(chunk.step[0])), None))
         first, last = int(chunk.step[0]) if first < 0 else first, int(chunk.step[-1])
         columns |= chunk.columns
         for curve, values in ((norm, chunk.grad_norm), (limit, chunk.limit), (loss, chunk.loss)):
@@ -202,18 +202,11 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
 
 
 def _with_clipped(chunk: Chunk) -> Chunk:
-    """Where a log has norms and limits only, those above were clipped."""
+    """In a log of norms and limits only, the steps with a norm above the limit were clipped."""
     if "clipped" in chunk.columns or "limit" not in chunk.columns:
         return chunk
     clipped = (chunk.grad_norm > chunk.limit) & ~chunk.skipped
     return replace(chunk, clipped=clipped, columns=chunk.columns | {"clipped"})
-
-
-def _last_in_a_row(chunk: Chunk) -> Chunk:
-    """Without the steps that a flight record keeps of the time before its last ones."""
-    gaps = np.flatnonzero(np.diff(chunk.step) > 1)
-    start = int(gaps[-1]) + 1 if len(gaps) else 0
-    return select(chunk, slice(start, None))
 
 
 class _Spikes:
@@ -248,7 +241,7 @@ class _Spikes:
 
     def _spike(self, chunk: Chunk, place: np.intp) -> Spike:
         step, batch = int(chunk.step[place]), int(chunk.batch[place])
-        norms: Mapping[str, float] = chunk.per_parameter.get(step, {})
+        norms = chunk.per_parameter.get(step, {})
         return Spike(
             step=step,
             batch=None if batch < 0 else batch,

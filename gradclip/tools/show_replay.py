@@ -1,4 +1,4 @@
-"""A replay and a recommendation, as text for a terminal and as JSON."""
+"""A replay and a recommendation as text for a terminal, as JSON, and drawn."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gradclip.tools.charts import Counts, plot_png
-from gradclip.tools.curves import Curve
-from gradclip.tools.options import Option
-from gradclip.tools.page import replay_html
-from gradclip.tools.recommend import Recommendation
+from gradclip.records.trace_file import null_unless_finite
+from gradclip.tools.charts import Clipping, Counts, plot_png
+from gradclip.tools.figure import draw_figure
+from gradclip.tools.page import write_page
+from gradclip.tools.recommend import Option, Recommendation
 from gradclip.tools.replay import Outcome, Replay
 
 __all__ = [
@@ -32,7 +31,7 @@ __all__ = [
 
 
 def replay_as_text(replay: Replay) -> RenderableType:
-    """Configurations side by side, to print with rich."""
+    """A table of the configurations, to print with rich."""
     rows = _rows(replay)
     table = _table(*rows[0])
     for row in rows:
@@ -46,18 +45,18 @@ def replay_as_text(replay: Replay) -> RenderableType:
 
 
 def replay_as_json(replay: Replay) -> str:
-    """Everything but the curves; null is no limit, or no such step."""
+    """Everything but the curves and steps; null is no limit, or no such step."""
     shown = [f.name for f in fields(Outcome) if f.repr]
-    outcomes = [{name: _known(getattr(o, name)) for name in shown} for o in replay.outcomes]
+    outcomes = [{name: getattr(o, name) for name in shown} for o in replay.outcomes]
     content = {
         "first_step": replay.first,
         "last_step": replay.last,
         "steps": replay.steps,
         "nonfinite": replay.nonfinite,
         "outcomes": outcomes,
-        "notes": list(replay.notes),
+        "notes": replay.notes,
     }
-    return json.dumps(content, indent=2, allow_nan=False)
+    return json.dumps(null_unless_finite(content), indent=2, allow_nan=False)
 
 
 def draw_replay(replay: Replay, title: str, *, png: Path | None, html: Path | None) -> None:
@@ -69,22 +68,26 @@ def draw_replay(replay: Replay, title: str, *, png: Path | None, html: Path | No
         png: The picture to write; None for none.
         html: The page to write; None for none.
     """
-    made = replay.outcomes
-    limits: dict[str, Curve] = {o.name: o.limit for o in made}
-    clipped = {o.name: o.clipped_steps for o in made}
-    skipped = {o.name: o.skipped_steps for o in made}
-    counts = {o.name: Counts(o.steps, o.clipped, o.skipped) for o in made}
+    made = [
+        Clipping(
+            name=o.name,
+            counts=Counts(o.steps, o.clipped, o.skipped),
+            limit=o.limit,
+            clipped=o.clipped_steps,
+            skipped=o.skipped_steps,
+        )
+        for o in replay.outcomes
+    ]
     if png is not None:
-        plot_png(png, title, replay.norm, limits, clipped, skipped, counts=counts)
+        plot_png(png, title, replay.norm, made)
     if html is not None:
         rows, notes = _rows(replay), [_extent(replay), *replay.notes]
-        replay_html(
-            html, title, replay.norm, limits, clipped, skipped, rows, counts=counts, notes=notes
-        )
+        figure = draw_figure(replay.norm, made)
+        write_page(html, "replay.html", title, figure, rows=rows, notes=notes)
 
 
 def recommendation_as_text(found: Recommendation) -> RenderableType:
-    """The options side by side, to print with rich."""
+    """A table of the options, to print with rich."""
     table = _table("option", "sure", "clips", "eighths clip", "on steps")
     for option in found.options:
         mark = "> " if option == found.taken else "  "
@@ -156,7 +159,3 @@ def _cells(outcome: Outcome) -> Iterator[tuple[str, str]]:
 
 def _limit(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "none"
-
-
-def _known(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gradclip.records.trace_file import null_unless_finite
+from gradclip.tools.charts import Clipping
 from gradclip.tools.figure import Note, draw_figure
 from gradclip.tools.page import write_page
 from gradclip.tools.report import Report, Spike
@@ -23,13 +26,13 @@ SHOWN_PARAMETERS = 5
 
 
 def describe_as_json(report: Report, page: Path) -> str:
-    """Everything but the curves, for machines; null is what is unknown, or not finite."""
+    """Everything but the curves, as JSON; null is unknown, or not finite."""
     counts, header = report.counts, report.run.header
     steps, clipped, skipped, nonfinite = _totals(report)
     content = {
         "run": str(report.run.path),
         "page": str(page),
-        "notes": list(report.run.notes),
+        "notes": report.run.notes,
         "norm_type": header.norm_type,
         "steps": steps,
         "clipped": clipped,
@@ -40,35 +43,18 @@ def describe_as_json(report: Report, page: Path) -> str:
         "worst": [_spike_as_dict(spike) for spike in report.worst],
         "not_finite": [_spike_as_dict(spike) for spike in report.broken],
     }
-    return json.dumps(_without_nan(content), indent=2, allow_nan=False)
+    return json.dumps(null_unless_finite(content), indent=2, allow_nan=False)
 
 
 def _spike_as_dict(spike: Spike) -> dict[str, Any]:
-    return {
-        "step": spike.step,
-        "batch": spike.batch,
-        "grad_norm": spike.grad_norm,
-        "limit": spike.limit,
-        "coef": spike.coef,
-        "clipped": spike.clipped,
-        "skipped": spike.skipped,
-        "shares": [
-            {"parameter": name, "share": share} for name, share in spike.shares[:SHOWN_PARAMETERS]
-        ],
-        "not_finite": list(spike.not_finite),
-    }
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return [_without_nan(item) for item in value] if isinstance(value, list) else value
+    shares = [{"parameter": n, "share": share} for n, share in spike.shares[:SHOWN_PARAMETERS]]
+    shown = {**asdict(spike), "shares": shares}
+    del shown["finite"]
+    return shown
 
 
 def describe_as_text(report: Report) -> RenderableType:
-    """A summary and the culprits, to print with rich."""
+    """A summary and the steps that stood out, to print with rich."""
     facts = Table.grid(padding=(0, 2))
     for name, value, more in _facts(report):
         facts.add_row(name, Text(value, style="bold"), more)
@@ -103,17 +89,19 @@ def _cells(spike: Spike, *keys: str) -> list[Text]:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write the page, which needs nothing else than itself."""
-    name = "gradclip"
-    known = "clipped" in report.columns or "skipped" in report.columns
-    has_limit, has_loss = "limit" in report.columns, "loss" in report.columns
+    """Write the page; it is one file that needs nothing else."""
+    known = report.columns
+    made = Clipping(
+        name="gradclip",
+        counts=report.counts,
+        limit=report.limit if "limit" in known else None,
+        clipped=report.clipped_steps if "clipped" in known else None,
+        skipped=report.skipped_steps if known & {"clipped", "skipped"} else None,
+    )
     figure = draw_figure(
         report.norm,
-        {name: report.limit} if has_limit else {},
-        {name: report.clipped_steps} if "clipped" in report.columns else {},
-        {name: report.skipped_steps} if known else {},
-        counts={name: report.counts},
-        loss=report.loss if has_loss else None,
+        [made],
+        loss=report.loss if "loss" in known else None,
         nonfinite=report.nonfinite_steps,
         notes=[Note(s.step, s.grad_norm, list(_lines(s))) for s in report.worst + report.broken],
     )
@@ -133,7 +121,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def _totals(report: Report) -> tuple[int, int | None, int, int]:
-    """Steps of the whole run, clipped (None if unknown), withheld, not finite."""
+    """Steps of the whole run: all, clipped (None if unknown), withheld, not finite."""
     if whole := report.run.header.counts:
         return whole["steps"], whole["clipped"], whole["skipped"], whole["nonfinite"]
     steps, clipped, skipped = report.counts
@@ -141,21 +129,18 @@ def _totals(report: Report) -> tuple[int, int | None, int, int]:
 
 
 def _facts(report: Report) -> list[tuple[str, str, str]]:
-    """What, how much, and a remark."""
+    """Names, values and remarks."""
     steps, clipped, skipped, nonfinite = _totals(report)
-    facts = [("steps", f"{steps:,}", "")]
-    if clipped is None:
-        facts.append(("clipped", "unknown", "the log doesn't say"))
-    else:
-        facts.append(
-            (
-                "clipped",
-                f"{clipped / max(1, steps):.2%}",
-                f"{clipped:,} {'step' if clipped == 1 else 'steps'}",
-            )
-        )
-    facts.append(("withheld", f"{skipped:,}", ""))
-    facts.append(("not finite", f"{nonfinite:,}", ""))
+    rate, remark = "unknown", "the log doesn't say"
+    if clipped is not None:
+        rate = f"{clipped / max(1, steps):.2%}"
+        remark = f"{clipped:,} {'step' if clipped == 1 else 'steps'}"
+    facts = [
+        ("steps", f"{steps:,}", ""),
+        ("clipped", rate, remark),
+        ("withheld", f"{skipped:,}", ""),
+        ("not finite", f"{nonfinite:,}", ""),
+    ]
     if largest := report.largest:
         facts.append(("largest norm", f"{largest.grad_norm:.4g}", f"step {largest.step:,}"))
     return facts

@@ -1,4 +1,4 @@
-"""Reading a trace, a piece at a time, so that its length costs no memory."""
+"""Reading a trace in chunks, so that memory doesn't grow with its length."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from pydantic_core import from_json
 
 from gradclip.errors import ConfigError
@@ -21,21 +22,20 @@ from gradclip.records.trace_file import (
     FLAGS,
     FORMAT,
     NUMBERS,
+    VERSION,
     TraceHeader,
     import_pyarrow,
     write_trace,
 )
-from gradclip.tools.header import parse_header, refuse
+from gradclip.tools.curves import Bools, Floats, Steps
 
 __all__ = ["Chunk", "Trace", "TraceHeader", "write_trace"]
 
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 Row = Mapping[str, Any]
 
 
 class _Column(NamedTuple):
-    """How a column is read: its value where it is absent or null, and what JSON may hold."""
+    """How a column is read: its value where absent or null, and the types JSON may hold there."""
 
     dtype: str
     absent: Any
@@ -62,7 +62,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Steps in a row: arrays of one length `n`.
+    """Some steps of a trace in order, as arrays of one length `n`.
 
     Attributes:
         step: Int64, rising.
@@ -76,12 +76,12 @@ class Chunk:
         skipped: Bool; false where unknown.
         finite: Bool; true unless the trace says otherwise.
         per_parameter: By step, then by parameter: norm before clipping, NaN if not finite.
-        columns: Names of the above that the trace gives for any of these steps.
-        bytes_read: How much of the file was read up to here, for progress bars.
+        columns: Names of the above that the trace gives for at least one of these steps.
+        bytes_read: Bytes of the file read so far, for progress bars.
     """
 
-    step: NDArray[np.int64]
-    batch: NDArray[np.int64]
+    step: Steps
+    batch: Steps
     grad_norm: Floats
     limit: Floats
     coef: Floats
@@ -97,14 +97,27 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.step)
 
+    def take(self, which: slice | Bools) -> Chunk:
+        """Some of the steps."""
+        return replace(self, **{name: getattr(self, name)[which] for name in _COLUMNS})
+
+    def last_gap(self, before: int) -> int | None:
+        """The index of the last step that doesn't follow directly on the one before.
+
+        Args:
+            before: The step before the first of these.
+        """
+        gaps = np.flatnonzero(np.diff(self.step, prepend=before) > 1)
+        return int(gaps[-1]) if len(gaps) else None
+
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace file. Each call of `chunks` reads it anew, in memory that doesn't grow with it.
+    """A trace file. Each call of `chunks` reads it again, in bounded memory.
 
     Attributes:
         path: The file.
-        header: What it says once.
+        header: Its first line.
         size_hint: Its size in bytes.
     """
 
@@ -127,24 +140,22 @@ class Trace:
             reason = error.strerror or error  # pyarrow's have none
             msg = f"{path}: the file can't be read ({reason}). Give the path of a trace."
             raise ConfigError(msg) from None
-        return cls(path, parse_header(line, path), size)
+        return cls(path, _parse_header(line, path), size)
 
     def chunks(self, size: int = 16384) -> Iterator[Chunk]:
-        """The steps in order, at most `size` at once.
+        """The steps in order, at most `size` in a chunk.
+
+        A last line that was cut off is left out with a warning.
 
         Raises:
-            ConfigError: If a line is broken; names it. A last line that was cut off is left out
-                with a warning.
+            ConfigError: If a line is broken. The message names the line.
         """
         read = _parquet_chunks if self.path.suffix == ".parquet" else _line_chunks
         return read(self.path, size)
 
     def read(self) -> Chunk:
         """Everything at once, for traces that fit into memory."""
-        parts = list(self.chunks())
-        if len(parts) == 1:
-            return parts[0]
-        parts = parts or [_chunk_of_rows([], self.path, 2, self.size_hint)]
+        parts = list(self.chunks()) or [_chunk_of_rows([], self.path, 2, self.size_hint)]
         arrays = {n: np.concatenate([getattr(part, n) for part in parts]) for n in _COLUMNS}
         norms = {step: given for part in parts for step, given in part.per_parameter.items()}
         columns = {name for part in parts for name in part.columns}
@@ -154,6 +165,36 @@ class Trace:
             columns=frozenset(columns),
             bytes_read=parts[-1].bytes_read,
         )
+
+
+def _parse_header(line: bytes, path: Path) -> TraceHeader:
+    try:
+        content = from_json(line)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        msg = (
+            f'{path}, line 1: this isn\'t the header of a trace, {{"format": "{FORMAT}", ...}}. '
+            "Give a file of the flight recorder, or make one from a log: gradclip import LOG."
+        )
+        raise ConfigError(msg)
+    if content.get("version") != VERSION:
+        msg = (
+            f"{path}, line 1: version is {content.get('version')!r}; this gradclip reads "
+            f"{VERSION}. Use the gradclip that wrote it, or a newer one."
+        )
+        raise ConfigError(msg)
+    try:
+        return TraceHeader.model_validate_json(line)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        allowed = TraceHeader.model_fields[name].description or ""
+        _refuse(path, "line 1", f"{name} is {content[name]!r:.80}", allowed)
+
+
+def _refuse(path: Path, where: str, found: str, allowed: str) -> NoReturn:
+    msg = f"{path}, {where}: {found}; allowed: {allowed}."
+    raise ConfigError(msg)
 
 
 def _first_line(path: Path) -> bytes:
@@ -176,9 +217,9 @@ def _line_chunks(path: Path, size: int) -> Iterator[Chunk]:
 
 
 def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) -> list[Row]:
-    """Lines, the first of which has this number, as mappings."""
-    # One call for all of them is several times faster than a call for each, and right where each
-    # is one object: not torn in two, and not two in one line.
+    """Lines as mappings; `number` is the number of the first line."""
+    # One call for all lines is several times faster than a call for each. It is right if each line
+    # is one object: no object on two lines, and no line with two objects.
     joined = b",".join(lines)
     if joined.count(b"}\n,{") == len(lines) - 1:
         with contextlib.suppress(ValueError):
@@ -195,15 +236,15 @@ def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) 
                 text = f"{path}, {where}: the file was cut off here; it is read up to this line."
                 warnings.warn(text, stacklevel=2)
                 break
-            refuse(path, where, f"this isn't JSON ({error})", _A_STEP)
+            _refuse(path, where, f"this isn't JSON ({error})", _A_STEP)
         if not isinstance(row, dict):
-            refuse(path, where, f"found {row!r:.80}", _A_STEP)
+            _refuse(path, where, f"found {row!r:.80}", _A_STEP)
         rows.append(row)
     return rows
 
 
 def _chunk_of_rows(rows: Sequence[Row], path: Path, number: int, read: int) -> Chunk:
-    """Arrays of rows, the first of which stands on the line of this number."""
+    """Rows as arrays; `number` is the line of the first row."""
     given = {name for name in _COLUMNS if any(name in row for row in rows)} | {"step"}
     arrays = {name: column.blank(len(rows)) for name, column in _COLUMNS.items()}
     for name in given:
@@ -213,14 +254,14 @@ def _chunk_of_rows(rows: Sequence[Row], path: Path, number: int, read: int) -> C
         if not kinds <= column.kinds:
             index = next(i for i, value in enumerate(values) if type(value) not in column.kinds)
             found = f"{name} is {values[index]!r:.80}"
-            refuse(path, f"line {number + index}", found, column.allowed)
+            _refuse(path, f"line {number + index}", found, column.allowed)
         if NoneType in kinds:
             values = [column.null if value is None else value for value in values]
         try:
             arrays[name] = np.array(values, dtype=column.dtype)
         except OverflowError:
             lines = f"lines {number} to {number + len(rows) - 1}"
-            refuse(path, lines, f"{name} is too large for 64 bits", column.allowed)
+            _refuse(path, lines, f"{name} is too large for 64 bits", column.allowed)
     norms = {}
     for index, row in enumerate(rows):
         if "per_parameter" in row:
@@ -243,32 +284,28 @@ def _norms(content: Any, path: Path, where: str) -> dict[str, float]:
     allowed = _COLUMNS["grad_norm"].kinds
     if not isinstance(content, dict) or not set(map(type, content.values())) <= allowed:
         found = f"per_parameter is {content!r:.80}"
-        refuse(path, where, found, "a mapping of names to numbers or null")
+        _refuse(path, where, found, "a mapping of names to numbers or null")
     try:
         return {name: math.nan if norm is None else float(norm) for name, norm in content.items()}
     except OverflowError:
-        refuse(path, where, "per_parameter has a norm too large for 64 bits", "a number or null")
+        _refuse(path, where, "per_parameter has a norm too large for 64 bits", "a number or null")
 
 
 def _content(text: Any) -> Any:
-    """What JSON holds; what isn't JSON stays as it is."""
+    """The content of a JSON text; anything else stays as it is."""
     try:
         return from_json(text)
     except (ValueError, TypeError):
         return text
 
 
-def _check_order(step: NDArray[np.int64], last: int, path: Path, unit: str, number: int) -> int:
-    """The last step.
-
-    Raises:
-        ConfigError: Unless each is larger than the one before.
-    """
+def _check_order(step: Steps, last: int, path: Path, unit: str, number: int) -> int:
+    """Return the last step; refuse a step that isn't larger than the one before."""
     before = np.concatenate([np.array([last]), step[:-1]])
     if np.any(step <= before):
         index = int(np.argmax(step <= before))
         found = f"step is {step[index]}" + (f" after {before[index]}" if before[index] >= 0 else "")
-        refuse(path, f"{unit} {number + index}", found, "steps from 0, each larger than the last")
+        _refuse(path, f"{unit} {number + index}", found, "steps from 0, each larger than the last")
     return int(step[-1]) if len(step) else last
 
 
@@ -286,7 +323,7 @@ def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
     pyarrow, parquet = import_pyarrow()
     read, last = 0, -1
     try:
-        # By default all of it would be brought into memory ahead.
+        # By default pyarrow reads the whole file into memory first.
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             total, in_all = file.metadata.num_rows, path.stat().st_size
             for batch in file.iter_batches(batch_size=size):
@@ -301,11 +338,11 @@ def _parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
 
 
 def _chunk_of_batch(batch: Any, path: Path, number: int, read: int) -> Chunk:
-    """Arrays of a Parquet batch that begins with this row; null is what wasn't recorded."""
+    """A Parquet batch as arrays; `number` is its first row, and null was not recorded."""
     pyarrow, _ = import_pyarrow()
     given = {name for name in batch.schema.names if batch.column(name).null_count < len(batch)}
     if "step" not in given:
-        refuse(path, "column step", "it is missing", _COLUMNS["step"].allowed)
+        _refuse(path, "column step", "it is missing", _COLUMNS["step"].allowed)
     arrays = {name: column.blank(len(batch)) for name, column in _COLUMNS.items()}
     for name in given & set(_COLUMNS):
         column = _COLUMNS[name]
@@ -313,11 +350,11 @@ def _chunk_of_batch(batch: Any, path: Path, number: int, read: int) -> Chunk:
             values = batch.column(name).cast(column.dtype)
             if values.null_count and column.absent is None:
                 row = number + values.is_null().index(True).as_py()
-                refuse(path, f"row {row}", f"{name} is null", column.allowed)
+                _refuse(path, f"row {row}", f"{name} is null", column.allowed)
             if values.null_count:
                 values = values.fill_null(column.absent)
         except pyarrow.ArrowException as error:
-            refuse(path, f"column {name}", str(error), column.allowed)
+            _refuse(path, f"column {name}", str(error), column.allowed)
         arrays[name] = values.to_numpy(zero_copy_only=False)
     norms = {}
     if "per_parameter" in given:

@@ -98,48 +98,48 @@ def test_the_good_file_and_every_fault_of_a_bad_one(tmp_path):
     assert len(str(caught.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize("text", ["1e-6", "1.0e-6", "1E-6", "0.000001"])
-def test_every_way_to_write_a_small_number(tmp_path, text):
+def test_every_way_to_write_a_small_number(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(GOOD.replace("max_norm: 1.0", f"max_norm: {text}"))
-    assert load_yaml(path).policies[1].max_norm == 1e-6
+    for text in ("1e-6", "1.0e-6", "1E-6", "0.000001"):
+        path.write_text(GOOD.replace("max_norm: 1.0", f"max_norm: {text}"))
+        assert load_yaml(path).policies[1].max_norm == 1e-6
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [("", ": found None"), ("[]", r", line 1: found \[\]"), ("\nzclip", ", line 2: found 'zclip'")],
-)
-def test_a_file_without_a_mapping(tmp_path, text, found):
+def test_a_file_or_section_without_a_mapping(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=rf"run\.yaml{found}; a mapping with the key"):
-        load_yaml(path)
+    whole = {
+        "": ": found None",
+        "[]": r", line 1: found \[\]",
+        "\nzclip": ", line 2: found 'zclip'",
+    }
+    for text, found in whole.items():
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"run\.yaml{found}; a mapping with the key"):
+            load_yaml(path)
+    for value in ("null", "", "agc.yaml"):
+        path.write_text(f"num_processes: 2\ngradient_clip_config: {value}\n")
+        with pytest.raises(ConfigError, match=r"run\.yaml, line 2: found .*; a mapping with the k"):
+            load_section(path, "gradient_clip_config")
 
 
-@pytest.mark.parametrize("value", ["null", "", "agc.yaml"])
-def test_a_section_without_a_mapping(tmp_path, value):
+UNREADABLE = {
+    "date": ("policies: []\nlog: 2024-13-45\n", ", line 2: this isn't YAML: month must be in 1"),
+    "digits": (
+        f"log:\n  every_n_steps: {'1' * 5000}\n",
+        ", line 2: this isn't YAML: Exceeds the limit",
+    ),
+    "alias": ("policies: &a [*a]\n", ": values are nested too deeply, or an alias contains itself"),
+    "depth": ("policies: " + "[" * 3000, ": values are nested too deeply"),
+    "documents": (GOOD + "---\n" + GOOD, ", line 9: the file holds several documents; keep one"),
+}
+
+
+def test_what_yaml_cannot_hold_is_named(tmp_path, subtests):
     path = tmp_path / "run.yaml"
-    path.write_text(f"num_processes: 2\ngradient_clip_config: {value}\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml, line 2: found .*; a mapping with the key"):
-        load_section(path, "gradient_clip_config")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("policies: []\nlog: 2024-13-45\n", ", line 2: this isn't YAML: month must be in 1"),
-        (f"log:\n  every_n_steps: {'1' * 5000}\n", ", line 2: this isn't YAML: Exceeds the limit"),
-        ("policies: &a [*a]\n", ": values are nested too deeply, or an alias stands within"),
-        ("policies: " + "[" * 3000, ": values are nested too deeply"),
-        (GOOD + "---\n" + GOOD, ", line 9: the file holds several documents; keep one"),
-    ],
-    ids=["date", "digits", "alias", "depth", "documents"],
-)
-def test_what_yaml_cannot_hold_is_named(tmp_path, text, message):
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=rf"run\.yaml{message}"):
-        load_yaml(path)
+    for name, (text, message) in UNREADABLE.items():
+        path.write_text(text)
+        with subtests.test(name), pytest.raises(ConfigError, match=rf"run\.yaml{message}"):
+            load_yaml(path)
 
 
 def test_a_missing_file():
@@ -147,12 +147,14 @@ def test_a_missing_file():
         load_yaml("nowhere.yaml")
 
 
-@pytest.mark.parametrize("value", [-1.0, 0, 0.0, math.nan, True, "1.0", None, [1.0]])
-def test_thresholds_refused_in_python_and_mappings(value):
-    with pytest.raises(ValueError, match="max_norm"):
-        ClipByNorm(max_norm=value)
-    with pytest.raises(ConfigError, match=r"policies\[0\]\.max_norm is"):
-        GradientClipper({"policies": [{"type": "norm", "max_norm": value}]}, parameters().items())
+def test_thresholds_refused_in_python_and_mappings(subtests):
+    for value in (-1.0, 0, 0.0, math.nan, True, "1.0", None, [1.0]):
+        with subtests.test(value=value):
+            with pytest.raises(ValueError, match="max_norm"):
+                ClipByNorm(max_norm=value)
+            wrong = {"policies": [{"type": "norm", "max_norm": value}]}
+            with pytest.raises(ConfigError, match=r"policies\[0\]\.max_norm is"):
+                GradientClipper(wrong, parameters().items())
 
 
 def test_what_is_no_policy():

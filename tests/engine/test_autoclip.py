@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ops import CountOps
-from support.vectors import cases, check_step, checked, load, number, replay
+from support.vectors import cases, load, number
 
-from gradclip import AutoClip, ConfigError, GradientClipper
+from gradclip import AutoClip, ConfigError
 from gradclip.config import parse_mapping
 from gradclip.policies.sketch import BINS, quantile, taken_in
 from gradclip.types import Stats
@@ -118,30 +118,36 @@ class TestConstant:
 
 class TestPolicy:
     @pytest.mark.parametrize("inclusive", [False, True])
-    @pytest.mark.parametrize("percentile", [0.0, 10.0, 62.5, 95.0, 100.0])
     @pytest.mark.parametrize("history", ["window", "all"])
-    def test_is_numpys_percentile(self, history, percentile, inclusive):
+    def test_is_numpys_percentile(self, history, inclusive):
         norms = spiky(300)
         norms[40] = 0.0
-        policy = AutoClip(
-            percentile=percentile,
-            history=history,
-            window=50,
-            warmup_steps=7,
-            inclusive=inclusive,
-            max_norm=30.0,
-            min_norm=0.6,
-        )
-        found, _ = limits(policy, norms)
-        seen = []
-        for norm, limit in zip(norms, found, strict=True):
-            past = seen + [norm] * (inclusive and norm > 0)
-            seen = seen + [norm] * (norm > 0)
-            last = past[-50:] if history == "window" else past
-            want = np.percentile(last, percentile) if len(past) >= 7 else math.inf
-            want = min(max(want, 0.6), 30.0)
-            rel = ACCURACY if history == "all" else 1e-12
-            assert limit == pytest.approx(want, rel=rel)
+        for percentile in (0.0, 10.0, 62.5, 95.0, 100.0):
+            policy = AutoClip(
+                percentile=percentile,
+                history=history,
+                window=50,
+                warmup_steps=7,
+                inclusive=inclusive,
+                max_norm=30.0,
+                min_norm=0.6,
+            )
+            found, _ = limits(policy, norms)
+            seen = []
+            for norm, limit in zip(norms, found, strict=True):
+                past = seen + [norm] * (inclusive and norm > 0)
+                seen = seen + [norm] * (norm > 0)
+                last = past[-50:] if history == "window" else past
+                want = np.percentile(last, percentile) if len(past) >= 7 else math.inf
+                want = min(max(want, 0.6), 30.0)
+                rel = ACCURACY if history == "all" else 1e-12
+                assert limit == pytest.approx(want, rel=rel)
+
+    def test_an_infinite_norm_does_not_vote(self):
+        for history in ("window", "all"):
+            policy = AutoClip(history=history, warmup_steps=2, inclusive=True)
+            found, _ = limits(policy, [1.0, 2.0, math.inf])
+            assert found[2] == found[1]
 
     def test_a_spike_does_not_vote_on_its_own_limit(self):
         norms = [1.0] * 20 + [1000.0]
@@ -157,102 +163,3 @@ class TestPolicy:
     def test_no_history_for_each_unit(self):
         with pytest.raises(ConfigError, match=r"scope is 'unit'; allowed: 'global', 'group'"):
             parse_mapping({"policies": [{"type": "autoclip", "scope": "unit"}]})
-
-
-def close(case, step, record, rel):
-    threshold = number(case["outputs"]["threshold"][step])
-    if math.isfinite(threshold):
-        assert float(record.limit) == pytest.approx(threshold, rel=rel)
-
-
-@pytest.mark.parametrize("case", cases("autoclip_official"))
-@pytest.mark.parametrize("history", ["all", "window"])
-def test_the_papers_own_code(case, history):
-    """Inclusive, over the whole run: exactly by a window that holds it, within 0.5 % by sketch."""
-    data = load("autoclip_official")
-    policy = AutoClip(
-        percentile=case["params"]["clip_percentile"],
-        history=history,
-        window=400,
-        warmup_steps=1,
-        inclusive=True,
-    )
-    seen = 0
-    for step, record, grads, _ in replay(data, case, policy):
-        if not checked(case, step, data):
-            continue
-        seen += 1
-        if history == "window":
-            check_step(case, step, record, grads, number(case["outputs"]["threshold"][step]))
-        close(case, step, record, ACCURACY if history == "all" else 1e-5)
-    assert seen > 100
-
-
-@pytest.mark.parametrize(
-    "case", [c for c in cases("autoclip_pypi") if not c.id.startswith("standard")]
-)
-def test_a_window_without_the_current_norm(case):
-    data, given = load("autoclip_pypi"), case["params"]
-    whole = given["global_threshold"]
-    policy = AutoClip(
-        percentile=given["quantile"] * 100,
-        window=given["history_length"],
-        warmup_steps=1,
-        scope="global" if whole else "parameter",
-    )
-    seen = 0
-    for step, record, grads, _ in replay(data, case, policy):
-        if not checked(case, step, data):
-            continue
-        seen += 1
-        if whole:
-            check_step(case, step, record, grads, number(case["outputs"]["threshold"][step]))
-            close(case, step, record, 1e-5)
-        else:
-            after = number(case["outputs"]["post_norm"][step])
-            assert float(record.clipped_norm) == pytest.approx(after, rel=1e-5)
-    assert seen > 100
-
-
-@pytest.mark.parametrize("case", cases("trellis_windowed_percentile"))
-def test_a_window_that_has_to_fill_first(case):
-    data, given = load("trellis_windowed_percentile"), case["params"]
-    policy = AutoClip(
-        percentile=given["clip_percentile"],
-        window=given["buffer_size"],
-        warmup_steps=given["buffer_size"],
-        max_norm=given["max_norm"],
-    )
-    seen = 0
-    for step, record, grads, _ in replay(data, case, policy):
-        if not checked(case, step, data):
-            continue
-        seen += 1
-        threshold = number(case["outputs"]["threshold"][step] or math.inf)
-        check_step(case, step, record, grads, threshold)
-        if math.isfinite(threshold):
-            assert float(record.limit) == pytest.approx(threshold, rel=1e-5)
-    assert seen > 100
-
-
-def test_one_nan_is_forgotten_where_the_papers_code_keeps_it():
-    case = next(c.values[0] for c in cases("autoclip_official") if c.id == "pct10/nonfinite")
-    data, step = load("autoclip_official"), case["conformance"]["step"]
-    assert "nan" in case["outputs"]["post_norm"][step + 60 :]
-    for history in ("all", "window"):
-        policy = AutoClip(history=history, percentile=10, warmup_steps=1, inclusive=True)
-        for at, record, _, _ in replay(data, case, policy):
-            if str(at) not in data["inputs"]["sequences"]["nonfinite"]["nonfinite_steps"]:
-                assert torch.isfinite(record.clipped_norm)
-
-
-def test_the_second_step_is_a_number():
-    """PyPI's StandardClip turns every gradient into NaN there."""
-    case = next(c.values[0] for c in cases("autoclip_pypi") if c.id.startswith("standard"))
-    assert case["outputs"]["post_norm"][1] == "nan"
-    p = torch.nn.Parameter(torch.zeros(3))
-    clipper = GradientClipper(AutoClip(warmup_steps=1), [("p", p)])
-    for size in (1.0, 5.0):
-        p.grad = torch.full((3,), size)
-        clipper.clip()
-        assert torch.isfinite(p.grad).all()

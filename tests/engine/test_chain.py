@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.gradients import SIZES, fill, flat, grads, optimizer_for, parameters
 
 from gradclip import ClipByNorm, ClipByValue, ConfigError, GradientClipper, ZClip
-from gradclip.policies import combine
+from gradclip.norms import combine
 
 norms = st.builds(
     ClipByNorm,

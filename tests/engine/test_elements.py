@@ -233,4 +233,4 @@ def test_the_optimizers_moment_on_an_accelerator_is_not_waited_for():
         }
         record = clipper.clip()
         assert record.clipped.device.type == "cuda"
-        assert not clipper._on.memory._own
+        assert not clipper._core.machinery.memory._own

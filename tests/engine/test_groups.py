@@ -1,6 +1,7 @@
 """Groups: who follows which policies, who counts, who is scaled, who is watched."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -38,16 +39,16 @@ EMBED = "embed.weight"
 REST = ["layer.weight", "layer.bias", "scale"]
 
 
-@pytest.mark.parametrize("counted", [True, False])
-@pytest.mark.parametrize("scaled", [True, False])
-def test_counted_and_scaled_are_separate(counted, scaled):
-    params, _ = clipped([{"match": "embed.*", "counted": counted, "scaled": scaled}])
+def test_counted_and_scaled_are_separate(subtests):
     old = before()
-    names = [EMBED, *REST] if counted else REST
-    coef = 0.5 / float(norm_of([old[name] for name in names]))
-    for name in REST:
-        assert scaled_by(params, name) == pytest.approx(coef, rel=1e-6)
-    assert scaled_by(params, EMBED) == pytest.approx(coef if scaled else 1.0, rel=1e-6)
+    for counted, scaled in product((True, False), repeat=2):
+        with subtests.test(f"{counted=}, {scaled=}"):
+            params, _ = clipped([{"match": "embed.*", "counted": counted, "scaled": scaled}])
+            names = [EMBED, *REST] if counted else REST
+            coef = 0.5 / float(norm_of([old[name] for name in names]))
+            for name in REST:
+                assert scaled_by(params, name) == pytest.approx(coef, rel=1e-6)
+            assert scaled_by(params, EMBED) == pytest.approx(coef if scaled else 1.0, rel=1e-6)
 
 
 def test_own_policies_are_left_out_of_the_main_norm_unless_counted():
@@ -61,7 +62,7 @@ def test_own_policies_are_left_out_of_the_main_norm_unless_counted():
         assert float(record.grad_norm) == pytest.approx(float(norm_of(old.values())), rel=1e-6)
 
 
-def test_measured_only():
+def test_a_group_that_is_not_scaled_is_only_measured():
     own = [{"type": "norm", "max_norm": 0.2}]
     params, _ = clipped([{"match": "embed.*", "policies": own, "scaled": False}])
     assert torch.equal(params[EMBED].grad, before()[EMBED])
@@ -116,7 +117,7 @@ def test_an_unwatched_groups_own_state_takes_no_nan():
     assert torch.isfinite(state["mean"]).all()
 
 
-def test_by_optimizer_group_and_by_optimizer():
+def test_groups_are_chosen_by_optimizer_group_and_by_optimizer_too():
     old = before()
     own = [{"type": "norm", "max_norm": 0.2, "eps": 0.0}]
     params, _ = clipped([{"optimizer_group": "matr*", "policies": own}])
@@ -143,9 +144,8 @@ def test_a_class_made_from_an_optimizer_is_that_optimizer():
     assert_same_grads(grads(params), before())
 
 
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
+def test_patterns_that_match_nothing_or_leave_nothing_are_refused(subtests):
+    for group, message in (
         ({"match": "embd.*"}, r"groups\[0\]\.match is 'embd.\*' .*nearest names: embed.weight"),
         (
             {"optimizer_group": "matrixes"},
@@ -153,47 +153,45 @@ def test_a_class_made_from_an_optimizer_is_that_optimizer():
         ),
         ({"optimizer": "Muon"}, r"groups\[0\]\.optimizer is 'Muon' .*nearest names: SGD"),
         ({"match": "*", "counted": False}, "groups leave 'norm' nothing to measure"),
-    ],
-)
-def test_patterns_that_leave_nothing(group, message):
-    with pytest.raises(ConfigError, match=message):
-        clipped([group])
+    ):
+        with subtests.test(str(group)), pytest.raises(ConfigError, match=message):
+            clipped([group])
 
 
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        ({"policies": []}, r"groups\[0\] names no parameters; give match"),
-        ({"match": "*", "watched": False}, r"groups\[0\] is counted and not watched"),
-        ({"match": "*", "policies": [], "counted": True, "watched": False}, "not watched"),
-    ],
-)
-def test_groups_that_contradict_themselves(group, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_mapping({"policies": MAIN, "groups": [group]})
+def test_groups_and_budgets_that_contradict_themselves_are_refused(subtests):
+    budget = [{"type": "norm", "max_norm": 1.0, "budget": "size"}]
+    for config, message in (
+        ({"groups": [{"policies": []}]}, r"groups\[0\] names no parameters; give match"),
+        (
+            {"groups": [{"match": "*", "watched": False}]},
+            r"groups\[0\] is counted and not watched",
+        ),
+        (
+            {"groups": [{"match": "*", "policies": [], "counted": True, "watched": False}]},
+            "not watched",
+        ),
+        ({"policies": budget}, "one slot with nothing to share; set scope"),
+    ):
+        with subtests.test(message), pytest.raises(ConfigError, match=message):
+            parse_mapping({"policies": MAIN} | config)
 
 
-class TestBudgets:
-    @pytest.mark.parametrize("budget", ["uniform", "size"])
-    @pytest.mark.parametrize("scope", ["group", "parameter", "unit"])
-    @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
-    def test_the_norm_of_all_stays_at_or_below_the_limit(self, budget, scope, p):
-        params = parameters()
-        fill(params, 0, 9.0)
-        policy = ClipByNorm(max_norm=0.7, norm_type=p, scope=scope, budget=budget, eps=0.0)
-        GradientClipper(policy, params.items(), optimizer_for(params)).clip()
-        after = torch.cat([g.double().reshape(-1) for g in grads(params).values()])
-        assert float(torch.linalg.vector_norm(after, p)) == pytest.approx(0.7, rel=1e-5)
+def test_with_a_budget_the_norm_of_all_stays_at_the_limit(subtests):
+    scopes, orders = ("group", "parameter", "unit"), (1.0, 2.0, 3.0, math.inf)
+    for budget, scope, p in product(("uniform", "size"), scopes, orders):
+        with subtests.test(f"{budget} by {scope}, {p=}"):
+            params = parameters()
+            fill(params, 0, 9.0)
+            policy = ClipByNorm(max_norm=0.7, norm_type=p, scope=scope, budget=budget, eps=0.0)
+            GradientClipper(policy, params.items(), optimizer_for(params)).clip()
+            after = torch.cat([g.double().reshape(-1) for g in grads(params).values()])
+            assert float(torch.linalg.vector_norm(after, p)) == pytest.approx(0.7, rel=1e-5)
 
-    def test_shares(self):
-        old = before()
-        for budget, share in (("uniform", 0.25), ("size", 24 / 40)):
-            policies = [{"type": "norm", "max_norm": 0.5, "scope": "parameter", "budget": budget}]
-            params, _ = clipped([], policies=policies)
-            assert old[EMBED].norm() > 0.5
-            want = 0.5 * math.sqrt(share)
-            assert float(params[EMBED].grad.norm()) == pytest.approx(want, rel=1e-4)
 
-    def test_nothing_to_share(self):
-        with pytest.raises(ConfigError, match="one slot with nothing to share; set scope"):
-            parse_mapping({"policies": [{"type": "norm", "max_norm": 1.0, "budget": "size"}]})
+def test_a_budget_gives_each_parameter_its_share():
+    assert before()[EMBED].norm() > 0.5
+    for budget, share in (("uniform", 0.25), ("size", 24 / 40)):
+        policies = [{"type": "norm", "max_norm": 0.5, "scope": "parameter", "budget": budget}]
+        params, _ = clipped([], policies=policies)
+        want = 0.5 * math.sqrt(share)
+        assert float(params[EMBED].grad.norm()) == pytest.approx(want, rel=1e-4), budget

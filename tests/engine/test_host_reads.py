@@ -62,61 +62,51 @@ def test_a_step_on_fake_cuda_tensors_neither_syncs_nor_copies(policy):
         assert record.grad_norm.device.type == "cuda"
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_withholding_reads_the_host_once_a_step(policy):
-    params = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
-    values = list(params.values())
-    optimizer = torch.optim.SGD([{"params": values[:2]}, {"params": values[2:]}], lr=0.1)
-    clipper = GradientClipper(policy, params.items(), optimizer, kernel="accelerator")
-    for parameter in params.values():
-        parameter.grad = torch.ones_like(parameter)
-    with Reads() as reads:
-        clipper.clip()
-    assert reads.count == 1
+def test_withholding_reads_the_host_once_a_step():
+    for name, policy in POLICIES.items():
+        params = {key: torch.nn.Parameter(torch.zeros(shape)) for key, shape in SHAPES.items()}
+        values = list(params.values())
+        optimizer = torch.optim.SGD([{"params": values[:2]}, {"params": values[2:]}], lr=0.1)
+        clipper = GradientClipper(policy, params.items(), optimizer, kernel="accelerator")
+        for parameter in values:
+            parameter.grad = torch.ones_like(parameter)
+        with Reads() as reads:
+            clipper.clip()
+        assert reads.count == 1, name
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_training_with_a_fused_optimizer_reads_nothing_between_flushes(policy):
-    params = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
-    values = list(params.values())
-    optimizer = torch.optim.AdamW([{"params": values[:2]}, {"params": values[2:]}], fused=True)
-    config = ClipConfig(policies=[policy], log={"every_n_steps": 10, "per_parameter": True})
-    clipper = GradientClipper(config, params.items(), optimizer, kernel="accelerator")
-    clipper.attach(optimizer)
-    with Reads() as reads:
-        for step in range(9):
-            optimizer.zero_grad()
-            loss = sum((p * p).sum() for p in values) * (10.0 if step == 7 else 1.0)
-            clipper.observe_loss(loss.detach())
-            loss.backward()
-            optimizer.step()
-            metrics = clipper.last_record.as_metrics()
-    assert reads.count == 0
-    assert len(metrics) > 7
-    assert clipper.state_dict()["counts"]["steps"] == 9
-
-
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_micro_batches_and_a_fused_optimizer_read_nothing_between_flushes(policy):
-    params = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
-    values = list(params.values())
-    optimizer = torch.optim.AdamW([{"params": values[:2]}, {"params": values[2:]}], fused=True)
-    log = {"every_n_steps": 10, "per_parameter": True}
-    config = ClipConfig(policies=[policy], stage="after_backward", log=log)
-    clipper = GradientClipper(config, params.items(), optimizer, kernel="accelerator")
-    clipper.attach(optimizer)
-    with Reads() as reads:
-        for step in range(3):
-            optimizer.zero_grad()
-            for micro in range(3):
-                loss = sum((p * p).sum() for p in values) * (10.0 if step + micro == 3 else 1.0)
-                with clipper.micro_batch(loss=loss.detach(), share=1 / 3):
-                    (loss / 3).backward()
-            optimizer.step()
-            metrics = clipper.last_record.as_metrics()
-    assert reads.count == 0
-    assert len(metrics) > 8
-    assert clipper.state_dict()["counts"]["steps"] == 3
+def test_a_fused_optimizer_reads_nothing_between_flushes(policy):
+    """Clipped once a step, and with every micro-batch of a step."""
+    for micro_batches in (0, 3):
+        params = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
+        values = list(params.values())
+        optimizer = torch.optim.AdamW([{"params": values[:2]}, {"params": values[2:]}], fused=True)
+        config = ClipConfig(
+            policies=[policy],
+            stage="after_backward" if micro_batches else "step",
+            log={"every_n_steps": 10, "per_parameter": True},
+        )
+        clipper = GradientClipper(config, params.items(), optimizer, kernel="accelerator")
+        clipper.attach(optimizer)
+        steps = 3 if micro_batches else 9
+        with Reads() as reads:
+            for step in range(steps):
+                optimizer.zero_grad()
+                for micro in range(max(1, micro_batches)):
+                    spike = step + micro == 3 if micro_batches else step == 7
+                    loss = sum((p * p).sum() for p in values) * (10.0 if spike else 1.0)
+                    if micro_batches:
+                        with clipper.micro_batch(loss=loss.detach(), share=1 / micro_batches):
+                            (loss / micro_batches).backward()
+                    else:
+                        clipper.observe_loss(loss.detach())
+                        loss.backward()
+                optimizer.step()
+                metrics = clipper.last_record.as_metrics()
+        assert reads.count == 0
+        assert len(metrics) > (8 if micro_batches else 7)
+        assert clipper.state_dict()["counts"]["steps"] == steps
 
 
 def test_micro_batches_on_fake_cuda_tensors_neither_sync_nor_copy():

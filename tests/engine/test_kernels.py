@@ -33,12 +33,12 @@ def awkward(dtype):
 
 @pytest.mark.parametrize("kernel", FAST)
 @pytest.mark.parametrize("dtype", RTOL, ids=str)
-@pytest.mark.parametrize("p", [0.5, 1.0, 1.5, 2.0, 3.0, 6.0])
-def test_power_sums(kernel, dtype, p):
+def test_power_sums(kernel, dtype):
     grads = awkward(dtype)
-    got = kernel_for([CPU], kernel).power_sums(grads, p)
-    want = kernel_for([CPU], "reference").power_sums(grads, p)
-    torch.testing.assert_close(got, want, rtol=RTOL[dtype], atol=0)
+    for p in (0.5, 1.0, 1.5, 2.0, 3.0, 6.0):
+        got = kernel_for([CPU], kernel).power_sums(grads, p)
+        want = kernel_for([CPU], "reference").power_sums(grads, p)
+        torch.testing.assert_close(got, want, rtol=RTOL[dtype], atol=0)
 
 
 @pytest.mark.parametrize("kernel", FAST)
@@ -75,14 +75,14 @@ def test_scaling_rounds_once(kernel, dtype):
 
 @pytest.mark.parametrize("kernel", FAST)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
-def test_a_bad_element_shows_in_its_slot_alone(kernel, bad, p):
+def test_a_bad_element_shows_in_its_slot_alone(kernel, bad):
     grads = [[torch.ones(10), torch.ones(6000)], [torch.ones(4)]]
     grads[0][1][5000] = bad
-    sums = kernel_for([CPU], kernel).power_sums(grads, p)
-    assert torch.isfinite(sums).tolist() == [False, True]
     assert torch.isfinite(kernel_for([CPU], kernel).peaks(grads)).tolist() == [False, True]
-    assert math.isnan(sums[0]) == math.isnan(bad)
+    for p in (1.0, 2.0, 3.0):
+        sums = kernel_for([CPU], kernel).power_sums(grads, p)
+        assert torch.isfinite(sums).tolist() == [False, True]
+        assert math.isnan(sums[0]) == math.isnan(bad)
 
 
 @pytest.mark.parametrize("value", [1e25, 3e38, 1e-30, 1e-42])

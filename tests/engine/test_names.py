@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from support.gradients import backward, small_model
 from torch import nn
@@ -39,28 +38,30 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("given", ["model", "optimizer"])
-def test_wrappers_leave_no_trace_in_names(wrapper, given):
+def test_wrappers_leave_no_trace_in_names(subtests):
+    """Groups, metrics and saved state go by the names of the model inside."""
     plain = small_model()
     clipper = GradientClipper(CONFIG, plain.named_parameters())
     backward(plain)
     clipper.clip()
     state = clipper.state_dict()
-
-    wrapped = WRAPPERS[wrapper](copy.deepcopy(plain))
-    assert wrapper == "none" or [name for name, _ in wrapped.named_parameters()] != NAMES
-    if given == "model":
-        named = {"named_parameters": wrapped.named_parameters()}
-    else:
-        named = {"optimizer": torch.optim.SGD(wrapped.named_parameters(), lr=0.1)}
-    clipper = GradientClipper(CONFIG, **named)
-    clipper.load_state_dict(state)
-    for parameter, original in zip(wrapped.parameters(), plain.parameters(), strict=True):
-        parameter.grad = original.grad.clone()
-    metrics = clipper.clip().as_metrics()
-    assert {f"clip/grad_norms/{name}" for name in NAMES} < metrics.keys()
-    assert clipper.state_dict()["policies"][0]["slots"] == NAMES[:2]
+    for wrapper, wrap in WRAPPERS.items():
+        for given in ("model", "optimizer"):
+            with subtests.test(f"{wrapper}, names by the {given}"):
+                wrapped = wrap(copy.deepcopy(plain))
+                names = [name for name, _ in wrapped.named_parameters()]
+                assert (names == NAMES) == (wrapper == "none")
+                if given == "model":
+                    named = {"named_parameters": wrapped.named_parameters()}
+                else:
+                    named = {"optimizer": torch.optim.SGD(wrapped.named_parameters(), lr=0.1)}
+                clipper = GradientClipper(CONFIG, **named)
+                clipper.load_state_dict(state)
+                for p, original in zip(wrapped.parameters(), plain.parameters(), strict=True):
+                    p.grad = original.grad.clone()
+                metrics = clipper.clip().as_metrics()
+                assert {f"clip/grad_norms/{name}" for name in NAMES} < metrics.keys()
+                assert clipper.state_dict()["policies"][0]["slots"] == NAMES[:2]
 
 
 def test_a_child_of_ones_own_called_module_stays():

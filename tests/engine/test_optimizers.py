@@ -32,26 +32,20 @@ OPTIMIZERS = {
     "nadam": (torch.optim.NAdam, {}),
 }
 FUSED = ("sgd", "adam", "adamw", "adagrad")
-WAYS = [
-    (name, options)
-    for name in OPTIMIZERS
-    for options in ({"foreach": False}, {"foreach": True}, {"fused": True})
-    if "fused" not in options or name in FUSED
-]
 
 
-def trained(how, optimizer="sgd", steps=3, compiled=None, backend="aot_eager", **options):
+def trained(how, optimizer="sgd", steps=3, compiled=(), backend="aot_eager", **options):
     """Parameters after some steps; `clip` is torch's own where `how` is "torch"."""
     cls, more = OPTIMIZERS[optimizer]
     model = small_model()
     stepper = cls(model.parameters(), lr=0.05, **more, **options)
-    net = torch.compile(model, backend=backend) if compiled == "model" else model
+    net = torch.compile(model, backend=backend) if "model" in compiled else model
     clipper = GradientClipper(NORM, net.named_parameters(), stepper)
     if how == "attached":
         clipper.attach(stepper)
     step = stepper.step
-    if compiled in ("step", "function"):
-        inner = stepper.step if compiled == "step" else lambda: stepper.step()
+    if "step" in compiled or "function" in compiled:
+        inner = stepper.step if "step" in compiled else lambda: stepper.step()
         step = torch.compile(inner, backend=backend)
     for index in range(steps):
         backward(net, index, size=50)
@@ -65,32 +59,32 @@ def trained(how, optimizer="sgd", steps=3, compiled=None, backend="aot_eager", *
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    WAYS,
-    ids=[f"{n}-{next(iter(o))}-{next(iter(o.values()))}" for n, o in WAYS],
-)
-def test_optimizers_step_with_the_same_gradients(name, options):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_steps_as_after_torchs_own_clipping(name, subtests):
     expected = trained("torch", name)
-    for how in ("called", "attached"):
-        torch.testing.assert_close(trained(how, name, **options), expected, rtol=1e-4, atol=1e-6)
+    for kind in ("for-loop", "foreach", *(["fused"] if name in FUSED else [])):
+        options = {"foreach": False} if kind == "for-loop" else {kind: True}
+        for how in ("called", "attached"):
+            with subtests.test(f"{kind}, {how}"):
+                found = trained(how, name, **options)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # torch's own while it traces a step.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-@pytest.mark.parametrize("compiled", ["model", "step", "function"])
-@pytest.mark.parametrize("how", ["called", "attached"])
-def test_compiled(compiled, how):
+@pytest.mark.parametrize(
+    ("how", "compiled", "backend"),
+    [
+        ("called", ["model"], "aot_eager"),  # parameters have a wrapper's names
+        ("called", ["step"], "aot_eager"),  # a step that has no hook of ours
+        ("attached", ["step"], "aot_eager"),  # and one whose hook must stay out of the graph
+        ("attached", ["function"], "aot_eager"),  # also when a function around it is compiled
+        ("attached", ["model", "step"], "inductor"),  # real code of both
+    ],
+)
+def test_compiled_models_and_steps(how, compiled, backend):
     torch._dynamo.reset()
-    found = trained(how, "adamw", compiled=compiled)
-    torch.testing.assert_close(found, trained("torch", "adamw"), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
-@pytest.mark.parametrize("compiled", ["model", "step"])
-def test_compiled_to_code(compiled):
-    torch._dynamo.reset()
-    found = trained("attached", "adamw", compiled=compiled, backend="inductor")
+    found = trained(how, "adamw", compiled=compiled, backend=backend)
     torch.testing.assert_close(found, trained("torch", "adamw"), rtol=1e-4, atol=1e-5)
 
 
@@ -116,34 +110,38 @@ def sparse_model(sparse=True, kind=nn.Embedding):
 
 
 ROWS = torch.tensor([[1, 1, 5], [2, 5, 1]])
-POLICIES = {
-    "norm": ClipByNorm(max_norm=0.5),
-    "inf": ClipByNorm(max_norm=0.5, norm_type=float("inf")),
-    "p3": ClipByNorm(max_norm=0.5, norm_type=3.0, scope="parameter"),
-    "agc": AGC(clip_factor=0.1, scope="parameter"),
-    "rms": ClipByRMS(max_rms=0.01),
-    "value": ClipByValue(clip_value=0.2),
+SPARSE = {
+    "norm": (ClipByNorm(max_norm=0.5), nn.Embedding),
+    "norm of a bag": (ClipByNorm(max_norm=0.5), nn.EmbeddingBag),
+    "inf": (ClipByNorm(max_norm=0.5, norm_type=float("inf")), nn.Embedding),
+    "p3": (ClipByNorm(max_norm=0.5, norm_type=3.0, scope="parameter"), nn.Embedding),
+    "agc": (AGC(clip_factor=0.1, scope="parameter"), nn.EmbeddingBag),
+    "rms": (ClipByRMS(max_rms=0.01), nn.Embedding),
+    "value": (ClipByValue(clip_value=0.2), nn.Embedding),
 }
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "accelerator", "reference"])
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
-def test_sparse_gradients_are_clipped_as_dense_ones(policy, kind, kernel):
-    found = []
-    for sparse in (True, False):
-        model = sparse_model(sparse, kind)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        clipper = GradientClipper(policy, model.named_parameters(), optimizer, kernel=kernel)
-        for _ in range(2):
-            optimizer.zero_grad()
-            (model(ROWS).sum() * 10).backward()
-            assert model[0].weight.grad.is_sparse == sparse
-            record = clipper.clip()
-            assert record.clipped
-            optimizer.step()
-        found.append([model[0].weight.grad.to_dense(), model[0].weight, record.grad_norm])
-    torch.testing.assert_close(*found)
+def test_sparse_gradients_are_clipped_as_dense_ones(kernel, subtests):
+    for name, (policy, kind) in SPARSE.items():
+        with subtests.test(name):
+            sparse, dense = (two_steps(policy, kind, kernel, sparse=s) for s in (True, False))
+            torch.testing.assert_close(sparse, dense)
+
+
+def two_steps(policy, kind, kernel, *, sparse):
+    """An embedding's gradient and weight, and the norm, after two clipped steps."""
+    model = sparse_model(sparse, kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    clipper = GradientClipper(policy, model.named_parameters(), optimizer, kernel=kernel)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(ROWS).sum() * 10).backward()
+        assert model[0].weight.grad.is_sparse == sparse
+        record = clipper.clip()
+        assert record.clipped
+        optimizer.step()
+    return [model[0].weight.grad.to_dense(), model[0].weight, record.grad_norm]
 
 
 def test_sparse_adam_attached():
@@ -169,23 +167,22 @@ def test_sparse_gradients_that_are_not_finite_are_named():
         clipper.clip()
 
 
-@pytest.mark.parametrize(
-    "policy", [AGC(), ClipByNorm(max_norm=1.0, scope="unit"), UClip(limit=0.1), Spam()]
-)
-def test_sparse_gradients_are_refused_where_elements_or_units_matter(policy):
-    model = sparse_model()
-    clipper = GradientClipper(policy, model.named_parameters())
-    model(ROWS).sum().backward()
-    before = [p.grad.to_dense().clone() for p in model.parameters()]
-    with pytest.raises(LayoutError, match=r"gradient of '0\.weight' is sparse.*sparse=False"):
-        clipper.clip()
-    assert all(
-        torch.equal(p.grad.to_dense(), b) for p, b in zip(model.parameters(), before, strict=True)
-    )
+def test_sparse_gradients_are_refused_where_elements_or_units_matter(subtests):
+    by_unit = ClipByNorm(max_norm=1.0, scope="unit")
+    for policy in (AGC(), by_unit, UClip(limit=0.1), Spam()):
+        with subtests.test(policy.type):
+            model = sparse_model()
+            clipper = GradientClipper(policy, model.named_parameters())
+            model(ROWS).sum().backward()
+            before = [p.grad.to_dense().clone() for p in model.parameters()]
+            message = r"gradient of '0\.weight' is sparse.*sparse=False"
+            with pytest.raises(LayoutError, match=message):
+                clipper.clip()
+            assert all(map(torch.equal, (p.grad.to_dense() for p in model.parameters()), before))
 
 
 def test_sparse_gradients_in_the_drop_ins():
-    for name in ("norm", "value"):
+    for clip in (gradclip.clip_grad_norm_, gradclip.clip_grad_value_):
         found = []
         for sparse in (True, False):
             model = sparse_model(sparse)
@@ -193,31 +190,9 @@ def test_sparse_gradients_in_the_drop_ins():
             grads = [p.grad for p in model.parameters()]
             norm = gradclip.get_total_norm(grads)
             assert model[0].weight.grad is grads[0]
-            if name == "norm":
-                assert gradclip.clip_grad_norm_(model.parameters(), 0.5) == norm
-            else:
-                gradclip.clip_grad_value_(model.parameters(), 0.2)
+            assert clip(model.parameters(), 0.2) in (norm, None)
             found.append([norm, *(p.grad.to_dense() for p in model.parameters())])
         torch.testing.assert_close(*found)
-
-
-def sparse_on_ranks(rank, world, sparse):
-    model = DistributedDataParallel(sparse_model(sparse))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
-    for _ in range(3):
-        optimizer.zero_grad()
-        (model(ROWS + rank).sum() * 10).backward()
-        record = clipper.clip()
-        optimizer.step()
-    return record.grad_norm, model.module[0].weight.detach()
-
-
-def test_sparse_gradients_under_ddp():
-    sparse, dense = (run_on_ranks(sparse_on_ranks, 2, sparse) for sparse in (True, False))
-    assert torch.equal(sparse[0][0], sparse[1][0])
-    assert torch.equal(sparse[0][1], sparse[1][1])
-    torch.testing.assert_close(sparse[0], dense[0])
 
 
 class Wave(nn.Module):
@@ -229,22 +204,35 @@ class Wave(nn.Module):
         return (self.z * x).abs().square().sum()
 
 
-def complex_on_ranks(rank, world):
+def under_ddp(rank, world):
+    """Norms, and what was clipped, of sparse, dense and complex gradients."""
+    found = {}
+    for sparse in (True, False):
+        model = DistributedDataParallel(sparse_model(sparse))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(ROWS + rank).sum() * 10).backward()
+            norm = clipper.clip().grad_norm
+            optimizer.step()
+        found["sparse" if sparse else "dense"] = norm, model.module[0].weight.detach()
     model = DistributedDataParallel(Wave())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    clipper = GradientClipper(NORM, model.named_parameters(), optimizer)
+    clipper = GradientClipper(NORM, model.named_parameters())
     model(torch.tensor([1.0 + rank, 2.0])).backward()
-    record = clipper.clip()
-    return record.grad_norm, model.module.z.grad.clone()
+    found["complex"] = clipper.clip().grad_norm, model.module.z.grad.clone()
+    return found
 
 
-def test_complex_gradients_under_ddp():
-    first, second = run_on_ranks(complex_on_ranks, 2)
+def test_sparse_and_complex_gradients_under_ddp():
+    first, second = run_on_ranks(under_ddp, 2)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first["sparse"], first["dense"])
     # The mean over ranks of 2 x^2 z, for x of (1, 2) and (2, 2).
     whole = torch.tensor([5 * (1 + 2j), 8 * (3 - 1j)])
-    assert first[0] == pytest.approx(float(whole.abs().double().norm()), rel=1e-6)
-    torch.testing.assert_close(first[1], whole * (NORM.max_norm / float(first[0])))
+    norm, clipped = first["complex"]
+    assert norm == pytest.approx(float(whole.abs().double().norm()), rel=1e-6)
+    torch.testing.assert_close(clipped, whole * (NORM.max_norm / float(norm)))
 
 
 def complex_parameters(dtype=torch.complex64):
@@ -256,35 +244,36 @@ def complex_parameters(dtype=torch.complex64):
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "accelerator", "reference"])
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize("conjugated", [False, True])
-def test_complex_gradients_have_the_norm_of_their_magnitudes(kernel, dtype, conjugated):
-    ours, torchs = complex_parameters(dtype), complex_parameters(dtype)
-    if conjugated:
-        ours["z"].grad = ours["z"].grad.conj()  # torch's own function can't scale such a view
-        torchs["z"].grad = ours["z"].grad.resolve_conj()
-    clipper = GradientClipper(ClipByNorm(max_norm=2.0), ours.items(), kernel=kernel)
-    record = clipper.clip()
-    norm = torch.nn.utils.clip_grad_norm_(torchs.values(), 2.0)
-    assert float(record.grad_norm) == pytest.approx(float(norm), rel=1e-6)
-    for name, p in ours.items():
-        torch.testing.assert_close(p.grad, torchs[name].grad)
+def test_complex_gradients_have_the_norm_of_their_magnitudes(kernel, subtests):
+    kinds = ((torch.complex64, False), (torch.complex128, False), (torch.complex64, True))
+    for dtype, conjugated in kinds:
+        with subtests.test(f"{dtype}, {conjugated=}"):
+            ours, torchs = complex_parameters(dtype), complex_parameters(dtype)
+            if conjugated:  # torch's own function can't scale such a view
+                ours["z"].grad = ours["z"].grad.conj()
+                torchs["z"].grad = ours["z"].grad.resolve_conj()
+            clipper = GradientClipper(ClipByNorm(max_norm=2.0), ours.items(), kernel=kernel)
+            norm = float(torch.nn.utils.clip_grad_norm_(torchs.values(), 2.0))
+            assert float(clipper.clip().grad_norm) == pytest.approx(norm, rel=1e-6)
+            for name, p in ours.items():
+                torch.testing.assert_close(p.grad, torchs[name].grad)
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
-def test_complex_gradients_in_the_drop_ins(norm_type):
-    ours, torchs = complex_parameters(), complex_parameters()
-    assert gradclip.get_total_norm([p.grad for p in ours.values()], norm_type) == pytest.approx(
-        float(torch.nn.utils.get_total_norm([p.grad for p in torchs.values()], norm_type))
-    )
-    norm = gradclip.clip_grad_norm_(ours.values(), 2.0, norm_type)
-    torch.testing.assert_close(
-        norm, torch.nn.utils.clip_grad_norm_(torchs.values(), 2.0, norm_type)
-    )
-    for name, p in ours.items():
-        torch.testing.assert_close(p.grad, torchs[name].grad)
+def test_complex_gradients_in_the_drop_ins(subtests):
+    for p in (1.0, 2.0, 3.0, float("inf")):
+        with subtests.test(f"{p=}"):
+            ours, torchs = complex_parameters(), complex_parameters()
+            held = [q.grad for q in torchs.values()]
+            wanted = float(torch.nn.utils.get_total_norm(held, p))
+            found = gradclip.get_total_norm([q.grad for q in ours.values()], p)
+            assert float(found) == pytest.approx(wanted)
+            norm = gradclip.clip_grad_norm_(ours.values(), 2.0, p)
+            wanted = torch.nn.utils.clip_grad_norm_(torchs.values(), 2.0, p)
+            torch.testing.assert_close(norm, wanted)
+            for name, q in ours.items():
+                torch.testing.assert_close(q.grad, torchs[name].grad)
     with pytest.raises(ConfigError, match=r"parameters\[0\] is complex"):
-        gradclip.clip_grad_value_(ours.values(), 1.0)
+        gradclip.clip_grad_value_(complex_parameters().values(), 1.0)
 
 
 def test_complex_parameters_have_as_many_elements_as_they_have():
@@ -294,20 +283,18 @@ def test_complex_parameters_have_as_many_elements_as_they_have():
     torch.testing.assert_close(float(record.clipped_norm), 0.5 * 4**0.5, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
+def test_complex_parameters_are_refused_where_they_have_no_meaning(subtests):
+    for policy in (
         AGC(),
         ClipByValue(clip_value=1.0),
         Spam(),
         UClip(limit=1.0),
         SkipLarge(limit=9.0, norm_type=float("inf")),
         ClipByNorm(max_norm=1.0, norm_type=3.0),
-    ],
-)
-def test_complex_parameters_are_refused_where_they_have_no_meaning(policy):
-    with pytest.raises(ConfigError, match=f"'z' is complex, and '{policy.type}' takes"):
-        GradientClipper(policy, complex_parameters().items())
+    ):
+        message = f"'z' is complex, and '{policy.type}' takes"
+        with subtests.test(policy.type), pytest.raises(ConfigError, match=message):
+            GradientClipper(policy, complex_parameters().items())
 
 
 def test_complex_agc_by_parameter():
@@ -317,21 +304,20 @@ def test_complex_agc_by_parameter():
     torch.testing.assert_close(params["z"].grad.norm(), torch.tensor(0.1 * 8**0.5))
 
 
-@pytest.mark.parametrize("duplicates", [False, True])
-def test_tied_parameters_count_once_under_their_first_name(duplicates):
-    model = nn.ModuleDict({"embed": nn.Embedding(3, 3), "head": nn.Linear(3, 3, bias=False)})
-    model["head"].weight = model["embed"].weight
+def test_tied_parameters_count_once_under_their_first_name():
     config = {
         "policies": [{"type": "norm", "max_norm": 1.0}],
         "groups": [{"match": "embed.*", "policies": [{"type": "norm", "max_norm": 2.0}]}],
         "log": {"per_parameter": True},
     }
-    named = model.named_parameters(remove_duplicate=not duplicates)
-    clipper = GradientClipper(config, named)
-    model["embed"].weight.grad = torch.full((3, 3), 3.0)
-    record = clipper.clip()
-    assert dict(record.per_parameter) == {"embed.weight": 9.0}
-    torch.testing.assert_close(model["embed"].weight.grad.norm(), torch.tensor(2.0))
+    for once in (True, False):
+        model = nn.ModuleDict({"embed": nn.Embedding(3, 3), "head": nn.Linear(3, 3, bias=False)})
+        model["head"].weight = model["embed"].weight
+        clipper = GradientClipper(config, model.named_parameters(remove_duplicate=once))
+        model["embed"].weight.grad = torch.full((3, 3), 3.0)
+        record = clipper.clip()
+        assert dict(record.per_parameter) == {"embed.weight": 9.0}, f"{once=}"
+        torch.testing.assert_close(model["embed"].weight.grad.norm(), torch.tensor(2.0))
 
 
 def test_a_parameter_given_twice_to_a_drop_in_counts_once():
@@ -341,42 +327,52 @@ def test_a_parameter_given_twice_to_a_drop_in_counts_once():
     torch.testing.assert_close(p.grad.norm(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "accelerator", "reference"])
-@pytest.mark.parametrize("scope", ["global", "parameter", "unit"])
-def test_dtypes_shapes_and_strides_of_every_kind_in_one_model(kernel, scope):
-    odd = {
-        "half": torch.randn(5, 3).half(),
-        "brain": torch.randn(4).bfloat16(),
-        "double": torch.randn(3, 3).double(),
+def gradients_of_every_kind():
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    return {
+        "half": randn(5, 3).half(),
+        "brain": randn(4).bfloat16(),
+        "double": randn(3, 3).double(),
         "none": torch.zeros(0, 4),
         "scalar": torch.tensor(3.0),
         "expanded": torch.ones(1).expand(5),
-        "rows": torch.randn(1, 4).expand(3, 4),
-        "window": torch.randn(9).as_strided((3, 3), (1, 1)),
-        "transposed": torch.randn(4, 3).t(),
-        "strided": torch.randn(6, 8)[:, ::2],
-        "channels": torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        "rows": randn(1, 4).expand(3, 4),
+        "window": randn(9).as_strided((3, 3), (1, 1)),
+        "transposed": randn(4, 3).t(),
+        "strided": randn(6, 8)[:, ::2],
+        "channels": randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        "wider": torch.tensor([3.0, 4.0], dtype=torch.float64),  # than its parameter
     }
-    params = {name: nn.Parameter(torch.zeros(g.shape, dtype=g.dtype)) for name, g in odd.items()}
-    params["wider"] = nn.Parameter(torch.zeros(2))
-    params["wider"].grad_dtype = None
-    odd["wider"] = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    for name, grad in odd.items():
-        params[name].grad = grad
-    before = {name: grad.double().clone() for name, grad in odd.items()}
-    policy = ClipByNorm(max_norm=0.5, scope=scope)
-    record = GradientClipper(policy, params.items(), kernel=kernel).clip()
-    whole = torch.cat([grad.reshape(-1) for grad in before.values()])
-    assert float(record.grad_norm) == pytest.approx(float(whole.norm()), rel=1e-6)
-    for name, grad in before.items():
-        if scope == "unit" and grad.ndim > 1:
-            norms = grad.flatten(1).norm(dim=1).view(-1, *[1] * (grad.ndim - 1))
-        else:
-            norms = whole.norm() if scope == "global" else grad.norm()
-        expected = torch.where(norms > 0.5, grad * 0.5 / (norms + 1e-6), grad)
-        tolerance = {"half": 1e-3, "brain": 1e-2}.get(name, 1e-6)
-        found = params[name].grad.double()
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator", "reference"])
+def test_dtypes_shapes_and_strides_of_every_kind_in_one_model(kernel, subtests):
+    for scope in ("global", "parameter", "unit"):
+        grads = gradients_of_every_kind()
+        params = {n: nn.Parameter(torch.zeros(g.shape, dtype=g.dtype)) for n, g in grads.items()}
+        params["wider"] = nn.Parameter(torch.zeros(2))
+        params["wider"].grad_dtype = None
+        for name, grad in grads.items():
+            params[name].grad = grad
+        before = {name: grad.double().clone() for name, grad in grads.items()}
+        policy = ClipByNorm(max_norm=0.5, scope=scope)
+        record = GradientClipper(policy, params.items(), kernel=kernel).clip()
+        whole = torch.cat([grad.reshape(-1) for grad in before.values()])
+        assert float(record.grad_norm) == pytest.approx(float(whole.norm()), rel=1e-6)
+        for name, grad in before.items():
+            if scope == "unit" and grad.ndim > 1:
+                norms = grad.flatten(1).norm(dim=1).view(-1, *[1] * (grad.ndim - 1))
+            else:
+                norms = whole.norm() if scope == "global" else grad.norm()
+            expected = torch.where(norms > 0.5, grad * 0.5 / (norms + 1e-6), grad)
+            tolerance = {"half": 1e-3, "brain": 1e-2}.get(name, 1e-6)
+            found = params[name].grad.double()
+            with subtests.test(f"{name} by {scope}"):
+                torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-6)
 
 
 def test_gradients_wider_than_their_parameters_stay_in_range():

@@ -15,8 +15,8 @@ KERNELS = [kernel_for([CPU], name) for name in ("cpu", "accelerator", "reference
 names = ["cpu", "accelerator", "reference"]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=names)
 
-# Shape and the dims kept: rows, one unit, columns, a conv's filters, optax's rank 3, elements.
-CUTS = [
+# Shape and unit dims: rows, one unit, columns, a conv's filters, optax's rank 3, elements.
+CASES = [
     ((40, 700), (0, 1)),
     ((5,), (0, 0)),
     ((), (0, 0)),
@@ -30,42 +30,42 @@ CUTS = [
 
 
 def units_of(dtype=torch.float32, gap=2, size=1.0):
-    """Random pieces with units of other ranks between them."""
+    """Random tensors with units of other ranks between them."""
     generator = torch.Generator().manual_seed(0)
-    tensors, pieces, at = [], [], 0
-    for shape, kept in CUTS:
+    tensors, spans, at = [], [], 0
+    for shape, dims in CASES:
         at += gap
         value = torch.randn(shape, generator=generator, dtype=torch.float64) * size
-        count = math.prod(shape[kept[0] : kept[1]])
+        count = math.prod(shape[dims[0] : dims[1]])
         tensors.append(value.to(dtype))
-        pieces.append(UnitSpan(kept, at, count, value.numel() // count))
+        spans.append(UnitSpan(dims, at, count, value.numel() // count))
         at += count
-    return Units(tensors, pieces, at + gap, CPU)
+    return Units(tensors, spans, at + gap, CPU)
 
 
 def expected(units, measure):
     found = torch.zeros(units.count, dtype=torch.float64)
-    for tensor, piece in units:
-        for index in range(piece.units):
-            found[piece.start + index] = measure(unit(tensor, piece, index).double())
+    for tensor, span in units:
+        for index in range(span.units):
+            found[span.start + index] = measure(unit(tensor, span, index).double())
     return found
 
 
-def unit(tensor, piece, index):
+def unit(tensor, span, index):
     """One unit, by plain indexing."""
-    first, last = piece.kept
-    place = torch.unravel_index(torch.tensor(index), tensor.shape[first:last])
-    return tensor[(slice(None),) * first + tuple(int(i) for i in place)]
+    first, last = span.unit_dims
+    at = torch.unravel_index(torch.tensor(index), tensor.shape[first:last])
+    return tensor[(slice(None),) * first + tuple(int(i) for i in at)]
 
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, math.inf])
-def test_norms(kernel, dtype, p):
+def test_norms(kernel, dtype):
     units = units_of(dtype)
-    want = expected(units, lambda g: torch.linalg.vector_norm(g.reshape(-1), p))
-    got = kernel.peaks(units) if p == math.inf else kernel.power_sums(units, p).pow(1 / p)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    for p in (1.0, 2.0, 3.0, math.inf):
+        want = expected(units, lambda g, p=p: torch.linalg.vector_norm(g.reshape(-1), p))
+        got = kernel.peaks(units) if p == math.inf else kernel.power_sums(units, p).pow(1 / p)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
 @every_kernel
@@ -94,7 +94,7 @@ def test_a_bad_element_shows_in_its_unit_alone(kernel, bad):
     big[3, 5] = bad
     for found in (kernel.power_sums(units, 2.0), kernel.peaks(units)):
         finite = torch.isfinite(found)
-        assert not finite[units.pieces[0].start + 3]
+        assert not finite[units.spans[0].start + 3]
         assert finite.sum() == units.count - 1
 
 
@@ -103,7 +103,7 @@ def test_rows_of_zeros_are_zero(kernel):
     units = units_of()
     units.tensors[0][1:30].zero_()
     found = kernel.power_sums(units, 2.0)
-    start = units.pieces[0].start
+    start = units.spans[0].start
     assert (found[start + 1 : start + 30] == 0).all()
     assert (found[start + 30 : start + 40] > 0).all()
 
@@ -114,16 +114,16 @@ def test_scaling(kernel, dtype):
     units = units_of(dtype)
     before = [tensor.clone() for tensor in units.tensors]
     coef = torch.linspace(0.1, 0.9, units.count, dtype=torch.float64)
-    first = units.pieces[0]
+    first = units.spans[0]
     coef[first.start : first.start + first.units] = 1.0
     kernel.scale_(units, coef)
     assert torch.equal(units.tensors[0], before[0])
-    for (tensor, piece), old in zip(units, before, strict=True):
-        for index in range(piece.units):
-            was = unit(old, piece, index)
-            want = (was.double() * coef[piece.start + index]).to(dtype)
+    for (tensor, span), old in zip(units, before, strict=True):
+        for index in range(span.units):
+            was = unit(old, span, index)
+            want = (was.double() * coef[span.start + index]).to(dtype)
             rtol = 8e-3 if dtype == torch.bfloat16 else 2e-7
-            torch.testing.assert_close(unit(tensor, piece, index), want, rtol=rtol, atol=0)
+            torch.testing.assert_close(unit(tensor, span, index), want, rtol=rtol, atol=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -135,10 +135,10 @@ def test_scaling(kernel, dtype):
 def test_any_shape_and_any_dims(shape, data, p):
     first = data.draw(st.integers(0, len(shape)))
     last = data.draw(st.integers(first, len(shape))) if first < len(shape) else first
-    kept = (first, last) if last > first else (0, 0)
+    dims = (first, last) if last > first else (0, 0)
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    count = math.prod(tensor.shape[kept[0] : kept[1]])
-    units = Units([tensor], [UnitSpan(kept, 0, count, tensor.numel() // count)], count, CPU)
+    count = math.prod(tensor.shape[dims[0] : dims[1]])
+    units = Units([tensor], [UnitSpan(dims, 0, count, tensor.numel() // count)], count, CPU)
     want = expected(units, lambda g: torch.linalg.vector_norm(g.reshape(-1), p))
     for kernel in KERNELS:
         got = kernel.peaks(units) if p == math.inf else kernel.power_sums(units, p).pow(1 / p)

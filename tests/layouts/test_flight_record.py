@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from support.comms import CountComms
-from support.cuts import CPU, build, loss, network
+from support.layouts import CPU, build, loss, network
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from support.spikes import blamed, flight, spike_in
@@ -132,7 +132,7 @@ def on_rank(rank, world, folder):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, run_on_ranks(on_rank, 2, folder, timeout=180)
+    return folder, run_on_ranks(on_rank, 2, folder, timeout=180, fresh=True)
 
 
 def test_norms_for_histograms_are_kept_on_the_first_rank_alone(ran):

@@ -1,14 +1,14 @@
-"""Folding and withholding on the device where parameters are cut over ranks."""
+"""Folding and withholding on the device where parameters are sharded."""
 
 import pytest
 import torch
-from support.cuts import CELLS, build
+from support.layouts import LAYOUTS, build
 from support.ranks import run_on_ranks
 
 from gradclip import ClipByNorm, ClipConfig, GradientClipper, SkipLarge
 
 # Under TP a fused step of torch 2.13 refuses plain tensors beside DTensors, whoever clips.
-LAYOUTS = ("DDP", "FSDP1", "FSDP1 flat", "FSDP2", "HSDP")
+NAMES = ("DDP", "FSDP1", "FSDP1 flat", "FSDP2", "HSDP")
 
 
 def local(p):
@@ -35,10 +35,10 @@ def ends(name, rank, world, apply, kernel):
     return skipped, [local(p) for _, p in named]
 
 
-def cells(rank, world):
+def every_layout(rank, world):
     found = {}
-    for name in LAYOUTS:
-        if world in CELLS[name][2]:
+    for name in NAMES:
+        if world in LAYOUTS[name].worlds:
             ways = [("in_place", None), ("fold", None), ("auto", "accelerator")]
             found[name] = [ends(name, rank, world, *way) for way in ways]
     return found
@@ -46,7 +46,7 @@ def cells(rank, world):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_folded_step_ends_where_one_in_place_does(world):
-    for found in run_on_ranks(cells, world):
+    for found in run_on_ranks(every_layout, world):
         assert len(found) >= 4
         for name, ((skipped, wanted), *others) in found.items():
             assert skipped == [False, True, False], name

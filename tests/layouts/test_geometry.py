@@ -37,7 +37,7 @@ def test_each_element_is_counted_by_one_rank(grid, split):
     for index, dims in enumerate(split):
         every, counted = set(), []
         for rank in range(math.prod(grid)):
-            cuts = [
+            shardings = [
                 Sharding(
                     tuple(line(grid, rank, (d,)) for d in range(3) if d in own),
                     tuple(line(grid, rank, (d,)) for d in range(3) if d not in own),
@@ -48,7 +48,7 @@ def test_each_element_is_counted_by_one_rank(grid, split):
             replica = tuple(at[d] for d in range(3) if d not in summed)
             part = replica, tuple(at[d] for d in sorted(dims))
             every.add(part)
-            if counts(cuts[index], reduction_axes(cuts), rank):
+            if counts(shardings[index], reduction_axes(shardings), rank):
                 counted.append(part)
         assert sorted(counted) == sorted(every)
 
@@ -58,9 +58,9 @@ def test_an_axis_inside_another_is_summed_once_and_the_rest_holds_other_experts(
     dense, expert, router = Sharding((world,)), Sharding((experts,)), Sharding()
     axes = reduction_axes([dense, expert, router])
     assert axes == [world]
-    assert [counts(cut, axes, 0) for cut in (dense, expert, router)] == [True, True, True]
+    assert [counts(sharding, axes, 0) for sharding in (dense, expert, router)] == [True, True, True]
     other = Sharding((Axis((1, 3)),))
-    assert [counts(cut, axes, 1) for cut in (dense, other, router)] == [True, True, False]
+    assert [counts(sharding, axes, 1) for sharding in (dense, other, router)] == [True, True, False]
 
 
 def test_hybrid_shards_beside_a_flat_axis_are_counted_in_one_replica():

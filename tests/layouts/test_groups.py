@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from support.cuts import Experts
+from support.layouts import Experts
 from support.ranks import run_on_ranks
 
 from gradclip import ClipByNorm, ConfigError, GradientClipper, ZClip

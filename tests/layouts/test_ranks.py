@@ -1,4 +1,4 @@
-"""The same gradients cut over ranks give the one-process answer, bitwise equal on every rank."""
+"""Short runs of DDP and FSDP2 on ranks: one process's answers, bitwise equal on every rank."""
 
 import functools
 import math
@@ -29,6 +29,7 @@ CASES = {
     "zclip": [ZClip(warmup_steps=2, max_norm=None), ClipByNorm(max_norm=1.0)],
 }
 COLLECTIVES = {"norm_inf": 1, "norm_p9": 2, "group": 1, "value": 2}
+FAULTS = ("nan", "inf", "no gradients", "none at all")
 WORLD_BATCH = 8
 
 
@@ -85,10 +86,6 @@ def sharded(world, ignored):
     return fully_shard(net, mesh=mesh, ignored_params=kept)
 
 
-# Starting ranks costs more than what they do here, so each group runs every case.
-every_case = functools.cache(run_on_ranks)
-
-
 def average(grad, world):
     grad = grad.clone()
     dist.all_reduce(grad)
@@ -110,22 +107,27 @@ def check(answers, expected):
                 torch.testing.assert_close(got, grad, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ddp_needs_no_collective(case):
-    answers = [found[case] for found in every_case(ddp, 2)]
-    expected, _ = train(uneven_net(1), CASES[case])
-    assert any(metrics["clip/clipped"] for metrics, _ in expected)
-    check(answers, expected)
-    assert all(collectives == {0} for _, collectives in answers)
+@functools.cache
+def alone(case):
+    return train(uneven_net(1), CASES[case])[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+def test_ddp_needs_no_collective():
+    answers = run_on_ranks(ddp, 2)
+    for case in CASES:
+        assert any(metrics["clip/clipped"] for metrics, _ in alone(case)), case
+        found = [answer[case] for answer in answers]
+        check(found, alone(case))
+        assert all(collectives == {0} for _, collectives in found), case
+
+
 @pytest.mark.parametrize(("world", "ignored"), [(2, False), (2, True), (4, False)])
-def test_fsdp2_needs_one_collective(case, world, ignored):
-    answers = [found[case] for found in every_case(fsdp2, world, ignored)]
-    expected, _ = train(uneven_net(1), CASES[case])
-    check(answers, expected)
-    assert all(collectives == {COLLECTIVES.get(case, 1)} for _, collectives in answers)
+def test_fsdp2_needs_one_collective(world, ignored):
+    answers = run_on_ranks(fsdp2, world, ignored)
+    for case in CASES:
+        found = [answer[case] for answer in answers]
+        check(found, alone(case))
+        assert all(counted == {COLLECTIVES.get(case, 1)} for _, counted in found), case
 
 
 def one_step(rank, world):
@@ -174,34 +176,38 @@ def faults(rank, world, fault):
     return odd, limits
 
 
-@pytest.mark.parametrize("fault", ["nan", "inf", "no gradients", "none at all"])
-def test_what_goes_wrong_on_one_rank_is_decided_by_all(fault):
-    answers = run_on_ranks(faults, 2, fault)
-    (skipped, norm), _ = answers[0]
-    assert repr(answers[0]) == repr(answers[1])
-    assert skipped == (fault in ("nan", "inf"))
-    assert math.isfinite(norm) == (not skipped)
-    if fault != "no gradients":  # a gradient on one rank alone is a real observation
-        clean = run_on_ranks(faults, 2, "none at all")
-        assert answers[0][1] == clean[0][1]
+def faults_of_all_kinds(rank, world):
+    return {fault: faults(rank, world, fault) for fault in FAULTS}
 
 
-def maximum(rank, world, bad):
-    net = uneven_net(1)
-    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
-    net(batch(0)).square().mean().backward()
-    if rank == world - 1:
-        net[0].weight.grad.to_local()[0, 0] = bad
-    policy = ClipByNorm(max_norm=1.0, norm_type=math.inf)
-    record = GradientClipper(policy, net.named_parameters()).clip()
-    return float(record.grad_norm), bool(record.skipped)
+def test_what_goes_wrong_on_one_rank_is_decided_by_all():
+    first, second = run_on_ranks(faults_of_all_kinds, 2)
+    assert repr(first) == repr(second)
+    for fault, ((skipped, norm), limits) in first.items():
+        assert skipped == (fault in ("nan", "inf")), fault
+        assert math.isfinite(norm) == (not skipped), fault
+        if fault != "no gradients":  # a gradient on one rank alone is a real observation
+            assert limits == first["none at all"][1], fault
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def maximum(rank, world):
+    found = []
+    for bad in (math.nan, math.inf, -math.inf):
+        net = uneven_net(1)
+        fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+        net(batch(0)).square().mean().backward()
+        if rank == world - 1:
+            net[0].weight.grad.to_local()[0, 0] = bad
+        policy = ClipByNorm(max_norm=1.0, norm_type=math.inf)
+        record = GradientClipper(policy, net.named_parameters()).clip()
+        found.append((float(record.grad_norm), bool(record.skipped)))
+    return found
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_maximum_over_ranks_keeps_what_is_not_finite(bad, world):
-    answers = run_on_ranks(maximum, world, bad)
-    assert {repr(answer) for answer in answers} == {repr((abs(bad), True))}
+def test_a_maximum_over_ranks_keeps_what_is_not_finite(world):
+    wanted = [(math.nan, True), (math.inf, True), (math.inf, True)]
+    assert {repr(answer) for answer in run_on_ranks(maximum, world)} == {repr(wanted)}
 
 
 def drop_ins(rank, world):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from support.cuts import PLAN, network
+from support.layouts import PLAN, network
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -128,12 +128,14 @@ def forgotten(rank, world):
 
 
 def flat_over_tensor_parallel(rank, world):
-    """One FlatParameter holds what tensor parallelism cut and what it didn't."""
+    """One FlatParameter holds what tensor parallelism sharded and what it didn't."""
     del rank, world
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     net = parallelize_module(network(), mesh["tp"], PLAN)
     net = FullyShardedDataParallel(net, device_mesh=mesh["dp"], device_id=torch.device("cpu"))
-    with pytest.raises(LayoutError, match=r"tensor parallelism has cut, .* use_orig_params=True"):
+    with pytest.raises(
+        LayoutError, match=r"tensor parallelism has sharded, .* use_orig_params=True"
+    ):
         GradientClipper(POLICY, net.named_parameters())
     other = FullyShardedDataParallel(uneven_net(1), device_id=torch.device("cpu"))
     GradientClipper(POLICY, other.named_parameters())  # a refused model beside it is its own affair

@@ -31,7 +31,7 @@ def messages(rank, world, dp, tp):
 
 @pytest.mark.parametrize(("dp", "tp"), [(2, 2), (128, 8)])
 def test_one_message_of_8_bytes_a_slot_whatever_the_number_of_ranks(dp, tp):
-    ((found, parameters),) = run_on_ranks(messages, 1, dp, tp)
+    ((found, parameters),) = run_on_ranks(messages, 1, dp, tp, fresh=True)
     assert found == {"global": [8], "parameter": [8 * parameters]}
 
 
@@ -54,7 +54,7 @@ def in_a_larger_job(rank, world):
 
 
 def test_axes_are_summed_one_by_one_unless_they_span_all_ranks():
-    assert run_on_ranks(in_a_larger_job, 1) == [[[8, 8], [8]]]
+    assert run_on_ranks(in_a_larger_job, 1, fresh=True) == [[[8, 8], [8]]]
 
 
 class Devices(TorchDispatchMode):
@@ -84,4 +84,4 @@ def offloaded(rank, world):
 
 
 def test_only_the_accumulator_moves_to_where_ranks_can_talk():
-    assert run_on_ranks(offloaded, 1) == [("cpu", ["cpu", "cpu"], ["cuda", "cuda"])]
+    assert run_on_ranks(offloaded, 1, fresh=True) == [("cpu", ["cpu", "cpu"], ["cuda", "cuda"])]

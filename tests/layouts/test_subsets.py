@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.comms import CountComms
-from support.cuts import Block, batch, loss, share
+from support.layouts import Block, batch, loss, share
 from support.ranks import run_on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh

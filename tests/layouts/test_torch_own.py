@@ -7,7 +7,6 @@ parameters after a step of Adam alike. FSDP1's offload to the CPU needs an accel
 import itertools
 import math
 
-import pytest
 import torch
 from support.ranks import run_on_ranks
 from torch import nn
@@ -31,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradclip
 
 CPU = torch.device("cpu")
+STRATEGIES = ("FULL_SHARD", "NO_SHARD", "mixed")
 NORMS = [(max_norm, p) for max_norm in (1.0, 2.5) for p in (1, 2, math.inf)]
 LAYERS = {nn.TransformerEncoderLayer, nn.TransformerDecoderLayer}
 
@@ -120,36 +120,35 @@ def fsdp1(strategy, orig):
     )
 
 
-def ddp_parity(rank, world, strategy):
-    del world
-    for orig, (max_norm, p) in itertools.product((False, True), NORMS):
+def fsdp2(world, offload):
+    options = {"mesh": init_device_mesh("cpu", (world,))}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    net = Seq2Seq()
+    for module in net.modules():
+        if type(module) in LAYERS:
+            fully_shard(module, **options)
+    return fully_shard(net, **options)
+
+
+def ddp_parity(rank, world):
+    """Every wrapped model against one reference for each norm."""
+    for max_norm, p in NORMS:
         wanted, expected = reference(rank, max_norm, p)
-        net = fsdp1(strategy, orig)
-        norm, _ = clip(net, rank, max_norm, p)
-        with FullyShardedDataParallel.summon_full_params(net):
+        for strategy, orig in itertools.product(STRATEGIES, (False, True)):
+            net = fsdp1(strategy, orig)
+            norm, _ = clip(net, rank, max_norm, p)
+            with FullyShardedDataParallel.summon_full_params(net):
+                same(norm, wanted, dict(net.named_parameters()), expected)
+        for offload in (False, True):
+            net = fsdp2(world, offload)
+            norm, collectives = clip(net, rank, max_norm, p)
             same(norm, wanted, dict(net.named_parameters()), expected)
+            assert collectives == 1
 
 
-@pytest.mark.parametrize("strategy", ["FULL_SHARD", "NO_SHARD", "mixed"])
-def test_fsdp1_equals_ddp(strategy):
-    run_on_ranks(ddp_parity, 2, strategy)
-
-
-def fsdp2_1d(rank, world):
-    mesh = init_device_mesh("cpu", (world,))
-    for offload, (max_norm, p) in itertools.product((False, True), NORMS):
-        wanted, expected = reference(rank, max_norm, p)
-        options = {"mesh": mesh}
-        if offload:
-            options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-        net = Seq2Seq()
-        for module in net.modules():
-            if type(module) in LAYERS:
-                fully_shard(module, **options)
-        fully_shard(net, **options)
-        norm, collectives = clip(net, rank, max_norm, p)
-        same(norm, wanted, dict(net.named_parameters()), expected)
-        assert collectives == 1
+def test_fsdp1_and_fsdp2_equal_ddp():
+    run_on_ranks(ddp_parity, 2, timeout=180)
 
 
 class Part(nn.Module):
@@ -163,7 +162,7 @@ class Part(nn.Module):
 
 
 def stack():
-    """Parts that tensor parallelism cuts, one that it doesn't, and a norm."""
+    """Parts that tensor parallelism shards, one that it doesn't, and a norm."""
     torch.manual_seed(0)
     return nn.Sequential(Part(), Part(), Part(), nn.LayerNorm(8))
 
@@ -191,10 +190,6 @@ def fsdp2_2d(rank, world):
         torch.testing.assert_close(norm, wanted)
         for q, grad in zip(net.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(q.grad.full_tensor(), grad.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_fsdp2_equals_ddp():
-    run_on_ranks(fsdp2_1d, 2)
 
 
 def test_fsdp2_with_tensor_parallel_equals_one_process():

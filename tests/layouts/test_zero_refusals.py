@@ -72,7 +72,7 @@ def refused(rank, world):
 
 
 def test_what_cannot_be_exact_is_refused_by_name():
-    run_on_ranks(refused, 1)
+    run_on_ranks(refused, 1, fresh=True)
 
 
 def misused(rank, world):
@@ -101,7 +101,7 @@ def misused(rank, world):
 
 
 def test_misuse_says_what_to_do():
-    run_on_ranks(misused, 1)
+    run_on_ranks(misused, 1, fresh=True)
 
 
 class Said(logging.Handler):
@@ -143,7 +143,7 @@ def thresholds(rank, world):
 
 
 def test_a_threshold_that_was_written_down_must_agree():
-    (lines,) = run_on_ranks(thresholds, 1)
+    (lines,) = run_on_ranks(thresholds, 1, fresh=True)
     assert len(lines) == 4
     for line, value in zip(lines, ("1.0", "0.7") * 2, strict=True):
         assert f"(gradient_clipping {value}) is turned off" in line
@@ -154,7 +154,9 @@ def test_the_names_relied_on_are_there():
     from deepspeed.runtime.fp16 import fused_optimizer, unfused_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
-    assert deepspeed.__version__.startswith("0.19."), "read gradclip/layouts/zero*.py again"
+    assert deepspeed.__version__.startswith("0.19."), (
+        "read gradclip/layouts/deepspeed*.py and gradclip/drivers/deepspeed.py again"
+    )
     relied_on = {
         stage_1_and_2.DeepSpeedZeroOptimizer: "check_overflow scaled_global_norm "
         "unscale_and_clip_grads _update_scale loss_scale",

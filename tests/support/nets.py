@@ -14,13 +14,13 @@ def filled(model, seed):
 
 
 def uneven_net(seed=0):
-    """Sizes that cut unevenly over 2 and 4 ranks, one layer smaller than the number of ranks."""
+    """Sizes that shard unevenly over 2 and 4 ranks, one layer smaller than the number of ranks."""
     layers = (nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 1))
     return filled(nn.Sequential(*layers), seed)
 
 
 def parallel_net(seed=0):
-    """A layer for every style of tensor parallelism, and two that nothing cuts."""
+    """A layer for every style of tensor parallelism, and two that stay whole."""
     layers = (nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 2))
     return filled(nn.Sequential(*layers), seed)
 

@@ -1,6 +1,7 @@
 """Imported once by the process that test ranks are forked from. Starts no thread."""
 
 import contextlib
+import gc
 import importlib
 
 import torch
@@ -17,3 +18,4 @@ for name in (
 ):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+gc.freeze()  # what is imported here is no garbage: ranks collect theirs in no time

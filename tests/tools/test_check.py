@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,16 @@ def callback(policy=NORM, more=""):
     )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_file_of_ours_is_good_and_told_apart(path):
-    checked = check_file(path)
-    assert checked.fault is None
-    in_trainer, under_accelerate = path.stem == "lightning_cli", path.parent.name == "accelerate"
-    expected = "lightning" if in_trainer else "accelerate" if under_accelerate else "gradclip"
-    assert checked.kind == expected
-    [config] = checked.configs.values()
-    if expected == "gradclip":
-        assert config == load_yaml(path)
+def test_each_file_in_configs_is_valid_and_of_its_kind(subtests):
+    kinds = {"lightning_cli": "lightning", "accelerate": "accelerate"}
+    for path in FILES:
+        with subtests.test(path.name):
+            checked = check_file(path)
+            assert checked.fault is None
+            assert checked.kind == kinds.get(path.stem, kinds.get(path.parent.name, "gradclip"))
+            [config] = checked.configs.values()
+            if checked.kind == "gradclip":
+                assert config == load_yaml(path)
 
 
 def test_the_settings_shown_are_complete_and_read_back(tmp_path):
@@ -136,10 +137,10 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, text, message):
     assert not checked.configs
 
 
-@pytest.mark.parametrize("value", ["0", "auto", "1.0"])
-def test_a_threshold_of_deepspeed_that_does_not_matter(tmp_path, value):
-    text = f"{ACCELERATE}deepspeed_config: {{gradient_clipping: {value}}}\n{OURS}"
-    assert check_file(written(tmp_path, text)).fault is None
+def test_a_threshold_of_deepspeed_that_does_not_matter(tmp_path):
+    for value in ("0", "auto", "1.0"):
+        text = f"{ACCELERATE}deepspeed_config: {{gradient_clipping: {value}}}\n{OURS}"
+        assert check_file(written(tmp_path, text)).fault is None
 
 
 def test_the_arguments_of_the_callback_are_all_known(tmp_path):
@@ -158,13 +159,29 @@ def test_the_command_checks_every_file(tmp_path, capsys):
     assert yaml.safe_load(shown.out)["policies"][0]["z_threshold"] == 2.5
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"), [(["zclip.yaml", "agc.yaml"], 0), (["nowhere.yaml"], 2)]
-)
-def test_exit_codes(arguments, code, monkeypatch, capsys):
+def test_a_missing_file_is_a_usage_error_and_json_lists_every_file(monkeypatch, capsys):
     monkeypatch.chdir(CONFIGS)
     with pytest.raises(SystemExit) as stop:
-        main(["check", *arguments, "--json"])
-    assert stop.value.code == code
-    if not code:
-        assert [entry["file"] for entry in json.loads(capsys.readouterr().out)] == arguments
+        main(["check", "nowhere.yaml"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "zclip.yaml", "agc.yaml", "--json"])
+    assert stop.value.code == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [entry["file"] for entry in shown] == ["zclip.yaml", "agc.yaml"]
+
+
+def test_a_merged_key_is_named_by_the_line_it_is_merged_in(tmp_path):
+    """A key from `<<` has no line of its own."""
+    text = "base: &base {decy: 0.9}\n" + trainer(
+        callback("\n          - class_path: gradclip.ZClip\n            init_args: {<<: *base}")
+    )
+    fault = check_file(written(tmp_path, text)).fault
+    assert "line 8: policies[0].decy is not a known key" in fault
+
+
+def test_a_class_path_imports_nothing(tmp_path):
+    """jsonargparse would import what a class path names."""
+    checked = check_file(written(tmp_path, trainer(callback("\n          class_path: this.ZClip"))))
+    assert "class_path is 'this.ZClip'; did you mean 'gradclip.ZClip'?" in checked.fault
+    assert "this" not in sys.modules

@@ -13,7 +13,7 @@ NUMBERS = st.one_of(st.floats(0, 100), st.just(np.nan), st.just(np.inf))
 @given(st.lists(NUMBERS, min_size=1, max_size=300), st.integers(1, 50), st.sampled_from([2, 8, 20]))
 def test_each_bucket_says_what_its_steps_hold(numbers, piece, buckets):
     values, step = np.array(numbers), 3 * np.arange(len(numbers))
-    builder = CurveBuilder("norm", buckets)
+    builder = CurveBuilder(buckets)
     for start in range(0, len(values), piece):
         builder.add(step[start : start + piece], values[start : start + piece])
     curve = builder.curve()
@@ -33,7 +33,7 @@ def test_each_bucket_says_what_its_steps_hold(numbers, piece, buckets):
 
 
 def test_buckets_are_of_one_width_but_for_the_last():
-    builder = CurveBuilder("norm", 100)
+    builder = CurveBuilder(100)
     for start in range(0, 12345, 1000):
         step = np.arange(start, min(12345, start + 1000))
         builder.add(step, step.astype(float))

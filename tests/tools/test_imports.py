@@ -130,34 +130,35 @@ def test_metric_files_of_mlflow(tmp_path):
     same(import_log(run / "metrics" / "clip" / "grad_norm").chunk)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "grad_norm",
-        "clip/grad_norm",
-        "train/grad_norm",
-        "grad_norm_step",
-        "gradient_norm",
-        "grad_2.0_norm_total",
-        "Gradient Norm",
-        "grad-norm",
-        "gnorm",
-        "optim/total_grad_norm",
-        "actor/grad_norm",
-        "clip/grad_norm/optimizer1",
-    ],
+NAMES = (
+    "grad_norm",
+    "clip/grad_norm",
+    "train/grad_norm",
+    "grad_norm_step",
+    "gradient_norm",
+    "grad_2.0_norm_total",
+    "Gradient Norm",
+    "grad-norm",
+    "gnorm",
+    "optim/total_grad_norm",
+    "actor/grad_norm",
+    "clip/grad_norm/optimizer1",
 )
-def test_names_that_mean_the_norm(tmp_path, name):
+
+
+def test_names_that_mean_the_norm(tmp_path, subtests):
     others = "lr,grad_norm_epoch,clip/grad_norm/layer.weight,grad_2.0_norm/layer.weight,param_norm"
-    path = written(tmp_path / "log.csv", f"step,{name},{others}\n0,3.5,,,,,\n")
-    assert import_log(path).taken["grad_norm"] == name
+    for name in NAMES:
+        with subtests.test(name):
+            path = written(tmp_path / "log.csv", f"step,{name},{others}\n0,3.5,,,,,\n")
+            assert import_log(path).taken["grad_norm"] == name
 
 
-@pytest.mark.parametrize("run", ["", "run 7 - "])
-def test_a_limit_of_ours_beside_another_norm(tmp_path, run):
-    path = written(tmp_path / "log.csv", f"step,{run}grad_norm,{run}clip/limit\n0,3.5,1.5\n")
-    assert import_log(path).chunk.limit.tolist() == [1.5]
-    assert import_log(path, limit_column="step").chunk.limit.tolist() == [0]
+def test_a_limit_of_ours_beside_another_norm(tmp_path):
+    for run in ("", "run 7 - "):
+        path = written(tmp_path / "log.csv", f"step,{run}grad_norm,{run}clip/limit\n0,3.5,1.5\n")
+        assert import_log(path).chunk.limit.tolist() == [1.5]
+        assert import_log(path, limit_column="step").chunk.limit.tolist() == [0]
 
 
 def test_the_exponent_is_read_from_the_name(tmp_path):
@@ -183,36 +184,37 @@ def test_rows_without_a_step_are_counted(tmp_path):
     assert "counted from 0" in found.notes[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        (
-            "a.csv",
-            "Step,r1 - grad_norm,r2 - grad_norm\n0,1,1\n",
-            r"several .*'r1 - grad_norm', 'r2 - grad_norm'\. .* gradclip import LOG --norm-col",
-        ),
-        ("a.csv", "step,lr,loss\n0,1,1\n", "no column is named like .* found: 'step', 'lr', 'los"),
-        ("a.csv", "step,loss\n0,1\n", "no column is named like .* found: 'step', 'loss'"),
-        ("a.csv", "step,grad_norm\n0,big\n", "line 2: 'grad_norm' is 'big'; allowed: a number"),
-        ("a.csv", "step,grad_norm\n0.5,1\n", r"line 2: the step 'step' is '0.5'; allowed: whole"),
-        ("a.csv", "step,grad_norm\n0,\n", "'grad_norm' has no values"),
-        ("a.csv", f"step,grad_norm\n0,{'1' * 200_000}\n", "line 2: this isn't CSV: field larger"),
-        ("a.csv", "step,x,x\n0,1,1\n", "several columns are named 'x'"),
-        ("a.jsonl", '{"format":"gradclip-trace"}\n', "this is a trace already"),
-        ("a.jsonl", '{"step": 1}\n{"step"\n', "line 2: this isn't JSON"),
-        ("a.jsonl", f'{{"step":1,"gnorm":{"1" * 400}}}\n', "line 1: 'gnorm' is 1+; allowed: a num"),
-        ("a.jsonl", f'{{"step":{"1" * 5000},"gnorm":1}}\n', "line 1: this isn't JSON: number out"),
-        ("a.jsonl", '{"x":' + "[" * 3000, "line 1: this isn't JSON: recursion limit"),
-        ("a.json", "[" * 3000, "a.json: this isn't JSON: recursion limit"),
-        ("a.jsonl", "", "no column is named like .*; found: no columns"),
-        ("a.json", '{"epoch": 1}', "a list 'log_history' is missing"),
-        ("run.wandb", "x", "Export the run's history"),
-        ("a.bin", "x", "this isn't a log that can be read"),
-    ],
-)
-def test_what_cannot_be_told_is_refused(tmp_path, name, text, message):
-    with pytest.raises(ConfigError, match=message):
-        import_log(written(tmp_path / name, text))
+REFUSED = [
+    (
+        "a.csv",
+        "Step,r1 - grad_norm,r2 - grad_norm\n0,1,1\n",
+        r"several .*'r1 - grad_norm', 'r2 - grad_norm'\. .* gradclip import LOG --norm-col",
+    ),
+    ("a.csv", "step,lr,loss\n0,1,1\n", "no column is named like .* found: 'step', 'lr', 'los"),
+    ("a.csv", "step,loss\n0,1\n", "no column is named like .* found: 'step', 'loss'"),
+    ("a.csv", "step,grad_norm\n0,big\n", "line 2: 'grad_norm' is 'big'; allowed: a number"),
+    ("a.csv", "step,grad_norm\n0.5,1\n", r"line 2: the step 'step' is '0.5'; allowed: whole"),
+    ("a.csv", "step,grad_norm\n0,\n", "'grad_norm' has no values"),
+    ("a.csv", f"step,grad_norm\n0,{'1' * 200_000}\n", "line 2: this isn't CSV: field larger"),
+    ("a.csv", "step,x,x\n0,1,1\n", "several columns are named 'x'"),
+    ("a.jsonl", '{"format":"gradclip-trace"}\n', "this is a trace already"),
+    ("a.jsonl", '{"step": 1}\n{"step"\n', "line 2: this isn't JSON"),
+    ("a.jsonl", f'{{"step":1,"gnorm":{"1" * 400}}}\n', "line 1: 'gnorm' is 1+; allowed: a num"),
+    ("a.jsonl", f'{{"step":{"1" * 5000},"gnorm":1}}\n', "line 1: this isn't JSON: number out"),
+    ("a.jsonl", '{"x":' + "[" * 3000, "line 1: this isn't JSON: recursion limit"),
+    ("a.json", "[" * 3000, "a.json: this isn't JSON: recursion limit"),
+    ("a.jsonl", "", "no column is named like .*; found: no columns"),
+    ("a.json", '{"epoch": 1}', "a list 'log_history' is missing"),
+    ("run.wandb", "x", "Export the run's history"),
+    ("a.bin", "x", "this isn't a log that can be read"),
+]
+
+
+def test_what_cannot_be_told_is_refused(tmp_path, subtests):
+    for name, text, message in REFUSED:
+        path = written(tmp_path / name, text)
+        with subtests.test(message), pytest.raises(ConfigError, match=message):
+            import_log(path)
 
 
 def test_other_encodings_do_not_matter(tmp_path):

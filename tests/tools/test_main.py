@@ -24,12 +24,11 @@ def test_help_names_every_command(capsys):
     assert {"import", "check", "schema"} <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_shows_examples(name, capsys):
-    assert run(name, "--help") == 0
-    shown = capsys.readouterr().out
-    assert "Examples:" in shown
-    assert f"gradclip {name}" in shown.split("Examples:")[1]
+def test_help_of_each_command_shows_examples(capsys):
+    for name in COMMANDS:
+        assert run(name, "--help") == 0
+        shown = capsys.readouterr().out
+        assert f"gradclip {name}" in shown.split("Examples:")[1]
 
 
 def test_what_cannot_be_read_as_given_is_a_usage_error(tmp_path, capsys):

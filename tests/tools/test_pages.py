@@ -1,23 +1,26 @@
 """Pages in a real browser: the chart is there, names are text, and nothing else runs."""
 
 import base64
+import dataclasses
 import hashlib
+import math
 import os
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from support import spiky_run
 from support.spiky_run import BOLD, MARKUP, SCRIPT
 
-from gradclip.tools.charts import Counts
-from gradclip.tools.curves import CurveBuilder
-from gradclip.tools.page import replay_html
+from gradclip import ClipByNorm
+from gradclip.config import as_config
+from gradclip.tools.replay import replay
 from gradclip.tools.report import open_run, summarize
+from gradclip.tools.show_replay import draw_replay
 from gradclip.tools.show_report import write_report
+from gradclip.tools.trace import Trace, TraceHeader, write_trace
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = """
@@ -105,26 +108,14 @@ def test_a_report_in_use(report):
 
 
 def test_a_replay(tmp_path):
-    steps = np.arange(200)
-    curves = {}
-    for name, values in (("gradient norm", steps % 7 + 1.0), (MARKUP, steps * 0 + 5.0)):
-        builder = CurveBuilder(name)
-        builder.add(steps, values)
-        curves[name] = builder.curve()
+    rows = ({"step": i, "grad_norm": math.nan if i < 3 else i % 7 + 1.0} for i in range(200))
+    write_trace(tmp_path / "run.jsonl", TraceHeader(), rows)
     names = (MARKUP, SCRIPT, BOLD)
-    page = tmp_path / "replay.html"
-    replay_html(
-        page,
-        f"Replay of {MARKUP}",
-        curves["gradient norm"],
-        dict.fromkeys(names, curves[MARKUP]),
-        dict.fromkeys(names, steps[steps % 7 > 4]),
-        dict.fromkeys(names, steps[:3]),
-        [{"configuration": name, "clip rate": "28 %"} for name in names],
-        counts=dict.fromkeys(names, Counts(200, int((steps % 7 > 4).sum()), 3)),
-        notes=[f"A note on {BOLD}"],
-    )
-    page = visit(page)
+    configs = dict.fromkeys(names, as_config(ClipByNorm(max_norm=5.0)))
+    found = replay(Trace.open(tmp_path / "run.jsonl"), configs)
+    found = dataclasses.replace(found, notes=(f"A note on {BOLD}",))
+    draw_replay(found, f"Replay of {MARKUP}", png=None, html=tmp_path / "replay.html")
+    page = visit(tmp_path / "replay.html")
     assert page.console == []
     assert page.count("g", "scatter") >= 10
     assert page.count("img") == page.count("b") == 0

@@ -69,12 +69,12 @@ def test_what_was_written_is_read(tmp_path_factory, rows, suffix):
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_the_header_is_read_whole(tmp_path, suffix):
     header = TraceHeader(
-        math.inf,
-        "import:csv",
-        {"policies": [{"type": "norm", "max_norm": math.inf}]},
-        "2026-01-02T03:04:05+00:00",
-        ("a.weight", "b</script>"),
-        {"steps": 1, "clipped": 0, "skipped": 0, "nonfinite": 0},
+        norm_type=math.inf,
+        source="import:csv",
+        config={"policies": [{"type": "norm", "max_norm": math.inf}]},
+        created="2026-01-02T03:04:05+00:00",
+        parameters=("a.weight", "b</script>"),
+        counts={"steps": 1, "clipped": 0, "skipped": 0, "nonfinite": 0},
     )
     path = tmp_path / "new" / f"trace.{suffix}"
     write_trace(path, header, [{"step": 0}])
@@ -132,21 +132,21 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("text", "message"), BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("size", [2, 100])
-def test_a_broken_line_is_named(tmp_path, text, message, size):
+def test_a_broken_line_is_named(tmp_path, text, message):
     path = tmp_path / "trace.jsonl"
     path.write_text(HEADER + text)
-    with pytest.raises(ConfigError, match=message):
-        list(Trace.open(path).chunks(size))
+    for size in (2, 100):
+        with pytest.raises(ConfigError, match=message):
+            list(Trace.open(path).chunks(size))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_a_file_that_was_cut_off_is_read_up_to_there(tmp_path, size):
+def test_a_file_that_was_cut_off_is_read_up_to_there(tmp_path):
     path = tmp_path / "trace.jsonl"
     path.write_text(HEADER + '{"step":0}\n{"step":1}\n{"st')
-    with pytest.warns(UserWarning, match=r"trace.jsonl, line 4: the file was cut off here"):
-        chunks = list(Trace.open(path).chunks(size))
-    assert [step for chunk in chunks for step in chunk.step.tolist()] == [0, 1]
+    for size in (1, 2, 3, 100):
+        with pytest.warns(UserWarning, match=r"trace.jsonl, line 4: the file was cut off here"):
+            chunks = list(Trace.open(path).chunks(size))
+        assert [step for chunk in chunks for step in chunk.step.tolist()] == [0, 1]
 
 
 def test_a_last_line_without_its_end_is_read(tmp_path):
@@ -155,47 +155,47 @@ def test_a_last_line_without_its_end_is_read(tmp_path):
     assert Trace.open(path).read().step.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_what_is_no_trace_is_refused(tmp_path):
+    path, parquet = tmp_path / "trace.jsonl", tmp_path / "trace.parquet"
+    for text, message in (
         ("", "line 1: this isn't the header of a trace"),
         ('{"step":0}\n', "line 1: this isn't the header of a trace"),
         ('{"format":"gradclip-trace","version":2}\n', "version is 2; this gradclip reads 1"),
-    ],
-)
-def test_what_is_no_trace_is_refused(tmp_path, text, message):
-    path = tmp_path / "trace.jsonl"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        Trace.open(path)
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            Trace.open(path)
+        parquet.write_text(text or "x" * 100)
+        with pytest.raises(ConfigError, match="this isn't a Parquet file"):
+            Trace.open(parquet)
     with pytest.raises(ConfigError, match="the file can't be read"):
         Trace.open(tmp_path / "nowhere.jsonl")
-    (tmp_path / "trace.parquet").write_text(text or "x" * 100)
-    with pytest.raises(ConfigError, match="this isn't a Parquet file"):
-        Trace.open(tmp_path / "trace.parquet")
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        (
-            "counts",
-            {"steps": 3},
-            r"counts is {'steps': 3}; allowed: null, or an object with the wh",
-        ),
-        ("counts", 5, "counts is 5; allowed"),
-        ("config", [1], r"config is \[1\]; allowed: an object or null"),
-        ("norm_type", "abc", "norm_type is 'abc'; allowed: a number above 0"),
-        ("norm_type", -1, "norm_type is -1; allowed"),
-        ("parameters", "a", "parameters is 'a'; allowed: a list of names"),
-        ("source", None, "source is None; allowed: text"),
-    ],
-)
-def test_a_header_of_other_types_is_refused(tmp_path, key, value, message):
+WRONG_FIELDS = [
+    (
+        "counts",
+        {"steps": 3},
+        r"counts is {'steps': 3}; allowed: null, or an object with the wh",
+    ),
+    ("counts", 5, "counts is 5; allowed"),
+    ("config", [1], r"config is \[1\]; allowed: an object or null"),
+    ("norm_type", "abc", "norm_type is 'abc'; allowed: a number above 0"),
+    ("norm_type", -1, "norm_type is -1; allowed"),
+    ("parameters", "a", "parameters is 'a'; allowed: a list of names"),
+    ("source", None, "source is None; allowed: text"),
+]
+
+
+def test_a_header_of_other_types_is_refused(tmp_path, subtests):
     path = tmp_path / "trace.jsonl"
-    path.write_text(json.dumps({**json.loads(HEADER), key: value}) + "\n")
-    with pytest.raises(ConfigError, match=f"trace.jsonl, line 1: {message}"):
-        Trace.open(path)
+    for key, value, message in WRONG_FIELDS:
+        path.write_text(json.dumps({**json.loads(HEADER), key: value}) + "\n")
+        with (
+            subtests.test(key, value=value),
+            pytest.raises(ConfigError, match=f"trace.jsonl, line 1: {message}"),
+        ):
+            Trace.open(path)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

@@ -1,12 +1,10 @@
 """Fabric: one call after `fabric.setup`, under every way to set up."""
 
-import functools
-
 import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
-from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from support.as_one import POLICIES, STEPS, assert_as_one
 from support.lit import grads_of, inputs, norm_of, small_net
 from support.lit_layouts import shard
@@ -144,13 +142,6 @@ def test_what_is_refused():
     assert norm_of(grads_of(other.optimizer)) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_only_a_deepspeed_strategy_has_a_model():
-    assert hasattr(DeepSpeedStrategy, "model")
-    assert not hasattr(one_process().strategy, "model")
-    assert not hasattr(DDPStrategy, "model")
-    assert not hasattr(ModelParallelStrategy, "model")
-
-
 def sharded(net, mesh):
     shard(net, mesh["data_parallel"])
     return net
@@ -189,25 +180,18 @@ def fit(policy, strategy, world, folder=None):
     return metrics, whole_parameters(state["model"])
 
 
-def on_rank(rank, world, name, folder):
+def on_rank(rank, world, folder):
     return {
-        "norm": fit("norm", STRATEGIES[name], world),
-        "zclip": fit("zclip", STRATEGIES[name], world, folder),
+        (name, policy): fit(policy, make, world, policy == "zclip" and f"{folder}/{name}")
+        for name, make in STRATEGIES.items()
+        for policy in ("norm", "zclip")
     }
 
 
-ranks = functools.cache(run_on_ranks)
-
-
-@functools.cache
-def alone(policy):
-    return fit(policy, lambda: "auto", 1)
-
-
-@pytest.mark.parametrize("policy", ["norm", "zclip"])
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_several_processes_do_what_one_does(name, policy, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / name
-    folder.mkdir(exist_ok=True)
-    answers = [found[policy] for found in ranks(on_rank, 2, name, str(folder))]
-    assert_as_one(answers, alone(policy))
+def test_several_processes_do_what_one_does(tmp_path):
+    for name in STRATEGIES:
+        (tmp_path / name).mkdir()
+    alone = {policy: fit(policy, lambda: "auto", 1) for policy in ("norm", "zclip")}
+    answers = run_on_ranks(on_rank, 2, str(tmp_path), timeout=150)
+    for name, policy in answers[0]:
+        assert_as_one([answer[name, policy] for answer in answers], alone[policy])

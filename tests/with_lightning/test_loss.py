@@ -72,5 +72,5 @@ def test_losses_of_a_step_that_never_came_are_forgotten():
 
 
 def test_several_optimizers_are_refused():
-    with pytest.raises(ConfigError, match=r"2 optimizers have losses .* Set watch to 'norm'"):
+    with pytest.raises(ConfigError, match=r"which of 2 optimizers it is for.* Set watch to 'norm'"):
         trainer_of(GradientClip(POLICY)).fit(Pair(), [0])

@@ -1,5 +1,9 @@
 """Several real ranks: the norms, limits and gradients of one process holding everything."""
 
+import functools
+import shutil
+import tempfile
+
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -50,19 +54,36 @@ def train(kind, world, optimizer=adamw, **options):
     return trainer, module, clip, (clip, before, after)
 
 
-def on_rank(rank, world, kind, precision):
+def fitted(world, kind, precision="32-true"):
     trainer, module, _, seen = train(kind, world, precision=precision)
     trainer.fit(module, range(20))
     assert trainer.world_size == world
     return outcome(*seen)
 
 
+def on_rank(rank, world, folder):
+    return {
+        "ddp": fitted(world, "ddp"),
+        "fsdp2": fitted(world, "fsdp2"),
+        "bf16": fitted(world, "fsdp2", "bf16-true"),
+        "scaled": scaled(world),
+        "resumed": resume_sharded(world, folder),
+    }
+
+
+@functools.cache
+def answers():
+    folder = tempfile.mkdtemp()
+    try:
+        return run_on_ranks(on_rank, 2, folder, timeout=150)
+    finally:
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_are_one_process(kind):
-    ranks = run_on_ranks(on_rank, 2, kind, "32-true")
-    trainer, module, _, seen = train("one", 1)
-    trainer.fit(module, range(20))
-    alone = outcome(*seen)
+    ranks = [answer[kind] for answer in answers()]
+    alone = fitted(1, "one")
 
     assert min(alone["limits"]) < float("inf")
     assert max(n / li for n, li in zip(alone["norms"], alone["limits"], strict=True)) > 1
@@ -77,13 +98,13 @@ def test_two_ranks_are_one_process(kind):
 
 
 def test_two_sharded_ranks_in_bf16():
-    ranks = run_on_ranks(on_rank, 2, "fsdp2", "bf16-true")
+    ranks = [answer["bf16"] for answer in answers()]
     assert ranks[0]["limits"] == ranks[1]["limits"]
     assert min(ranks[0]["limits"]) < float("inf")
     assert ranks[0]["norms"] == pytest.approx(ranks[0]["before"], rel=1e-6)
 
 
-def scaled(rank, world):
+def scaled(world):
     """Ordinary and fused, from a scale that overflows at first."""
     found = []
     for optimizer in (adamw, fused):
@@ -99,7 +120,7 @@ def scaled(rank, world):
 
 
 def test_sharded_ranks_withhold_an_overflow_together():
-    ordinary, in_step = zip(*run_on_ranks(scaled, 2), strict=True)
+    ordinary, in_step = zip(*(answer["scaled"] for answer in answers()), strict=True)
     for (norms, skipped, scale, _), other in (ordinary, in_step):
         assert any(skipped)
         assert (skipped, scale) == other[1:3]
@@ -113,7 +134,7 @@ def test_sharded_ranks_withhold_an_overflow_together():
         assert skip or norm == pytest.approx(want, rel=1e-3)
 
 
-def resume_sharded(rank, world, folder):
+def resume_sharded(world, folder):
     trainer, module, _, (_, _, whole) = train("fsdp2", world)
     trainer.fit(module, range(20))
 
@@ -126,7 +147,7 @@ def resume_sharded(rank, world, folder):
     return whole.limits, after.limits, clip.state_dict()["steps"]
 
 
-def test_a_sharded_run_resumes_with_its_state(tmp_path):
-    for whole, resumed, steps in run_on_ranks(resume_sharded, 2, str(tmp_path)):
+def test_a_sharded_run_resumes_with_its_state():
+    for whole, resumed, steps in (answer["resumed"] for answer in answers()):
         assert resumed == whole[8:]
         assert steps == [20]

@@ -1,10 +1,11 @@
-"""What would clip twice, wrongly or not at all is an error at start, with the way out."""
+"""What would clip twice, wrongly or not at all is an error, with the way out."""
 
-import functools
+import copy
+import pickle
 
 import pytest
 import torch
-from support.lit import Small, inputs, trainer_of
+from support.lit import Pair, Small, inputs, trainer_of
 
 from gradclip import ConfigError
 from lightning_clip import GradientClip
@@ -12,15 +13,21 @@ from lightning_clip import GradientClip
 NORM = {"policies": [{"type": "norm", "max_norm": 0.5}]}
 
 
-def refused(match, *, module=None, callbacks=(), **options):
+def refused(match, *, module=None, config=None, **options):
+    """And parameters stay as they were."""
+    module = module or Small()
+    before = [p.detach().clone() for p in module.parameters()]
     with pytest.raises(ConfigError, match=match):
-        trainer_of(GradientClip(NORM), *callbacks, **options).fit(module or Small(), [0, 1])
+        trainer_of(GradientClip(NORM | (config or {})), **options).fit(module, [0, 1])
+    assert all(map(torch.equal, module.parameters(), before))
 
 
-def runs(module=None, **options):
-    clip = GradientClip(NORM)
-    trainer_of(clip, **options).fit(module or Small(), [0, 1])
+def runs(module=None, config=None, **options):
+    clip = GradientClip(NORM | (config or {}))
+    module = module or Small()
+    trainer_of(clip, **options).fit(module, [0, 1])
     assert bool(clip.last_record.clipped)
+    assert not {"clip_gradients", "on_before_optimizer_step"} & set(vars(module))
 
 
 def test_a_trainer_that_clips():
@@ -34,83 +41,9 @@ def test_zero_is_lightnings_way_to_say_off():
     runs(gradient_clip_val=0)
 
 
-class Clips(Small):
-    def configure_gradient_clipping(self, optimizer, **_):
-        self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
-
-
-class ClipsByTorch(Small):
-    def configure_gradient_clipping(self, *_, **__):
-        def inner():
-            torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-
-        inner()
-
-
-class Inherits(Clips):
-    pass
-
-
-class CallsOn(Clips):
-    def configure_gradient_clipping(self, optimizer, **options):
-        super().configure_gradient_clipping(optimizer, **options)
-
-
-def wrapped(hook):
-    @functools.wraps(hook)
-    def outer(*args, **kwargs):
-        return hook(*args, **kwargs)
-
-    return outer
-
-
-class Decorated(Small):
-    @wrapped
-    def configure_gradient_clipping(self, *_, **__):
-        torch.nn.utils.clip_grad_value_(self.parameters(), 1.0)
-
-
-@pytest.mark.parametrize(
-    ("module", "named"),
-    [
-        (Clips, "Clips.configure_gradient_clipping calls clip_gradients"),
-        (ClipsByTorch, "calls clip_grad_norm_"),
-        (Inherits, "Clips.configure_gradient_clipping calls clip_gradients"),
-        (CallsOn, "Clips.configure_gradient_clipping calls clip_gradients"),
-        (Decorated, "calls clip_grad_value_"),
-    ],
-)
-def test_a_module_that_clips(module, named):
-    refused(f"{named}, and GradientClip is among the callbacks", module=module())
-
-
-def test_a_module_that_was_given_a_clipping_hook():
-    module = Small()
-    module.configure_gradient_clipping = Clips.configure_gradient_clipping.__get__(module)
-    refused("Small.configure_gradient_clipping calls clip_gradients", module=module)
-
-
-class Logs(Small):
-    def configure_gradient_clipping(self, *_, **__):
-        self.log("norm", torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]))
-
-
-class OnlySuper(Small):
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **options):
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, **options)
-
-
-class Silences(Clips):
-    def configure_gradient_clipping(self, *_, **__):
-        pass
-
-
-@pytest.mark.parametrize("module", [Logs, OnlySuper, Silences])
-def test_an_override_that_does_not_clip_may_stay(module):
-    runs(module())
-
-
 class ByHand(Small):
+    """Steps in `training_step`, which `clip` may do something to gradients in."""
+
     def __init__(self):
         super().__init__()
         self.automatic_optimization = False
@@ -119,22 +52,26 @@ class ByHand(Small):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(self.loss(inputs(batch)))
-        self.clip_gradients(optimizer, gradient_clip_val=1.0)
+        self.clip(optimizer)
         optimizer.step()
 
+    def clip(self, optimizer):
+        pass
 
-def test_manual_optimisation_that_clips():
-    refused("ByHand.training_step calls clip_gradients", module=ByHand())
+
+class ClipsByHand(ByHand):
+    def clip(self, optimizer):
+        self.clip_gradients(optimizer, gradient_clip_val=1.0)
+
+
+class Configures(Small):
+    def configure_gradient_clipping(self, optimizer, **_):
+        self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
 
 
 class AfterBackward(Small):
     def on_after_backward(self):
-        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-
-
-class BeforeStep(Small):
-    def on_before_optimizer_step(self, _):
-        torch.nn.utils.clip_grad_value_(self.parameters(), 1.0)
+        self.clip_gradients(self.optimizers(), gradient_clip_val=1.0)
 
 
 class InStep(Small):
@@ -144,33 +81,145 @@ class InStep(Small):
         optimizer.step()
 
 
+class TrainersValue(Small):
+    def on_train_start(self):
+        self.trainer.gradient_clip_val = 1.0
+
+
+@pytest.mark.parametrize("module", [ClipsByHand, Configures, AfterBackward, InStep, TrainersValue])
+def test_lightnings_own_clipping_is_refused_when_it_is_called(module):
+    what = rf"^{module.__name__}\.clip_gradients was called, and GradientClip.*Remove the call"
+    refused(what, module=module())
+
+
+def helper(module):
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+
+
+class ByAHelper(Small):
+    def configure_gradient_clipping(self, *_, **__):
+        helper(self)
+
+
+class Inherits(ByAHelper):
+    pass
+
+
+class CallsOn(ByAHelper):
+    def configure_gradient_clipping(self, optimizer, **options):
+        super().configure_gradient_clipping(optimizer, **options)
+
+
+class BeforeStep(Small):
+    def on_before_optimizer_step(self, _):
+        torch.nn.utils.clip_grad_value_(self.parameters(), 1.0)
+
+
+class Replaces(Small):
+    def on_before_optimizer_step(self, _):
+        for p in self.parameters():
+            p.grad = p.grad.clamp(-1, 1)
+
+
+class HasItsOwnWay(Small):
+    def clip_gradients(self, *_, **__):
+        helper(self)
+
+
+def given_a_hook():
+    module = Small()
+    module.configure_gradient_clipping = ByAHelper.configure_gradient_clipping.__get__(module)
+    return module
+
+
+HOOKS = {
+    ByAHelper: "ByAHelper.configure_gradient_clipping",
+    Inherits: "ByAHelper.configure_gradient_clipping",
+    CallsOn: "CallsOn.configure_gradient_clipping",
+    BeforeStep: "BeforeStep.on_before_optimizer_step",
+    Replaces: "Replaces.on_before_optimizer_step",
+    HasItsOwnWay: "HasItsOwnWay.clip_gradients",
+    given_a_hook: "Small.configure_gradient_clipping",
+}
+
+
+@pytest.mark.parametrize(("module", "named"), HOOKS.items(), ids=HOOKS.values())
+def test_a_hook_that_changes_clipped_gradients_is_named(module, named):
+    refused(f"^{named} changed gradients after GradientClip", module=module())
+
+
+def test_with_a_folded_step_and_with_batches_clipped_by_themselves():
+    def fused(parameters):
+        return torch.optim.AdamW(parameters, lr=0.01, fused=True)
+
+    refused("^BeforeStep.on_before", module=BeforeStep(fused), config={"apply": "fold"})
+    runs(Logs(fused), config={"apply": "fold"})
+
+    class Late(Small):
+        def on_after_backward(self):
+            helper(self)
+
+    refused("^Late.on_after_backward", module=Late(), config={"stage": "after_backward"})
+    runs(Late())  # it comes before the clip of a whole step
+
+
+class Logs(Small):
+    def configure_gradient_clipping(self, *_, **__):
+        self.log("norm", torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]))
+
+    def on_before_optimizer_step(self, _):
+        self.log("largest", max(p.grad.abs().max() for p in self.parameters()))
+
+
+class OnlySuper(Small):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **options):
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, **options)
+
+
+class Silences(Configures):
+    def configure_gradient_clipping(self, *_, **__):
+        pass
+
+
+class NeverCalled(Small):
+    def configure_gradient_clipping(self, *_, **__):
+        if self.trainer.gradient_clip_val:
+            helper(self)
+
+
+class Repairs(Small):
+    """What comes before the clip may change gradients."""
+
+    def on_after_backward(self):
+        for p in self.parameters():
+            p.grad.nan_to_num_()
+
+
+class OtherGradients(Pair):
+    """Gradients of the optimizer that doesn't step now are nobody's yet."""
+
+    def on_before_optimizer_step(self, optimizer):
+        if optimizer is self.trainer.optimizers[0]:
+            for p in self.net[2].parameters():
+                p.grad.mul_(2.0)
+
+
 @pytest.mark.parametrize(
-    ("module", "hook"),
-    [
-        (AfterBackward, "on_after_backward"),
-        (BeforeStep, "on_before_optimizer_step"),
-        (InStep, "optimizer_step"),
-    ],
+    "module", [Logs, OnlySuper, Silences, NeverCalled, Repairs, OtherGradients]
 )
-def test_other_hooks_that_clip(module, hook):
-    refused(rf"{module.__name__}\.{hook} calls clip_gra", module=module())
+def test_an_override_that_does_not_clip_may_stay(module):
+    runs(module())
 
 
-class Named(ByHand):
-    """Has a setting of the name, and doesn't clip."""
-
-    clip_grad_norm = 1.0
-
-    def training_step(self, batch, _):
-        assert self.clip_grad_norm
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(inputs(batch)))
-        optimizer.step()
+class IsSaved(Logs):
+    def on_train_batch_end(self, *_):
+        for again in (pickle.loads(pickle.dumps(self)), copy.deepcopy(self)):
+            assert again.clip_gradients.__self__ is again
+            assert again.on_before_optimizer_step.__func__ is Logs.on_before_optimizer_step
 
 
-def test_a_setting_is_no_call():
-    runs(Named())
+def test_a_module_can_be_pickled_while_it_is_watched():
+    runs(IsSaved())
 
 
 class PastTheHooks(ByHand):
@@ -200,14 +249,12 @@ PAST = r"Optimizer 0 \(AdamW\) makes a step.*use_pl_optimizer=False"
 
 @pytest.mark.parametrize("kind", [PastTheHooks, PastTheHooksByItself])
 def test_a_step_that_the_callback_is_not_told_of_changes_nothing(kind):
-    module = kind()
-    before = [p.detach().clone() for p in module.parameters()]
-    refused(PAST, module=module)
-    assert all(map(torch.equal, module.parameters(), before))
+    refused(PAST, module=kind())
 
 
 def test_such_a_step_with_a_closure():
-    refused(PAST, module=PastTheHooksWithAClosure())
+    with pytest.raises(ConfigError, match=PAST):  # told once it was made
+        trainer_of(GradientClip(NORM)).fit(PastTheHooksWithAClosure(), [0])
 
 
 def test_an_optimizer_is_free_after_fitting():
@@ -245,7 +292,7 @@ def test_an_optimizer_that_steps_inside_backward():
 
 
 def test_validating_is_never_refused():
-    class Validates(Clips):
+    class Validates(Configures):
         def validation_step(self, batch, _):
             return self.loss(inputs(batch))
 

@@ -18,7 +18,6 @@ from support.logged import (
 from torch.overrides import TorchFunctionMode
 
 from lightning_clip import GradientClip
-from lightning_clip.framework import logger_step
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning",
@@ -200,18 +199,6 @@ def test_entries_come_in_time_whichever_batches_step(tmp_path, every, at, ends):
     assert list(entries) == [ends[i] for i in kept]
     wanted = expected_entries(before.grads, [taken[i] - 1 for i in kept], MAX_NORM)
     assert list(entries.values()) == [pytest.approx(row, rel=1e-6) for row in wanted.values()]
-
-
-def test_the_step_read_from_the_trainer_is_the_one_it_logs_under(tmp_path):
-    class Step(After):
-        def on_before_optimizer_step(self, trainer, pl_module, _):
-            pl_module.log("step_seen", float(logger_step(trainer)))
-
-    table = CSVLogger(tmp_path)
-    trainer_of(Step(None), logger=table, log_every_n_steps=1).fit(Small(), range(3))
-    assert {k: row["step_seen"] for k, row in table_entries(table.log_dir).items()} == {
-        step: step for step in range(3)
-    }
 
 
 def test_a_resumed_run_goes_on_with_clip_rate_and_interval(tmp_path):

@@ -1,8 +1,10 @@
 """One small network under every parallel layout, with real gradients of one and the same batch."""
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+
+from gradclip import GradientClipper
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -60,25 +64,61 @@ def alone():
 
 
 @dataclass
-class Cell:
-    """A model cut in some way, after backward.
+class Built:
+    """A model under some layout, after backward.
 
     Attributes:
         named: The parameters this rank holds.
-        whole: Gathers every gradient, named as in one process where that makes sense.
+        whole: Gathers every gradient in float64, named as in one process where that makes sense.
         options: What the clipper has to be told.
-        sums: Axes to sum over, in separate messages.
-        partial: Messages that complete partial sums.
     """
 
     named: list
     whole: Callable[[], dict] = None
     options: dict = field(default_factory=dict)
-    sums: int = 1
-    partial: int = 0
 
     def __post_init__(self):
-        self.whole = self.whole or (lambda: {name: full(p.grad) for name, p in self.named})
+        self.whole = self.whole or (lambda: whole(self.named))
+        self.grads = [copied(p.grad) for _, p in self.named]
+
+    def renew(self):
+        """Put the gradients of that backward back."""
+        for (_, p), grad in zip(self.named, self.grads, strict=True):
+            p.grad = copied(grad)
+
+    def clipper(self, policy, optimizer=None):
+        return GradientClipper(policy, self.named, optimizer, **self.options)
+
+
+def whole(named):
+    """Every gradient, whole; DTensors over one axis in one exchange, as `full_tensor` is slow."""
+    parts = {
+        name: grad.to_local()
+        for name, p in named
+        if isinstance(grad := p.grad, DTensor) and grad.device_mesh.ndim == 1
+        if grad.device_mesh.size() == dist.get_world_size()
+    }
+    found = [None] * dist.get_world_size()
+    if parts:
+        dist.all_gather_object(found, parts)
+    return {
+        name: joined(p.grad.placements[0], [one[name].double() for one in found])
+        if name in parts
+        else full(p.grad)
+        for name, p in named
+    }
+
+
+def joined(placement, parts):
+    if placement.is_partial():
+        return sum(parts)
+    return torch.cat(parts, placement.dim) if placement.is_shard() else parts[0]
+
+
+def bits(grads):
+    """Equal for equal bits of whole gradients, so that ranks can be compared."""
+    parts = [grad.contiguous().numpy().tobytes() for grad in grads.values()]
+    return hashlib.sha1(b"".join(parts)).hexdigest()
 
 
 def full(grad):
@@ -90,7 +130,7 @@ def full(grad):
 
 
 def gathered(named, group):
-    """Gradients that differ over a group under one name are one parameter cut over it."""
+    """Gradients that differ over a group under one name are one parameter sharded over it."""
     mine = {name: full(p.grad) for name, p in named if p.grad is not None}
     found = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
@@ -118,7 +158,7 @@ def ddp(rank, world):
     net = network()
     wrapped = DistributedDataParallel(net)
     loss(wrapped(share(rank, world))).backward()
-    return Cell(list(net.named_parameters()), sums=0)
+    return Built(list(net.named_parameters()))
 
 
 def fsdp1(rank, world, strategy="FULL_SHARD", orig=True, ignored=False, mixed=False):
@@ -154,7 +194,7 @@ def fsdp1(rank, world, strategy="FULL_SHARD", orig=True, ignored=False, mixed=Fa
             for name, p in named
         }
 
-    return Cell(named, whole, sums=0 if strategy == "NO_SHARD" else 1)
+    return Built(named, whole)
 
 
 def average(grad, world):
@@ -174,7 +214,7 @@ def fsdp2(rank, world, hybrid=False, ignored=False):
     for module in (net[0], net[1], net):
         fully_shard(module, mesh=mesh, ignored_params=kept)
     loss(net(share(rank, world))).backward()
-    return Cell(list(net.named_parameters()))
+    return Built(list(net.named_parameters()))
 
 
 PLAN = {
@@ -187,11 +227,11 @@ PLAN = {
 def tp(rank, world):
     net = parallelize_module(network(), init_device_mesh("cpu", (world,)), PLAN)
     loss(net(batch())).backward()
-    return Cell(list(net.named_parameters()))
+    return Built(list(net.named_parameters()))
 
 
 def sequence(rank, world):
-    """Tensor parallel with norms over a cut batch: their gradients are partial sums."""
+    """Tensor parallel with norms over a sharded batch: their gradients are partial sums."""
     plan = {}
     for i in (0, 1):
         plan[f"{i}.norm"] = SequenceParallel(sequence_dim=0)
@@ -200,7 +240,7 @@ def sequence(rank, world):
     net = parallelize_module(network(head=False), init_device_mesh("cpu", (world,)), plan)
     net(share(rank, world)).square().sum().div(BATCH * 8).backward()
     assert net[0].norm.weight.grad.placements[0].is_partial()
-    return Cell(list(net.named_parameters()), partial=1)
+    return Built(list(net.named_parameters()))
 
 
 def partial(rank, world):
@@ -211,7 +251,7 @@ def partial(rank, world):
     x = DTensor.from_local(share(rank, world), mesh, [Shard(0)])
     loss(x @ weight.T).backward()
     assert weight.grad.placements[0].is_partial()
-    return Cell([("weight", weight)], sums=0, partial=1)
+    return Built([("weight", weight)])
 
 
 def fsdp2_tp(rank, world):
@@ -220,7 +260,7 @@ def fsdp2_tp(rank, world):
     for module in (net[0], net[1], net):
         fully_shard(module, mesh=mesh["dp"])
     loss(net(share(mesh["dp"].get_local_rank(), world // 2))).backward()
-    return Cell(list(net.named_parameters()))
+    return Built(list(net.named_parameters()))
 
 
 def fsdp1_tp(rank, world):
@@ -241,12 +281,12 @@ def fsdp1_tp(rank, world):
             shape, placement = before[name]
             parts = [torch.empty(shape, dtype=grad.dtype) for _ in range(2)]
             dist.all_gather(parts, grad.view(shape), mesh["tp"].get_group())
-            cut = isinstance(placement, Shard)
-            found[name] = torch.cat(parts, placement.dim) if cut else parts[0]
+            sharded = isinstance(placement, Shard)
+            found[name] = torch.cat(parts, placement.dim) if sharded else parts[0]
         return found
 
     whole.model = wrapped  # what parameters of FSDP1 are is known as long as their model lives
-    return Cell(named, whole)
+    return Built(named, whole)
 
 
 class Experts(nn.Module):
@@ -264,7 +304,7 @@ class Experts(nn.Module):
         return self.expert(torch.relu(self.dense(x))) + self.router(x).sum(-1, keepdim=True)
 
 
-def ep(rank, world, idle=False):
+def ep(rank, world):
     """Experts over one mesh, the dense part over another, the router whole."""
     experts = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("edp", "ep"))
     net = Experts(experts["ep"].get_local_rank())
@@ -284,7 +324,7 @@ def ep(rank, world, idle=False):
             for name, p in named
         }
 
-    return Cell(named, whole)
+    return Built(named, whole)
 
 
 def ep_plain(rank, world):
@@ -303,7 +343,7 @@ def ep_plain(rank, world):
             for name, p in named
         }
 
-    return Cell(named, whole, {"process_group": {"expert.*": group}})
+    return Built(named, whole, {"process_group": {"expert.*": group}})
 
 
 def pp(rank, world, chunks=1):
@@ -321,7 +361,7 @@ def pp(rank, world, chunks=1):
     target = {"target": batch()} if mine[-1] == stages - 1 else {}
     schedule.step(*inputs, **target)
     named = [(f"{i}.{name}", p) for i in mine for name, p in parts[i].named_parameters()]
-    return Cell(
+    return Built(
         named, lambda: gathered(named, dist.group.WORLD), {"process_group": dist.group.WORLD}
     )
 
@@ -334,37 +374,57 @@ def pp_fsdp2(rank, world):
     fully_shard(part, mesh=mesh["dp"])
     loss(part(share(mesh["dp"].get_local_rank(), world // 2))).backward()
     named = [(f"{stage}.{name}", p) for name, p in part.named_parameters()]
-    return Cell(named, lambda: gathered(named, group), {"process_group": group})
+    return Built(named, lambda: gathered(named, group), {"process_group": group})
 
 
-CELLS = {
-    "DDP": (ddp, {}, (2, 4)),
-    "FSDP1": (fsdp1, {}, (2, 4)),
-    "FSDP1 flat": (fsdp1, {"orig": False}, (2, 4)),
-    "FSDP1 SHARD_GRAD_OP": (fsdp1, {"strategy": "SHARD_GRAD_OP"}, (2,)),
-    "FSDP1 NO_SHARD": (fsdp1, {"strategy": "NO_SHARD"}, (2, 4)),
-    "FSDP1 NO_SHARD flat": (fsdp1, {"strategy": "NO_SHARD", "orig": False}, (2,)),
-    "FSDP1 HYBRID_SHARD": (fsdp1, {"strategy": "HYBRID_SHARD"}, (4,)),
-    "FSDP1 HYBRID_SHARD flat": (fsdp1, {"strategy": "HYBRID_SHARD", "orig": False}, (4,)),
-    "FSDP1 ignored": (fsdp1, {"ignored": True}, (2, 4)),
-    "FSDP1 mixed dtypes": (fsdp1, {"mixed": True}, (2,)),
-    "FSDP2": (fsdp2, {}, (2, 4)),
-    "FSDP2 ignored": (fsdp2, {"ignored": True}, (2, 4)),
-    "HSDP": (fsdp2, {"hybrid": True}, (4,)),
-    "TP": (tp, {}, (2, 4)),
-    "TP + sequence parallel": (sequence, {}, (2, 4)),
-    "partial sum": (partial, {}, (2, 4)),
-    "FSDP2 x TP": (fsdp2_tp, {}, (4,)),
-    "FSDP1 x TP": (fsdp1_tp, {}, (4,)),
-    "EP": (ep, {}, (4,)),
-    "EP, named group": (ep_plain, {}, (2, 4)),
-    "PP": (pp, {}, (2, 4)),
-    "PP, 2 stages a rank": (pp, {"chunks": 2}, (2,)),
-    "PP x FSDP2": (pp_fsdp2, {}, (4,)),
+class Layout(NamedTuple):
+    """How a model is built, and what a step under it sends.
+
+    Attributes:
+        make: A function of this file.
+        worlds: Numbers of ranks to build it at.
+        options: More arguments of `make`.
+        sums: Axes to sum over, in separate messages.
+        partial: Messages that complete partial sums.
+    """
+
+    make: Callable[..., Built]
+    worlds: tuple[int, ...]
+    options: dict[str, Any] = {}  # noqa: RUF012
+    sums: int = 1
+    partial: int = 0
+
+
+LAYOUTS = {
+    "DDP": Layout(ddp, (2, 4), sums=0),
+    "FSDP1": Layout(fsdp1, (2, 4)),
+    "FSDP1 flat": Layout(fsdp1, (2, 4), {"orig": False}),
+    "FSDP1 SHARD_GRAD_OP": Layout(fsdp1, (2,), {"strategy": "SHARD_GRAD_OP"}),
+    "FSDP1 NO_SHARD": Layout(fsdp1, (2, 4), {"strategy": "NO_SHARD"}, sums=0),
+    "FSDP1 NO_SHARD flat": Layout(fsdp1, (2,), {"strategy": "NO_SHARD", "orig": False}, sums=0),
+    "FSDP1 HYBRID_SHARD": Layout(fsdp1, (4,), {"strategy": "HYBRID_SHARD"}),
+    "FSDP1 HYBRID_SHARD flat": Layout(fsdp1, (4,), {"strategy": "HYBRID_SHARD", "orig": False}),
+    "FSDP1 ignored": Layout(fsdp1, (2, 4), {"ignored": True}),
+    "FSDP1 mixed dtypes": Layout(fsdp1, (2,), {"mixed": True}),
+    "FSDP2": Layout(fsdp2, (2, 4)),
+    "FSDP2 ignored": Layout(fsdp2, (2, 4), {"ignored": True}),
+    "HSDP": Layout(fsdp2, (4,), {"hybrid": True}),
+    "TP": Layout(tp, (2, 4)),
+    "TP + sequence parallel": Layout(sequence, (2, 4), partial=1),
+    "partial sum": Layout(partial, (2, 4), sums=0, partial=1),
+    "FSDP2 x TP": Layout(fsdp2_tp, (4,)),
+    "FSDP1 x TP": Layout(fsdp1_tp, (4,)),
+    "EP": Layout(ep, (4,)),
+    "EP, named group": Layout(ep_plain, (2, 4)),
+    "PP": Layout(pp, (2, 4)),
+    "PP, 2 stages a rank": Layout(pp, (2,), {"chunks": 2}),
+    "PP x FSDP2": Layout(pp_fsdp2, (4,)),
 }
-"""Every layout: how it is built, and at how many ranks."""
+"""Every layout. All tests of layouts take theirs from this table."""
+
+PLACES = [(name, world) for name, layout in LAYOUTS.items() for world in layout.worlds]
 
 
-def build(name, rank, world) -> Cell:
-    make, options, _ = CELLS[name]
-    return make(rank, world, **options)
+def build(name, rank, world) -> Built:
+    layout = LAYOUTS[name]
+    return layout.make(rank, world, **layout.options)

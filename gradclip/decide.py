@@ -1,4 +1,4 @@
-"""A list of policies: one read of the gradients, one write."""
+"""Decide: ask a list of policies, which read the gradients once and write them once."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gradclip.policies.elements import ElementPolicy
-from gradclip.types import Decision, Edit, State, Stats, Verdict
-
-if TYPE_CHECKING:
-    from gradclip.plan.plan import Rule
+from gradclip.plan.plan import Rule
+from gradclip.types import Decision, Edit, Elementwise, State, Stats, Verdict
 
 __all__ = ["decide_all"]
 
@@ -67,7 +63,7 @@ def decide_all(
         norm_type = rule.policy.measured[1] or next(iter(norms))
         measured = probed[index] if index in probed else norms[norm_type]
         own = weights.get(norm_type) if weights and rule.policy.uses_weights else None
-        own_share = 1.0 if not state or isinstance(rule.policy, ElementPolicy) else share
+        own_share = 1.0 if not state or rule.elementwise is not None else share
         stats = Stats(
             norms=rule.gather(measured * coef, norm_type) / own_share,
             finite=finite,
@@ -85,9 +81,9 @@ def decide_all(
             starts = step >= rule.policy.after
             learns = learns & starts
             decision, new = _once(starts, decision, new, state)
-        if isinstance(rule.policy, ElementPolicy):
+        if rule.elementwise is not None:
             new = _select(learns, new, state)
-            edits.append(_edit(rule.policy, rule, decision, has_gradient, learns))
+            edits.append(_edit(rule.elementwise, rule, decision, has_gradient, learns))
         after.append(new)
         coef = coef * rule.spread(decision.coef)
         limit = torch.minimum(limit, decision.limit.min() * own_share)
@@ -103,7 +99,7 @@ def decide_all(
 
 
 def _edit(
-    policy: ElementPolicy, rule: Rule, decision: Decision, has_gradient: Tensor, learns: Tensor
+    policy: Elementwise, rule: Rule, decision: Decision, has_gradient: Tensor, learns: Tensor
 ) -> Edit:
     """A decision on elements, for the slots as they are measured and written."""
     assert decision.changes is not None

@@ -1,0 +1,49 @@
+"""Device meshes and DTensors: every private touch of theirs is here.
+
+Read in torch 2.13; tests/layouts/test_torch_names.py fails when a name used here is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement
+
+from gradclip.layouts.geometry import Axis, Sharding
+from gradclip.types import Region
+
+__all__ = ["axis_of", "mesh_region", "root_of", "sharding_over"]
+
+
+def axis_of(group: ProcessGroup) -> Axis:
+    """The ranks of a group that this rank is in."""
+    return Axis(tuple(dist.get_process_group_ranks(group)), group)
+
+
+def root_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that this one is a slice of, or itself."""
+    return mesh._get_root_mesh()
+
+
+def sharding_over(mesh: DeviceMesh, placements: Sequence[Placement]) -> Sharding:
+    """How a DTensor lies over the axes of its mesh; a partial sum is a copy once it is reduced."""
+    split: list[Axis] = []
+    copied: list[Axis] = []
+    for group, placement in zip(mesh.get_all_groups(), placements, strict=True):
+        whole = placement.is_replicate() or placement.is_partial()
+        (copied if whole else split).append(axis_of(group))
+    return Sharding(tuple(split), tuple(copied))
+
+
+def mesh_region(tensor: DTensor) -> Region:
+    """Which box of a DTensor this rank holds."""
+    shape = tuple(tensor.shape)
+    size, start = compute_local_shape_and_global_offset(
+        shape, tensor.device_mesh, tensor.placements
+    )
+    return Region(shape, tuple(start) or (0,) * len(shape), tuple(size))
