@@ -9,7 +9,7 @@ from accelerate_clip.clipper import AcceleratorClip
 from accelerate_clip.enable import enable
 
 if TYPE_CHECKING:
-    from accelerate_clip.callback import GradientClipCallback
+    from accelerate_clip.trainer import GradientClipCallback
 
 __all__ = ["AcceleratorClip", "GradientClipCallback", "enable"]
 
@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
         msg = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(msg)
     # Not at the top: transformers is optional, and takes seconds to import.
-    from accelerate_clip.callback import GradientClipCallback
+    from accelerate_clip.trainer import GradientClipCallback
 
     return GradientClipCallback

@@ -20,7 +20,7 @@ from accelerate_clip.checkpoint import load_state, save_state
 from accelerate_clip.engine import ClippedEngine, settle_threshold
 from accelerate_clip.groups import configs_of, named_parameters
 from accelerate_clip.private import prepared_models, prepared_optimizers
-from accelerate_clip.refuse import refuse_lomo, refuse_stale
+from accelerate_clip.refuse import check_accelerator, refuse_lomo, refuse_stale
 from accelerate_clip.report import Reporter, describe, is_same_rule
 from accelerate_clip.scaler import SharedScaler
 from accelerate_clip.step import (
@@ -30,7 +30,14 @@ from accelerate_clip.step import (
     micro_batch_contexts,
     unwrapped,
 )
-from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper
+from gradclip import (
+    ClipConfig,
+    ClipRecord,
+    ConfigError,
+    GradientClipper,
+    PolicyLike,
+    as_config,
+)
 from gradclip.adapters import ClipperSet, Patches
 
 __all__ = ["AcceleratorClip"]
@@ -43,23 +50,28 @@ class AcceleratorClip:
 
     Args:
         accelerator: Whose optimizers to clip.
-        config: What to do.
+        policy: As for `enable`.
 
     Attributes:
         config: The validated configuration.
         divided_by: Gives by how many batches the script itself divides the loss that it hands to
             `accelerator.backward`: 1, and a window under transformers' `Trainer`.
         owner: The callback that enabled it, if one did.
+
+    Raises:
+        ConfigError: As `enable`.
+        LayoutError: As `enable`.
     """
 
-    def __init__(self, accelerator: Accelerator, config: ClipConfig) -> None:
-        self.config = config
+    def __init__(self, accelerator: Accelerator, policy: PolicyLike) -> None:
+        self.config = as_config(policy)
+        check_accelerator(accelerator)
         self.divided_by: Callable[[], int] = lambda: 1
         self.owner: object | None = None
         self._accelerator = accelerator
         self._clipped: list[Clipped] = []
         self._set = ClipperSet()
-        self._reporter = Reporter(accelerator, config.log, lambda: self.steps)
+        self._reporter = Reporter(accelerator, self.config.log, lambda: self.steps)
         self._last_record: ClipRecord | None = None
         self._said: set[str] = set()
         self._sees_backwards = False
@@ -322,9 +334,8 @@ class AcceleratorClip:
     def _save(self, *call: Any) -> None:
         """What `accelerator.save_state` calls, with models, weights and the folder."""
         self._scaler.catch_up()
-        save_state(
-            self, call[-1], each_node=self._accelerator.project_configuration.save_on_each_node
-        )
+        each_node = self._accelerator.project_configuration.save_on_each_node
+        save_state(self, call[-1], each_node=each_node)
 
     def _load(self, *call: Any) -> None:
         """What `accelerator.load_state` calls, with models and the folder."""

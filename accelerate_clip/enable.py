@@ -7,8 +7,7 @@ import sys
 from accelerate import Accelerator
 
 from accelerate_clip.clipper import AcceleratorClip
-from accelerate_clip.refuse import refuse_unsupported, warn_if_alone
-from gradclip import ConfigError, PolicyLike, as_config
+from gradclip import PolicyLike
 
 __all__ = ["enable"]
 
@@ -47,17 +46,7 @@ def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
         >>> bool(clip.last_record.clipped), round(float(clip.last_record.clipped_norm), 4)
         (True, 1.0)
     """
-    if isinstance(getattr(accelerator, "gradient_clip", None), AcceleratorClip):
-        msg = (
-            "accelerate_clip.enable: clipping is enabled on this Accelerator already (by an "
-            "earlier call, or by accelerate-clip launch); allowed: once. Remove one of them, or "
-            "undo the first one: accelerator.gradient_clip.detach()."
-        )
-        raise ConfigError(msg)
-    config = as_config(policy)
-    refuse_unsupported(accelerator)
-    warn_if_alone(accelerator)
-    clip = AcceleratorClip(accelerator, config)
+    clip = AcceleratorClip(accelerator, policy)
     if "transformers.trainer" in sys.modules:
         from accelerate_clip.trainer import follow_trainers
 

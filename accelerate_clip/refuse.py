@@ -13,12 +13,11 @@ from accelerate.utils import DistributedType
 from gradclip import ConfigError, LayoutError
 
 __all__ = [
+    "check_accelerator",
     "refuse_closure",
     "refuse_lomo",
     "refuse_stale",
     "refuse_unreduced",
-    "refuse_unsupported",
-    "warn_if_alone",
 ]
 
 _logger = get_logger(__name__)
@@ -37,14 +36,32 @@ _REFUSED = {
 }
 
 
-def refuse_unsupported(accelerator: Accelerator) -> None:
-    """Raise a LayoutError for what shows no gradients before its step: Megatron-LM and XLA."""
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuse an accelerator that can't be clipped, and warn of one that trains alone.
+
+    Raises:
+        ConfigError: If it is clipped already.
+        LayoutError: For Megatron-LM and XLA.
+    """
+    if getattr(accelerator, "gradient_clip", None) is not None:
+        msg = (
+            "accelerate_clip.enable: clipping is enabled on this Accelerator already (by an "
+            "earlier call, or by accelerate-clip launch); allowed: once. Remove one of them, or "
+            "undo the first one: accelerator.gradient_clip.detach()."
+        )
+        raise ConfigError(msg)
     kind = accelerator.distributed_type
-    if kind not in _REFUSED:
-        return
-    found, way_out = _REFUSED[kind]
-    msg = f"accelerate_clip.enable: this Accelerator uses {found}; {_SUPPORTED}. {way_out}."
-    raise LayoutError(msg)
+    if kind in _REFUSED:
+        found, way_out = _REFUSED[kind]
+        msg = f"accelerate_clip.enable: this Accelerator uses {found}; {_SUPPORTED}. {way_out}."
+        raise LayoutError(msg)
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1" and accelerator.num_processes == 1:
+        _logger.warning(
+            "%s processes were started, but Accelerate joins none of them: each trains, and "
+            "clips, alone. For several processes on the CPU set ACCELERATE_USE_CPU=true.",
+            started,
+        )
 
 
 def refuse_lomo(accelerator: Accelerator) -> None:
@@ -96,14 +113,3 @@ def refuse_stale(accelerator: Accelerator, optimizer: str) -> None:
             "fsdp_config)."
         )
         raise ConfigError(msg)
-
-
-def warn_if_alone(accelerator: Accelerator) -> None:
-    """Warn if a launcher started several processes and Accelerate sees one."""
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != "1" and accelerator.num_processes == 1:
-        _logger.warning(
-            "%s processes were started, but Accelerate joins none of them: each trains, and "
-            "clips, alone. For several processes on the CPU set ACCELERATE_USE_CPU=true.",
-            started,
-        )

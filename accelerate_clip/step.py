@@ -106,7 +106,7 @@ class ClippedOptimizer:
         """Around one `accelerator.backward`: count it, observe its loss, and see what it wrote."""
         self.clipper.batch, self._batches = self._batches, self._batches + 1
         if self.clipper.watches_loss and loss is not None:
-            # A scaler may have left a step out, whose losses are still waiting.
+            # The script may have zeroed gradients without a step; their losses are still waiting.
             is_first = all(p.grad is None for p in self.parameters)
             self.clipper.observe_loss(loss, first=is_first)
         before = versions(self.parameters) if self.awaits_step else None

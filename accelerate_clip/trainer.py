@@ -1,4 +1,6 @@
-"""transformers' Trainers whose accelerator is clipped: metrics in logs, state in checkpoints.
+"""transformers' Trainer: a callback that clips; metrics in its logs, state in its checkpoints.
+
+The last two hold for every Trainer whose accelerator is clipped, whoever enabled that.
 
 Imports transformers, so that nothing may import it before a script does.
 """
@@ -6,6 +8,7 @@ Imports transformers, so that nothing may import it before a script does.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,20 +18,65 @@ from transformers import Trainer, TrainerCallback
 from accelerate_clip.checkpoint import load_state, save_state
 from accelerate_clip.clipper import AcceleratorClip
 from accelerate_clip.private import around_training
+from gradclip import ConfigError, PolicyLike, as_config
 from gradclip.adapters import Patches
 
-__all__ = ["BindingCallback", "clip_of", "follow_trainers"]
+__all__ = ["GradientClipCallback", "follow_trainers"]
 
 
-class BindingCallback(TrainerCallback):
-    """A callback that clips with the Trainer that trains."""
+class GradientClipCallback(TrainerCallback):
+    """Clips what a transformers `Trainer` trains: `Trainer(callbacks=[GradientClipCallback(...)])`.
+
+    The policy decides instead of `max_grad_norm`. The Trainer's `grad_norm` is the norm before
+    clipping. Its logs and history hold the metrics of `ClipRecord` too, and its checkpoints the
+    clipping state. Once the callback is removed, `train` clips by `max_grad_norm` again. It clips
+    one Trainer at a time, and starts with fresh state when another trains with it.
+
+    Args:
+        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
+            path of a YAML file.
+
+    Attributes:
+        config: The validated configuration.
+        clip: What `accelerate_clip.enable` returns, for the Trainer; None before it trains.
+
+    Raises:
+        ConfigError: If the policy isn't valid, and, when training starts, if clipping is enabled
+            already.
+    """
+
+    def __init__(self, policy: PolicyLike) -> None:
+        self.config = as_config(policy)
+        self.clip: AcceleratorClip | None = None
+        weakref.finalize(self, follow_trainers())
 
     def bind(self, trainer: Trainer) -> None:
         """Clip with this Trainer's accelerator, unless this callback does so already."""
-        raise NotImplementedError
+        if self.clip is None or _clip_of(trainer) is not self.clip:
+            if self.clip is not None:
+                self.clip.detach()  # another Trainer's, or an earlier trial's accelerator
+            self.clip = AcceleratorClip(trainer.accelerator, self.config)
+            self.clip.owner = self
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Refuse a Trainer that prepared its optimizer without this callback.
+
+        Raises:
+            ConfigError: If so.
+        """
+        del args, state, control, kwargs
+        if self.clip is None or not self.clip.holds(optimizer):
+            msg = (
+                f"GradientClipCallback: this Trainer's {type(optimizer).__name__} isn't clipped; "
+                "allowed: a Trainer whose train() is, or calls, that of transformers.Trainer. Call "
+                "accelerate_clip.enable(trainer.accelerator, policy) before training instead."
+            )
+            raise ConfigError(msg)
 
 
-def clip_of(trainer: Trainer) -> AcceleratorClip | None:
+def _clip_of(trainer: Trainer) -> AcceleratorClip | None:
     """What clips with this Trainer's accelerator, if anything does."""
     return getattr(trainer.accelerator, "gradient_clip", None)
 
@@ -64,7 +112,7 @@ def _unfollow(follower: object) -> None:
 def _train(train: Callable[..., Any], trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
     training, patches = _Training(trainer), Patches()
     training.bind()
-    if clip_of(trainer) is not None:
+    if _clip_of(trainer) is not None:
         around_training(trainer, training, patches)
     try:
         return train(trainer, *args, **kwargs)
@@ -80,21 +128,21 @@ class _Training:
 
     def bind(self) -> None:
         """Let the Trainer's callbacks, and no others, clip with its accelerator."""
-        trainer, clip = self._trainer, clip_of(self._trainer)
+        trainer, clip = self._trainer, _clip_of(self._trainer)
         listed = trainer.callback_handler.callbacks
-        callbacks = [callback for callback in listed if isinstance(callback, BindingCallback)]
+        callbacks = [callback for callback in listed if isinstance(callback, GradientClipCallback)]
         if clip is not None and clip.owner is not None and clip.owner not in callbacks:
             clip.detach()
         for callback in callbacks:
             callback.bind(trainer)
-        clip = clip_of(trainer)
+        clip = _clip_of(trainer)
         if clip is not None:
             clip.place_record(trainer.args.output_dir)
             clip.divided_by = self._window
 
     def log(self, logs: dict[str, Any]) -> None:
         """Add the metrics of the steps since its last log, reading the device as it just did."""
-        clip = clip_of(self._trainer)
+        clip = _clip_of(self._trainer)
         # Only the logs of training steps hold it; not those of an evaluation, or the summary.
         if clip is None or "grad_norm" not in logs:
             return
@@ -106,13 +154,13 @@ class _Training:
 
     def save(self, output_dir: str) -> None:
         """Write the clipping state beside the optimizer's."""
-        clip = clip_of(self._trainer)
+        clip = _clip_of(self._trainer)
         if clip is not None:
             save_state(clip, output_dir, each_node=self._trainer.args.save_on_each_node)
 
     def load(self, checkpoint: str | None) -> None:
         """Continue from the clipping state beside the optimizer's."""
-        clip = clip_of(self._trainer)
+        clip = _clip_of(self._trainer)
         if clip is not None and checkpoint is not None:
             load_state(clip, checkpoint)
 

@@ -19,9 +19,10 @@ def fresh():
     Accelerator.multi_device = MULTI_DEVICE
 
 
-def joined(**kwargs):
+def joined(multi_device=MULTI_DEVICE, **kwargs):
     """A fresh Accelerator that joins the ranks a test started."""
     fresh()
+    Accelerator.multi_device = multi_device
     os.environ["ACCELERATE_USE_CPU"] = "true"
     return Accelerator(**kwargs)
 
@@ -63,9 +64,8 @@ def with_tensor_parallel(plugin=None, **kwargs):
         from transformers.integrations import tensor_parallel
 
         tensor_parallel.ReplicateParallel = Replicated
-    accelerator = with_fsdp(plugin, **kwargs)
-    Accelerator.multi_device = property(lambda self: self.distributed_type != DistributedType.FSDP)
-    return accelerator
+    multi_device = property(lambda self: self.distributed_type != DistributedType.FSDP)
+    return with_fsdp(plugin, multi_device=multi_device, **kwargs)
 
 
 class Replicated:

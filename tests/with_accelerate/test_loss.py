@@ -81,6 +81,16 @@ def test_the_loss_of_a_step_that_the_scaler_left_out_is_forgotten():
     assert not clip.last_record.skipped
 
 
+def test_the_loss_of_a_batch_that_the_script_leaves_out_is_forgotten():
+    accelerator = Accelerator(cpu=True)
+    clip, model, opt = start(accelerator)
+    for size in (9.0, 3.0):
+        opt.zero_grad()
+        accelerator.backward(loss_of(model, size))
+    opt.step()
+    assert losses(clip, 2) == pytest.approx([0.0, 3.0])
+
+
 def test_several_optimizers_are_refused_when_prepared():
     accelerator = Accelerator(cpu=True)
     accelerate_clip.enable(accelerator, POLICY)
