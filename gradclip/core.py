@@ -344,7 +344,7 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
 def _how_it_lies(plan: Plan) -> tuple[object, ...]:
     """What `module.to(device)`, or flattening by FSDP1, changes of every parameter at once."""
     first = next(iter(plan.parameters.values()))
-    return first.device, first.shape
+    return first.device, is_flattened(first)
 
 
 def _refuse_scopes(plan: Plan, config: ClipConfig, *, grouped: bool, flat: Sequence[str]) -> None:

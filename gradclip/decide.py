@@ -69,8 +69,9 @@ def decide_all(
         weight_norms = weights.get(norm_type) if weights and rule.policy.uses_weights else None
         # A policy on elements remembers elements, which no division of norms would reach.
         seen_share = 1.0 if not state or rule.elementwise is not None else share
+        scaled = measured * coef
         stats = Stats(
-            norms=rule.gather(measured * coef, norm_type) / seen_share,
+            norms=(scaled if rule.same_slots else rule.gather(scaled, norm_type)) / seen_share,
             finite=finite,
             step=step,
             sizes=rule.sizes,
@@ -91,7 +92,7 @@ def decide_all(
             new = _select(learns, new, state)
             edits.append(_edit(rule.elementwise, rule, decision, has_gradient, learns))
         learnt.append(new)
-        coef = coef * rule.spread(decision.coef)
+        coef = coef * (decision.coef if rule.same_slots else rule.spread(decision.coef))
         limit = torch.minimum(limit, decision.limit.min() * seen_share)
         skip = _either(skip, decision.skip)
         stop = _either(stop, decision.stop)

@@ -247,6 +247,7 @@ def _rule(
         None if unit_map is None else unit_map.lengths,
         0 if unit_map is None else sum(unit_map.counts),
         elementwise=policy if isinstance(policy, ElementPolicy) else None,
+        same_slots=same and unit_map is None,
     )
 
 

@@ -39,6 +39,7 @@ class Rule:
         unit_indices: Int64 of shape (slots,): the unit that each slot is, at scope "unit" alone.
         sizes: Float64 of shape (slots,), the elements of each; None unless the policy asks.
         elementwise: The policy again, where it works on single elements; else None.
+        same_slots: The policy's slots are the measured slots themselves, all of them.
     """
 
     key: tuple[int, int]
@@ -52,6 +53,7 @@ class Rule:
     unit_indices: Tensor | None = None
     sizes: Tensor | None = None
     elementwise: Elementwise | None = None
+    same_slots: bool = False
 
     def gather(self, norms: Tensor, norm_type: float) -> Tensor:
         """Norms of this policy's slots from those of the measured slots or units."""

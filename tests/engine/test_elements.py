@@ -219,18 +219,21 @@ def test_a_clamp_reads_nothing_again_where_nothing_exceeds_it():
             assert [p.grad._version for p in params.values()] == versions
 
 
+def step_with_moments(device, **options):
+    """A step of SPAM beside an optimizer that has a second moment."""
+    p = torch.nn.Parameter(torch.empty(4, 3, device=device))
+    optimizer = torch.optim.AdamW([p], foreach=False)
+    config = {"policies": [Spam()], "on_nonfinite": "ignore"}
+    clipper = GradientClipper(config, [("p", p)], optimizer, **options)
+    p.grad = torch.ones_like(p)
+    moments = {"step": torch.tensor(30.0), "exp_avg_sq": torch.ones_like(p)}
+    optimizer.state[p] = moments
+    return clipper, clipper.clip()
+
+
 def test_the_optimizers_moment_on_an_accelerator_is_not_waited_for():
     with FakeTensorMode():
-        p = torch.nn.Parameter(torch.empty(4, 3, device="cuda"))
-        optimizer = torch.optim.AdamW([p], foreach=False)
-        clipper = GradientClipper(
-            {"policies": [Spam()], "on_nonfinite": "ignore"}, [("p", p)], optimizer
-        )
-        p.grad = torch.empty_like(p)
-        optimizer.state[p] = {
-            "step": torch.tensor(30.0),
-            "exp_avg_sq": torch.empty_like(p),
-        }
-        record = clipper.clip()
+        _, record = step_with_moments("cuda")
         assert record.clipped.device.type == "cuda"
-        assert not clipper._core.machinery.memory._own
+    clipper, _ = step_with_moments("cpu", kernel="accelerator")
+    assert "elements" not in clipper.state_dict()["policies"][0]
