@@ -113,34 +113,34 @@ def test_what_print_config_prints_is_read_back(tmp_path, capsys):
     assert clip.config.log.every_n_steps == 5
 
 
-@pytest.mark.parametrize(
-    ("policy", "message"),
-    [
-        (
-            {"policies": [{"type": "zclip", "decy": 0.9}]},
-            "policies[0].decy is not a known key; did you mean 'decay'?",
-        ),
-        (
-            {"policies": [{"type": "zclip", "decay": "fast"}]},
-            "policies[0].decay is 'fast'; it must be a valid number",
-        ),
-        (
-            {"policies": [{"type": "norm", "max_norm": {**SCHEDULE, "strat": 1.0}}]},
-            "policies[0].max_norm.strat is not a known key; did you mean 'start'?",
-        ),
-        (
-            {"policies": [{"type": "norm", "max_norm": {**SCHEDULE, "schedule": "cosin"}}]},
-            "policies[0].max_norm.schedule is 'cosin'; allowed: 'linear', 'cosine' or",
-        ),
-        ({"policies": [{"type": "zclp"}]}, "policies[0].type is 'zclp'; did you mean 'zclip'?"),
-        ({"polices": []}, "polices is not a known key; did you mean 'policies'?"),
-        (3, "policy is 3; allowed: a policy such as ZClip()"),
-        ("nowhere.yaml", "nowhere.yaml: the file can't be read"),
-    ],
-)
-def test_errors_are_in_our_words(policy, message, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        cli(f"--config={config_file(tmp_path, policy)}", *QUIET, run=False)
+WRONG = [
+    (
+        {"policies": [{"type": "zclip", "decy": 0.9}]},
+        "policies[0].decy is not a known key; did you mean 'decay'?",
+    ),
+    (
+        {"policies": [{"type": "zclip", "decay": "fast"}]},
+        "policies[0].decay is 'fast'; it must be a valid number",
+    ),
+    (
+        {"policies": [{"type": "norm", "max_norm": {**SCHEDULE, "strat": 1.0}}]},
+        "policies[0].max_norm.strat is not a known key; did you mean 'start'?",
+    ),
+    (
+        {"policies": [{"type": "norm", "max_norm": {**SCHEDULE, "schedule": "cosin"}}]},
+        "policies[0].max_norm.schedule is 'cosin'; allowed: 'linear', 'cosine' or",
+    ),
+    ({"policies": [{"type": "zclp"}]}, "policies[0].type is 'zclp'; did you mean 'zclip'?"),
+    ({"polices": []}, "polices is not a known key; did you mean 'policies'?"),
+    (3, "policy is 3; allowed: a policy such as ZClip()"),
+    ("nowhere.yaml", "nowhere.yaml: the file can't be read"),
+]
+
+
+def test_errors_are_in_our_words(tmp_path):
+    for policy, message in WRONG:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cli(f"--config={config_file(tmp_path, policy)}", *QUIET, run=False)
 
 
 ZCLIP = {"class_path": "gradclip.ZClip", "init_args": {"decay": 0.9}}
@@ -175,21 +175,21 @@ NOT_BY_CLASS = {
 }
 
 
-@pytest.mark.parametrize("arguments", BY_CLASS.values(), ids=BY_CLASS)
-def test_check_reads_a_class_path_as_the_cli_does(arguments, tmp_path):
-    path = config_file(tmp_path, **arguments)
-    checked = check_file(path)
-    assert checked.fault is None
-    [config] = checked.configs.values()
-    assert config == callback_of(cli(f"--config={path}", *QUIET, run=False)).config
+def test_check_reads_a_class_path_as_the_cli_does(tmp_path):
+    for name, arguments in BY_CLASS.items():
+        path = config_file(tmp_path, **arguments)
+        checked = check_file(path)
+        assert checked.fault is None, name
+        [config] = checked.configs.values()
+        assert config == callback_of(cli(f"--config={path}", *QUIET, run=False)).config, name
 
 
-@pytest.mark.parametrize("arguments", NOT_BY_CLASS.values(), ids=NOT_BY_CLASS)
-def test_check_refuses_what_the_cli_refuses(arguments, tmp_path):
-    path = config_file(tmp_path, **arguments)
-    assert check_file(path).fault is not None
-    with pytest.raises((ValueError, SystemExit)):
-        cli(f"--config={path}", *QUIET, run=False)
+def test_check_refuses_what_the_cli_refuses(tmp_path):
+    for name, arguments in NOT_BY_CLASS.items():
+        path = config_file(tmp_path, **arguments)
+        assert check_file(path).fault is not None, name
+        with pytest.raises((ValueError, SystemExit)):
+            cli(f"--config={path}", *QUIET, run=False)
 
 
 def test_check_knows_the_keys_of_a_class_path(tmp_path):

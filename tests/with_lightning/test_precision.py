@@ -124,10 +124,12 @@ PRECISIONS = {
 
 def pairs(*tables):
     """Every pair of the first two tables; those of the last alternate."""
-    *two, last = map(list, tables)
-    for i, first in enumerate(two[0]):
-        for j, second in enumerate(two[1]):
-            yield first, second, last[(i + j) % len(last)]
+    rows, columns, last = map(list, tables)
+    return [
+        (first, second, last[(i + j) % len(last)])
+        for i, first in enumerate(rows)
+        for j, second in enumerate(columns)
+    ]
 
 
 @pytest.mark.parametrize(

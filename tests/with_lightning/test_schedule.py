@@ -39,9 +39,9 @@ def fit(module, batches, how, **options):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
-@pytest.mark.parametrize("batches", [[0, NAN, 1, NAN, NAN, 2], [NAN, 0, 1]])
 @pytest.mark.parametrize("how", ["hold", "advance", None])
-def test_the_schedule_counts_steps_that_were_taken_or_all(batches, how):
+def test_the_schedule_counts_steps_that_were_taken_or_all(how):
+    batches = [NAN, 0, NAN, 1, NAN, NAN, 2]
     taken, want = 0, []
     for batch in batches:
         taken += batch != NAN or how != "hold"
