@@ -34,6 +34,7 @@ from gradclip.layouts import (
     gathered,
     is_first_rank,
     is_flat,
+    is_flattened,
     refuse_shared_names,
 )
 from gradclip.measure import measure_each, measure_step

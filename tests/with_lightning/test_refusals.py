@@ -284,8 +284,13 @@ def test_an_optimizer_that_steps_inside_backward():
     class InBackward(Small):
         def configure_optimizers(self):
             each = {p: torch.optim.SGD([p], lr=0.1) for p in self.parameters()}
+
+            def step_and_drop(parameter):
+                each[parameter].step()
+                parameter.grad = None
+
             for parameter in self.parameters():
-                parameter.register_post_accumulate_grad_hook(lambda p: each[p].step())
+                parameter.register_post_accumulate_grad_hook(step_and_drop)
             return super().configure_optimizers()
 
     refused("An optimizer steps inside backward: 'net.0.weight'", module=InBackward())
