@@ -137,7 +137,7 @@ def _handles_alive(_: nn.Module | None) -> Iterator[FlatParamHandle]:
     The drop-ins (`gradclip.clip_grad_norm_`) and clippers built from `named_parameters()` get
     parameters alone, and a module may be a part of what one FSDP module wraps. A parameter doesn't
     refer to its handle, and torch keeps no list of handles, so Python's is searched: once for
-    each model, some 50 ms, as what is found is remembered.
+    each model, as what is found is remembered.
     """
     return (found for found in gc.get_objects() if type(found) is FlatParamHandle)
 

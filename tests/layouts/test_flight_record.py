@@ -132,7 +132,7 @@ def on_rank(rank, world, folder):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, run_on_ranks(on_rank, 2, folder, timeout=180, fresh=True)
+    return folder, run_on_ranks(on_rank, 2, folder, timeout=300, fresh=True)
 
 
 def test_norms_for_histograms_are_kept_on_the_first_rank_alone(ran):

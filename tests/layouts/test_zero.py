@@ -139,7 +139,7 @@ def alone(precision):
     return seen, [p.detach().float() for p in net.parameters()]
 
 
-every_engine = functools.cache(lambda: run_on_ranks(train_all, WORLD, timeout=120, fresh=True))
+every_engine = functools.cache(lambda: run_on_ranks(train_all, WORLD, timeout=300, fresh=True))
 
 
 @pytest.mark.parametrize("name", ENGINES)

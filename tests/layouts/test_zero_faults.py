@@ -180,7 +180,7 @@ def odd_steps(rank, world, folder):
 @functools.cache
 def answers():
     with tempfile.TemporaryDirectory() as folder:
-        return run_on_ranks(odd_steps, WORLD, folder, timeout=180, fresh=True)
+        return run_on_ranks(odd_steps, WORLD, folder, timeout=300, fresh=True)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -70,7 +70,7 @@ def each(rank, world):
 
 @functools.cache
 def answers():
-    return run_on_ranks(each, WORLD, timeout=180, fresh=True)
+    return run_on_ranks(each, WORLD, timeout=300, fresh=True)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -55,18 +55,19 @@ def _forget(accelerate, methods) -> None:
 
 
 _finders = list(sys.meta_path)
+_lasting = [name for name in LASTING if name not in sys.modules]
 
 
 def is_spent() -> bool:
     """Whether these ranks can't serve another test, as something lasting happened in one.
 
     The process group was destroyed, packages were hidden, DeepSpeed was started (it keeps groups
-    and engines in globals), or one of `LASTING` was imported.
+    and engines in globals), or one of `LASTING` was imported first.
     """
     deepspeed = sys.modules.get("deepspeed")
     return (
         not dist.is_initialized()
         or sys.meta_path != _finders
         or (deepspeed is not None and deepspeed.comm.is_initialized())
-        or any(name in sys.modules for name in LASTING)
+        or any(name in sys.modules for name in _lasting)
     )
