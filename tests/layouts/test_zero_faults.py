@@ -21,6 +21,7 @@ from support.zero_engines import (
     Spoilt,
     backward,
     batch,
+    gradients,
     groups,
     snapshot,
     start,
@@ -85,22 +86,15 @@ def raising(rank, world, name):
     step(engine, rank, 0)
     net.spoil = rank == 1
     backward(engine, rank, 1)
-    held = gradients(clipper)
+    held = gradients(engine)
     before = snapshot(engine)
     with pytest.raises(NonFiniteError, match=r"on this rank in last|on another rank") as caught:
         engine.step()
-    for now, then in zip(gradients(clipper), held, strict=True):
+    for now, then in zip(gradients(engine), held, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     assert all(map(torch.equal, before, snapshot(engine)))
     assert clipper.state_dict()["counts"]["steps"] == 1
     return "on this rank" in str(caught.value)
-
-
-def gradients(clipper):
-    """What this rank holds of them, copied."""
-    layout, plan = clipper._on.layout, clipper._on.plan
-    with layout.in_step():
-        return [g.clone() for slot in layout.collect(plan.slots).all for g in slot]
 
 
 def ignoring(rank, world, name):

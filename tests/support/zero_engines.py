@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from gradclip.layouts.deepspeed import DeepSpeedLayout
 from support.deepspeed_cpu import StubFusedAdam, config, engine_of, whole
 from support.nets import uneven_net
 
@@ -129,3 +130,11 @@ def snapshot(engine):
     held += getattr(wrapper, "fp32_partitioned_groups_flat", [])
     held += [t for s in base.state.values() for t in s.values() if torch.is_tensor(t)]
     return [t.detach().clone().reshape(-1).view(torch.uint8) for t in held + whole(engine)]
+
+
+def gradients(engine):
+    """What this rank holds of them, copied."""
+    layout = DeepSpeedLayout(engine)
+    with layout.in_step():
+        held = layout.collect([list(engine.module.parameters())]).all
+    return [grad.clone() for slot in held for grad in slot]
