@@ -73,7 +73,7 @@ def with_packages(rank, world, missing, used):
     ],
 )
 def test_the_callback_works_in_either_trainer(missing, used, base):
-    [(module, clipped, limit)] = run_on_ranks(with_packages, 1, missing, used)
+    [(module, clipped, limit)] = run_on_ranks(with_packages, 1, missing, used, fresh=True)
     assert module == base
     assert clipped
     assert limit == 0.5
