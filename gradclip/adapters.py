@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradclip.changes import changes_gradients
@@ -21,7 +21,7 @@ from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
-from gradclip.plan.parameters import configs_for
+from gradclip.plan.parameters import Named, configs_for
 from gradclip.records.record import ClipRecord
 
 __all__ = ["ClipperSet", "OncePerStep", "Patches", "changes_gradients", "window_share"]
@@ -51,7 +51,7 @@ class ClipperSet(Sequence[GradientClipper]):
     def build(
         cls,
         policy: PolicyLike,
-        named_parameters: Iterable[tuple[str, Parameter]],
+        named_parameters: Named,
         optimizers: Sequence[Optimizer | Any],
         *,
         scaler: GradScaler | None = None,
@@ -63,7 +63,7 @@ class ClipperSet(Sequence[GradientClipper]):
 
         Args:
             policy: As for `GradientClipper`.
-            named_parameters: As from `model.named_parameters()`.
+            named_parameters: The model, or names as from `model.named_parameters()`.
             optimizers: Each with parameters of its own.
             scaler: The `GradScaler` of all of them, if any.
 
@@ -71,7 +71,9 @@ class ClipperSet(Sequence[GradientClipper]):
             ConfigError: If the configuration isn't valid for these parameters.
             LayoutError: If the parameters are laid out in a way that isn't supported.
         """
-        config, named = as_config(policy), list(named_parameters)
+        config, named = as_config(policy), named_parameters
+        if not isinstance(named, Module):
+            named = list(named)
         configs = [config] if len(optimizers) == 1 else configs_for(config, named, optimizers)
         pairs = zip(configs, optimizers, strict=True)
         return cls(GradientClipper(own, named, opt, scaler=scaler) for own, opt in pairs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradclip.config import ClipConfig, PolicyLike, as_config
@@ -27,6 +27,7 @@ from gradclip.errors import ConfigError
 from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
 from gradclip.layouts.deepspeed import DeepSpeedLayout
+from gradclip.plan.parameters import Named
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
 from gradclip.state import pack, unpack
@@ -80,7 +81,7 @@ class GradientClipper:
     def __init__(
         self,
         policy: PolicyLike,
-        named_parameters: Module | Iterable[tuple[str, Parameter]] | None = None,
+        named_parameters: Named | None = None,
         optimizer: Optimizer | Any | None = None,
         *,
         process_group: Groups | None = None,

@@ -11,7 +11,7 @@ Who calls them, and when, is a driver: `GradientClipper.clip` for the plain step
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from gradclip.config import ClipConfig
 from gradclip.decide import decide_all
@@ -55,14 +55,14 @@ class Sources(NamedTuple):
     """What a clipper was built from, and is built from again when parameters change.
 
     Attributes:
-        named: Names of parameters; a module gives the names that it has now.
+        named: The model, or names of its parameters.
         optimizer: Whose parameters; None for all that are named.
         process_group: One more group of ranks that hold other parameters, or one by pattern.
         layout: Found out from the parameters if None.
         kernel: By name; chosen by the device if None.
     """
 
-    named: torch.nn.Module | Sequence[tuple[str, Parameter]] | None
+    named: Module | Sequence[tuple[str, Parameter]] | None
     optimizer: Any | None
     process_group: Groups | None
     layout: Layout | None
@@ -73,13 +73,6 @@ class Sources(NamedTuple):
         """The optimizer's parameters as they are now; empty without an optimizer."""
         groups = () if self.optimizer is None else self.optimizer.param_groups
         return list(chain.from_iterable(group["params"] for group in groups))
-
-    @property
-    def names(self) -> Iterable[tuple[str, Parameter]] | None:
-        """The names as they are now."""
-        return (
-            self.named.named_parameters() if isinstance(self.named, torch.nn.Module) else self.named
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +296,9 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         )
         raise ConfigError(msg)
     optimizer, group = sources.optimizer, sources.process_group
-    parameters = collect_parameters(sources.names, optimizer)
-    layout = sources.layout or detect(parameters, group)
+    parameters = collect_parameters(sources.named, optimizer)
+    model = sources.named if isinstance(sources.named, Module) else None
+    layout = sources.layout or detect(parameters, group, model)
     kernel = kernel_for(layout.devices, sources.kernel)
     regions: dict[str, Region] = {}
     if needs_regions(config):

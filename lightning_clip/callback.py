@@ -246,11 +246,11 @@ class GradientClip(Callback):
         self._optimizers = list(trainer.optimizers)
         self._engine = deepspeed_engine(trainer)
         if self._engine is None:
-            named, scaler = module.named_parameters(), live_scaler(trainer.precision_plugin)
-            self._clippers = ClipperSet.build(self.config, named, self._optimizers, scaler=scaler)
+            scaler = live_scaler(trainer.precision_plugin)
+            self._clippers = ClipperSet.build(self.config, module, self._optimizers, scaler=scaler)
             self._steps = Steps(self._optimizers, self._patches)
         else:
-            clipper = GradientClipper(self.config, module.named_parameters(), self._engine)
+            clipper = GradientClipper(self.config, module, self._engine)
             self._patches.callback(clipper.attach(self._engine).remove)
             self._clippers = ClipperSet([clipper])
         after_clip = ["on_before_optimizer_step", "configure_gradient_clipping"]

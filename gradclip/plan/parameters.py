@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from gradclip.config import ClipConfig
@@ -13,19 +13,29 @@ from gradclip.errors import ConfigError
 from gradclip.plan.groups import Fact, for_each
 from gradclip.plan.in_backward import refuse_marked
 
-__all__ = ["collect_parameters", "configs_for", "facts_of", "grad_dtype", "refuse_differentiable"]
+__all__ = [
+    "Named",
+    "collect_parameters",
+    "configs_for",
+    "facts_of",
+    "grad_dtype",
+    "refuse_differentiable",
+]
+
+Named = Module | Iterable[tuple[str, Parameter]]
+"""A model, or names of its parameters as from `model.named_parameters()`."""
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 """What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
 
 
 def collect_parameters(
-    named_parameters: Iterable[tuple[str, Parameter]] | None, optimizer: Optimizer | None
+    named_parameters: Named | None, optimizer: Optimizer | None
 ) -> dict[str, Parameter]:
     """The parameters to clip, by name, each once.
 
     With an optimizer these are its parameters; names come from `named_parameters`, else from the
-    optimizer's own `param_names`, else from their place in it. They are those of the unwrapped
+    optimizer's own `param_names`, else from their index in it. They are those of the unwrapped
     model, so that patterns, metrics and saved state mean the same under every wrapper. A tied
     parameter has the first of its names.
 
@@ -41,18 +51,20 @@ def collect_parameters(
         raise ConfigError(msg)
     refuse_differentiable(optimizer)
     names: dict[Parameter, str] = {}
+    if isinstance(named_parameters, Module):
+        named_parameters = named_parameters.named_parameters()
     named = list(named_parameters or ())
     for (_, parameter), name in zip(named, _unwrapped([name for name, _ in named]), strict=True):
         names.setdefault(parameter, name)
     if optimizer is not None:
-        places = [
-            (parameter, _unwrapped(group.get("param_names", ())), f"group{index}", place)
+        listed = [
+            (parameter, _unwrapped(group.get("param_names", ())), f"group{index}", column)
             for index, group in enumerate(optimizer.param_groups)
-            for place, parameter in enumerate(group["params"])
+            for column, parameter in enumerate(group["params"])
         ]
         names = {
-            parameter: names.get(parameter, own[place] if own else f"{group}.{place}")
-            for parameter, own, group, place in places
+            parameter: names.get(parameter, own[column] if own else f"{group}.{column}")
+            for parameter, own, group, column in listed
         }
     found: dict[str, Parameter] = {}
     for parameter, name in names.items():
@@ -135,7 +147,7 @@ def facts_of(
 
 def configs_for(
     config: ClipConfig,
-    named_parameters: Iterable[tuple[str, Parameter]],
+    named_parameters: Named,
     optimizers: Sequence[Optimizer],
 ) -> list[ClipConfig]:
     """What each of several optimizers' clippers is to be built with.
@@ -145,7 +157,7 @@ def configs_for(
 
     Args:
         config: For all of them.
-        named_parameters: As from `model.named_parameters()`.
+        named_parameters: The model, or names as from `model.named_parameters()`.
         optimizers: Each with parameters of its own.
 
     Returns:
@@ -154,6 +166,6 @@ def configs_for(
     Raises:
         ConfigError: If a group matches no parameter of any of them.
     """
-    named = list(named_parameters)
+    named = named_parameters if isinstance(named_parameters, Module) else list(named_parameters)
     facts = [facts_of(collect_parameters(named, opt), opt, {}) for opt in optimizers]
     return for_each(config, facts)
