@@ -72,15 +72,11 @@ def main(missing, used):
     ],
 )
 def test_the_callback_works_in_either_trainer(missing, used, base):
-<<<<<<< HEAD
     """In a process of its own: what is blocked there is missing for good."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, __file__, missing, used]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     module, clipped, limit = json.loads(done.stdout.splitlines()[-1])
-=======
-    [(module, clipped, limit)] = run_on_ranks(with_packages, 1, missing, used, fresh=True)
->>>>>>> w-layouts
     assert module == base
     assert clipped
     assert limit == 0.5
