@@ -80,8 +80,7 @@ class AutoClip(AdaptivePolicy):
         return Decision(coefficient(stats.norms, limit, self.eps), limit), after
 
     def _observe(self, norms: Tensor, state: State) -> State:
-        # Between an infinite norm and its neighbour a percentile would be NaN.
-        observed = (norms > 0) & torch.isfinite(norms)
+        observed = norms > 0
         seen = state["seen"] + observed
         if self.history == "all":
             return {"seen": seen, "counts": taken_in(state["counts"], norms)}

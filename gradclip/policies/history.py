@@ -49,8 +49,16 @@ def percentile_of_last(rows: Tensor, seen: Tensor, share: float) -> Tensor:
     Returns:
         Shape (slots,); inf for a slot that has none.
     """
-    held = torch.where(last_rows(rows, seen), rows, torch.nan)
-    return torch.where(seen > 0, held.nanquantile(share, dim=0), torch.inf)
+    # By hand: `nanquantile` takes one share for all slots, and `gradclip recommend` tries many
+    # values side by side, one for each slot.
+    ordered = torch.where(last_rows(rows, seen), rows, torch.inf).sort(0).values
+    rank = share * (seen.clamp(max=rows.shape[0]) - 1).clamp(min=0)
+    low, high = (
+        ordered.gather(0, index.long().unsqueeze(0)).squeeze(0)
+        for index in (rank.floor(), rank.ceil())
+    )
+    # Equal ends are taken as they are: inf - inf, where nothing was seen, is no number.
+    return torch.where(low == high, low, low + (high - low) * (rank - rank.floor()))
 
 
 def mean_and_std(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

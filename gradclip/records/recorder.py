@@ -256,10 +256,8 @@ class Recorder:
     def describe(self, step: Step) -> ClipRecord:
         """What happened, not counted."""
         plan, verdict = self._plan, step.verdict
-        both = torch.stack([step.norms, step.norms * verdict.coef])
-        whole = both.shape[1] == 1  # one slot of all: nothing to combine
-        totals = both.squeeze(1) if whole else combine(both, plan.recorded)
-        grad_norm, clipped_norm = totals.unbind()
+        grad_norm = _total(step.norms, plan.recorded)
+        clipped_norm = _total(step.norms * verdict.coef, plan.recorded)
         named = self.named(partial(plan.by_slot, step.norms))
         return self.tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded)
 
@@ -422,6 +420,11 @@ class Recorder:
             names = (f"{stem}{'' if i == 0 else f'-{i}'}{dot}{rest}" for i in range(10**6))
             self._path = next(p for name in names if not (p := wanted.with_name(name)).exists())
         return self._path
+
+
+def _total(norms: Tensor, norm_type: float) -> Tensor:
+    """The norm of all slots, 0-d; that of a single one as it is."""
+    return norms.squeeze(0) if len(norms) == 1 else combine(norms, norm_type)
 
 
 def _as_step(values: Sequence[float]) -> dict[str, Any]:
