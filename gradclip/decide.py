@@ -69,9 +69,8 @@ def decide_all(
         weight_norms = weights.get(norm_type) if weights and rule.policy.uses_weights else None
         # A policy on elements remembers elements, which no division of norms would reach.
         seen_share = 1.0 if not state or rule.elementwise is not None else share
-        scaled = measured * coef
         stats = Stats(
-            norms=(scaled if rule.same_slots else rule.gather(scaled, norm_type)) / seen_share,
+            norms=_gathered(rule, measured * coef, norm_type) / seen_share,
             finite=finite,
             step=step,
             sizes=rule.sizes,
@@ -103,6 +102,10 @@ def decide_all(
     ]
     edits = [replace(edit, learns=edit.learns & keeps) for edit in edits]
     return Verdict(coef, limit, finite, skip, stop, tuple(edits)), kept
+
+
+def _gathered(rule: Rule, norms: Tensor, norm_type: float) -> Tensor:
+    return norms if rule.same_slots else rule.gather(norms, norm_type)
 
 
 def _edit(
