@@ -6,31 +6,25 @@ changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 
 from gradclip.adapters import Patches
 
 __all__ = [
-    "Versions",
     "around_training",
     "engine_of",
     "hold_schedule",
-    "is_written",
     "prepared_models",
     "prepared_optimizers",
     "tells_of_skips",
-    "versions",
 ]
-
-Versions = Sequence[tuple[Tensor, int]]
-"""Gradients, and how often each was written to."""
 
 
 def prepared_models(accelerator: Accelerator) -> list[Module]:
@@ -64,18 +58,6 @@ def tells_of_skips(optimizer: AcceleratedOptimizer) -> None:
     0 in fp32 the optimizer has a flag only once it is clipped.
     """
     type(optimizer).__init__(optimizer, optimizer.optimizer)
-
-
-def versions(parameters: Iterable[Parameter]) -> Versions:
-    """The gradients now in place, and torch's count of the writes to each."""
-    return [(p.grad, p.grad._version) for p in parameters if p.grad is not None]
-
-
-def is_written(parameters: Iterable[Parameter], *, since: Versions) -> bool:
-    """Whether any gradient is another, or was written to, since `versions` was taken."""
-    now = versions(parameters)
-    pairs = zip(since, now, strict=False)
-    return len(now) != len(since) or any(a is not b or m != n for (a, m), (b, n) in pairs)
 
 
 def around_training(trainer: Any, training: Any, patches: Patches) -> None:

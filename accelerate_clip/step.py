@@ -17,10 +17,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from accelerate_clip.engine import ClippedEngine
-from accelerate_clip.private import hold_schedule, is_written, versions
+from accelerate_clip.private import hold_schedule
 from accelerate_clip.refuse import refuse_closure, refuse_unreduced
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
-from gradclip.adapters import OncePerStep, Patches, window_share
+from gradclip.adapters import GradientSnapshot, OncePerStep, Patches, window_share
 
 __all__ = ["Clipped", "ClippedOptimizer", "accumulated_norm", "micro_batch_contexts", "unwrapped"]
 
@@ -109,10 +109,10 @@ class ClippedOptimizer:
             # The script may have zeroed gradients without a step; their losses are still waiting.
             is_first = all(p.grad is None for p in self.parameters)
             self.clipper.observe_loss(loss, first=is_first)
-        before = versions(self.parameters) if self.awaits_step else None
+        before = GradientSnapshot(self.parameters) if self.awaits_step else None
         yield
         self._backwards += 1
-        if before is not None and is_written(self.parameters, since=before):
+        if before is not None and before.is_changed:
             self.expect_new()
 
     def detach(self) -> None:

@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from gradclip.changes import changes_gradients
+from gradclip.changes import GradientSnapshot, changes_gradients
 from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
 from gradclip.errors import ConfigError
@@ -24,7 +24,14 @@ from gradclip.patches import Patches
 from gradclip.plan.parameters import Named, configs_for
 from gradclip.records.record import ClipRecord
 
-__all__ = ["ClipperSet", "OncePerStep", "Patches", "changes_gradients", "window_share"]
+__all__ = [
+    "ClipperSet",
+    "GradientSnapshot",
+    "OncePerStep",
+    "Patches",
+    "changes_gradients",
+    "window_share",
+]
 
 
 class ClipperSet(Sequence[GradientClipper]):

@@ -11,16 +11,43 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from gradclip.private import writes as count
+from gradclip.private import writes
 
-__all__ = ["changes_gradients"]
+__all__ = ["GradientSnapshot", "changes_gradients"]
+
+
+class GradientSnapshot:
+    """The gradients that are in place now, to tell later whether they are others.
+
+    torch counts the writes to each tensor, so nothing is read. A write through `.data`, and a
+    `torch._foreach_*` operation on a DTensor, aren't counted.
+
+    Args:
+        parameters: Whose gradients.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        self._seen = [(p, p.grad, 0 if p.grad is None else writes(p.grad)) for p in parameters]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Those that were there."""
+        return [grad for _, grad, _ in self._seen if grad is not None]
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether a gradient is another tensor now, was written to, or came or went."""
+        return any(
+            p.grad is not grad or (grad is not None and writes(grad) != before)
+            for p, grad, before in self._seen
+        )
 
 
 def changes_gradients(run: Callable[[], Any], parameters: Iterable[Parameter]) -> tuple[Any, bool]:
     """Run something, and see whether it replaced gradients or wrote to them.
 
     For adapters: around user code that runs after the clip. Nothing is read on the host. A write
-    through `.data` isn't seen: torch doesn't count it in a tensor's version.
+    through `.data` isn't seen.
 
     Args:
         run: Called once.
@@ -29,17 +56,12 @@ def changes_gradients(run: Callable[[], Any], parameters: Iterable[Parameter]) -
     Returns:
         What `run` returned, and whether any of the gradients is another tensor or was written to.
     """
-    before = [(p, p.grad, 0 if p.grad is None else count(p.grad)) for p in parameters]
-    writes = _Writes()
-    # torch's versions don't count foreach operations on DTensors, such as clip_grad_norm_'s.
-    is_sharded = any(is_traceable_wrapper_subclass(grad) for _, grad, _ in before)
-    with writes if is_sharded else nullcontext():
+    before, written = GradientSnapshot(parameters), _Writes()
+    # Foreach operations on DTensors, such as clip_grad_norm_'s, are seen as they are dispatched.
+    is_sharded = any(map(is_traceable_wrapper_subclass, before.gradients))
+    with written if is_sharded else nullcontext():
         result = run()
-    changed = any(
-        p.grad is not grad or (grad is not None and count(grad) != version) or writes.has(grad)
-        for p, grad, version in before
-    )
-    return result, changed
+    return result, before.is_changed or any(map(written.has, before.gradients))
 
 
 class _Writes(TorchDispatchMode):
@@ -49,7 +71,7 @@ class _Writes(TorchDispatchMode):
         super().__init__()
         self._written: set[int] = set()
 
-    def has(self, tensor: Tensor | None) -> bool:
+    def has(self, tensor: Tensor) -> bool:
         """Whether this tensor, which has to be alive all the time, was written to."""
         return id(tensor) in self._written
 

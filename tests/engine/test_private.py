@@ -4,6 +4,7 @@ import warnings
 
 import torch
 
+from gradclip.adapters import GradientSnapshot
 from gradclip.private import (
     has_gradient_hooks,
     is_unscaled,
@@ -23,6 +24,20 @@ def test_writes_and_views_of_a_tensor():
     assert writes(tensor) == before + 2
     assert is_view(row)
     assert not is_view(tensor)
+
+
+def test_every_write_to_a_gradient_shows():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    for grad in (None, torch.ones(3), torch.ones(3)):
+        before = GradientSnapshot([parameter])
+        assert not before.is_changed
+        parameter.grad = grad
+        assert before.is_changed == (grad is not None)
+    for write in (lambda: parameter.sum().backward(), lambda: grad.mul_(1.0)):
+        before = GradientSnapshot([parameter])
+        write()
+        assert parameter.grad is grad
+        assert before.is_changed
 
 
 def test_hooks_on_a_parameters_gradient():

@@ -47,20 +47,6 @@ def test_the_scheduler_asks_step_was_skipped():
     assert isinstance(AcceleratedOptimizer.step_was_skipped, property)
 
 
-def test_every_write_to_a_gradient_shows():
-    parameter = nn.Parameter(torch.ones(3))
-    for grad in (None, torch.ones(3), torch.ones(3)):
-        before = private.versions([parameter])
-        assert not private.is_written([parameter], since=before)
-        parameter.grad = grad
-        assert private.is_written([parameter], since=before) == (grad is not None)
-    for _ in range(2):
-        before = private.versions([parameter])
-        parameter.sum().backward()
-        assert private.versions([parameter])[0][0] is parameter.grad is grad
-        assert private.is_written([parameter], since=before)
-
-
 def test_the_launcher_is_where_it_was():
     arguments = launch.launch_command_parser().parse_args(
         ["--num_processes", "2", "a.py", "--lr", "1"]
