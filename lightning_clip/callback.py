@@ -196,7 +196,9 @@ class GradientClip(Callback):
         index = self._index(trainer, pl_module, optimizer)
         repeat = self._steps.announce(index)
         if self._has_gradients(trainer, pl_module):
-            self._clippers[index].clip(share=share, repeat=repeat)
+            record = self._clippers[index].clip(share=share, repeat=repeat)
+            if repeat:  # a failed evaluation joins the record of the step that was logged
+                self._last_record = record
             self._report(trainer, pl_module, index)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
