@@ -1,5 +1,8 @@
 """Closures that are evaluated several times, and windows that are cut short."""
 
+import functools
+import math
+
 import pytest
 import torch
 from support.gradients import flat, small_model
@@ -139,3 +142,34 @@ def test_what_is_no_share_is_refused_before_anything_is_written():
         with pytest.raises(ConfigError, match=f"share is {share}"):
             clipper.clip(share=share)
     assert torch.equal(flat(dict(model.named_parameters())), before)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_a_later_evaluation_that_is_not_finite_joins_the_record_of_its_step(kernel):
+    """Its gradients are dropped, and the step leaves no trace in adaptive state."""
+    model = small_model()
+    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    policy = ZClip(warmup_steps=2, max_norm=None)
+    clipper = GradientClipper(policy, model.named_parameters(), optimizer, kernel=kernel)
+    clipper.attach(optimizer)
+    evaluations = []
+
+    def closure(spoilt):
+        optimizer.zero_grad()
+        loss = model(torch.ones(8, 4)).square().mean()
+        evaluations.append(loss)
+        (loss * (math.nan if spoilt and len(evaluations) > 1 else 1.0)).backward()
+        return loss
+
+    for spoilt, withheld in ((False, 0), (True, 1), (False, 1)):
+        evaluations.clear()
+        before = clipper.state_dict()["policies"][0]["state"]
+        optimizer.step(functools.partial(closure, spoilt))
+        record, counts = clipper.last_record, clipper.state_dict()["counts"]
+        assert len(evaluations) > 1
+        assert bool(record.skipped) == spoilt
+        assert bool(record.finite) == (not spoilt)
+        assert (counts["skipped"], counts["nonfinite"]) == (withheld, withheld)
+        after = clipper.state_dict()["policies"][0]["state"]
+        assert all(torch.equal(after[key], before[key]) for key in before) == spoilt
+    assert (counts["steps"], counts["taken"]) == (3, 2)

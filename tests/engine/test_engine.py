@@ -74,6 +74,24 @@ class TestWhatIsClipped:
         clipper.clip()
         assert flat(dict(model.named_parameters())).norm() == pytest.approx(0.5, rel=1e-5)
 
+    def test_a_parameter_that_takes_the_place_of_another_is_clipped_from_then_on(self):
+        """At the same count, as where a head is exchanged or an embedding resized."""
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        clipper = GradientClipper(ClipByNorm(max_norm=0.01), model, optimizer)
+        backward(model)
+        clipper.clip()
+        old = model[2].weight
+        model[2].weight = torch.nn.Parameter(torch.randn_like(old))
+        for group in optimizer.param_groups:
+            group["params"] = [model[2].weight if p is old else p for p in group["params"]]
+        model.zero_grad()
+        backward(model, size=100)
+        record = clipper.clip()
+        norm = flat(dict(model.named_parameters())).norm()
+        assert float(norm) == pytest.approx(0.01, rel=1e-4)
+        assert float(record.clipped_norm) == pytest.approx(0.01, rel=1e-4)
+
     def test_a_parameter_group_added_later_is_clipped_and_state_is_kept(self):
         model = small_model()
         optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
