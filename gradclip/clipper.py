@@ -162,7 +162,7 @@ class GradientClipper:
         given = self._completed(given, grad_scale, loss)
         if repeat and self.last_record is not None:
             return clip_again(self._core, given, self._beginning)
-        self._beginning = self._core.begin()
+        self._beginning = self._core.begin()  # for evaluations of a closure that may follow
         step = self._core.look(given, self._beginning)
         record = self._core.commit(step)
         self._core.write(step)

@@ -177,13 +177,14 @@ class Core:
         states, taken = since or self.begin()
         on = self.machinery
         grads = on.layout.collect(on.plan.slots)
+        # Only until every parameter had a gradient: then no optimizer steps in backward.
         watch = self._backward_watch
         if watch is not None and not watch.look(on.plan.parameters):
             self._backward_watch = None
         scale, memory = given.grad_scale, on.memory
         probes = {} if memory is None else memory.probes(grads.counted, scale)
         norms, probed, weights = measure_step(on.plan, grads, probes, on.layout, on.kernel)
-        if scale is not None:
+        if scale is not None:  # policies think in gradients without a loss scale
             norms = {p: norm / scale for p, norm in norms.items()}
         verdict, states = decide_all(
             on.plan.rules,
@@ -200,6 +201,7 @@ class Core:
         )
         each = partial(measure_each, on.plan, on.layout, on.kernel, scale)
         step = Step(given, grads, norms[on.plan.recorded], verdict, states, each)
+        # On a CPU a read costs nothing, and lets `write` drop gradients of a withheld step.
         return step if self._stays_on_device(given) else self._read_on_host(step)
 
     def commit(self, step: Step) -> ClipRecord:
@@ -221,7 +223,7 @@ class Core:
             NonFiniteError: As `commit`.
             SkipLimitError: As `commit`.
         """
-        if self._stays_on_device(step.given):
+        if self._stays_on_device(step.given):  # else the error was raised while looking
             self._stop.check(step.verdict, self.machinery.plan.rules)
         self.states = step.states
 
@@ -272,6 +274,7 @@ class Core:
     def _read_on_host(self, step: Step) -> Step:
         """The step, with the host knowing whether it is withheld; or the error that it asks for."""
         on, verdict, raises = self.machinery, step.verdict, step.given.on_nonfinite == "raise"
+        # The one host read of a step: nothing more is read of a step that is taken.
         bad = verdict.skip
         if raises:
             nonfinite = verdict.finite.logical_not()
@@ -282,7 +285,7 @@ class Core:
         try:
             refuse_stop(verdict, on.plan.rules, where, raises=raises)
         except ClipError:
-            self.recorder.witness(step)
+            self.recorder.witness(step)  # the run ends here, so the file has to say why
             raise
         return replace(step, verdict=replace(verdict, withheld=True))
 

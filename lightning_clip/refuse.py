@@ -99,7 +99,7 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         ConfigError: If one holds no parameters, or none that the module still has.
     """
-    held = {id(parameter) for parameter in module.parameters()}
+    held = set(module.parameters())
     for index, optimizer in enumerate(trainer.optimizers):
         if not isinstance(optimizer, Optimizer):
             continue  # a wrapper, which has parameters of its own making
@@ -112,7 +112,7 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
                 "one, or remove GradientClip."
             )
             raise ConfigError(msg)
-        if not any(id(p) in held for p in own):
+        if held.isdisjoint(own):
             msg = (
                 f"{name} holds no parameter of {type(module).__name__}, so training would change "
                 "nothing: sharding may have put others in their place after it was built. Build "

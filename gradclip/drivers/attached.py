@@ -97,7 +97,7 @@ class Attached:
         if isinstance(found_inf, Tensor) and found_inf.ndim:
             # FSDP's scaler of torch 2.13 gives shape (1,), which fused steps refuse.
             vars(self._optimizer)["found_inf"] = found_inf.reshape(())
-        if self._clipped_by_scaler:
+        if self._clipped_by_scaler:  # around the scaler's step, which looks for overflows first
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -105,6 +105,7 @@ class Attached:
             return None
         if self._core.config.stage == "after_backward":
             refuse_closures()
+        # The optimizer evaluates the closure when and as often as it likes: clip after each.
         rest = {name: value for name, value in kwargs.items() if name != "closure"}
         return (args[0], self._then_clip(closure), *args[2:]), rest
 

@@ -184,6 +184,7 @@ class MicroBatches:
                 "step. Use fully_shard (FSDP2) or DDP, or set stage to 'step'."
             )
             raise ConfigError(msg)
+        # DDP writes the next gradients into its buckets, so what lies there has to be copied.
         for p, grad in sums.items():
             sums[p] = grad.clone() if is_borrowed(grad) else grad
             p.grad = None
@@ -205,6 +206,7 @@ class MicroBatches:
             # A scaler has to see an overflow, and then leaves the whole step out.
             drop = drop & verdict.finite
         one = self._described(step, drop)
+        # The host knows of a withheld micro-batch where reading it is free; a device never tells.
         left_out = verdict.withheld and bool(drop)
         if left_out:
             one.names = [f"number {number} ({self._why(step)})"]

@@ -129,6 +129,7 @@ class Effect:
     ) -> None:
         """Do what was decided, or ask the optimizer's step to; see `apply` and `FusedStep.ask`."""
         folds = self.folds(in_step=given.in_step) and not verdict.withheld
+        # A micro-batch says nothing of the step: other ones may still join the sum.
         if not self._one_by_one:
             divisor = self._divisor(verdict) if folds else None
             self._ask(divisor, verdict.skip, given)
@@ -174,8 +175,8 @@ def _why_no_flag(plan: Plan, optimizer: Any | None) -> str | None:
         return "the clipper has no optimizer of torch's (none, a layout, or a DeepSpeed engine)"
     if not takes_factors(optimizer):
         return f"{type(optimizer).__name__} wasn't built with fused=True, or can't be"
-    held = {id(parameter) for parameter in plan.parameters.values()}
+    held = set(plan.parameters.values())
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(p.requires_grad and id(p) not in held for p in stepped):
+    if any(p.requires_grad and p not in held for p in stepped):
         return "the optimizer steps parameters that this clipper doesn't hold"
     return None
