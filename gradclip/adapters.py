@@ -153,7 +153,7 @@ class ClipperSet(Sequence[GradientClipper]):
             clipper.load_state_dict(own)
 
     def place_records(self, folder: str | Path) -> None:
-        """Say where flight records with a relative path go; their names tell optimizers apart."""
+        """Say where flight records with a relative path go; names hold the optimizer's index."""
         for index, clipper in enumerate(self):
             clipper.recorder.folder = Path(folder).absolute()
             clipper.recorder.tag = self.suffix(index).replace("/", ".")
@@ -221,7 +221,7 @@ class OncePerStep:
         self._after_step = after_step
         self._is_done = False
         self._clips_in_step: int | None = None
-        # The post-hook first: it has to see what a fused step was told before that is taken back.
+        # The post-hook first: it has to see the flag of a fused step before the flag is taken back.
         self._handles = [
             optimizer.register_step_post_hook(self._end_made_step),
             clipper.attach(optimizer, clip=self.clip),

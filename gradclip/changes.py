@@ -1,4 +1,4 @@
-"""Whether somebody changed gradients, told without reading them."""
+"""Whether somebody changed gradients, without reading them."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ def _how_it_lies(plan: Plan) -> tuple[object, ...]:
 
 
 def _refuse_scopes(plan: Plan, config: ClipConfig, *, grouped: bool, flat: Sequence[str]) -> None:
-    """Refuse scopes that these parameters can't be told apart by.
+    """Refuse scopes that need parameters which are not there one by one.
 
     Args:
         plan: With the policies.

@@ -238,7 +238,7 @@ class _EngineStep:
         self._patches.put(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
 
     def _install_bare(self) -> None:
-        """Stage 0 in fp32: torch's optimizer, told to the engine by attributes it looks for."""
+        """Stage 0 in fp32: torch's optimizer, whose attributes tell the engine what was done."""
         optimizer = self._optimizer
 
         def before_step(*_: object) -> None:

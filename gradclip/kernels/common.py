@@ -151,6 +151,6 @@ def scale_units_(units: Units, coef: Tensor) -> None:
 
 
 def _dims(tensor: Tensor, span: UnitSpan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The dims that tell units apart, and those within a unit."""
+    """The dims that distinguish units, and those within a unit."""
     first, last = span.unit_dims
     return tuple(range(first, last)), (*range(first), *range(last, tensor.ndim))

@@ -40,7 +40,7 @@ def build_plan(
         config: Policies, and other policies for some parameters.
         facts: What is known of every parameter, also of those that only other ranks hold.
         parameters: Those that this rank holds, by name.
-        regions: Where this rank's part of each of them lies, if units are told apart.
+        regions: Where this rank's part of each of them lies, if units are measured.
         device: Where decisions are made.
         fine: Every parameter is measured by itself, whatever policies ask for.
 
@@ -52,8 +52,8 @@ def build_plan(
     chains = config.lists
     policies = [policy for chain in chains for policy in chain]
     members = members_of(config, facts)
-    told = _PARAMETER if fine else 1 if config.log.per_group else 0
-    depth = max([told, *(_finest(policy) for policy in policies)])
+    logged = _PARAMETER if fine else 1 if config.log.per_group else 0
+    depth = max([logged, *(_finest(policy) for policy in policies)])
 
     # A slot is named by its path: config group, optimizer group, parameter, as deep as needed.
     slots: dict[Path, list[Parameter]] = {}
@@ -181,7 +181,7 @@ def _unit_dims(
     where: Mapping[Path, Membership],
     facts: Mapping[str, Fact],
 ) -> dict[str, UnitDims]:
-    """What tells the units of each parameter apart, as the policies of scope "unit" say."""
+    """What distinguishes the units of each parameter: what the policies of scope "unit" say."""
     found: dict[str, UnitDims] = {}
     for path, member in where.items():
         name = path[-1]

@@ -22,7 +22,7 @@ class Fact(NamedTuple):
         group: Its optimizer group, by name.
         dtype: Of its gradient's elements.
         kinds: Names of its optimizer's class and the classes that one is made from.
-        shape: Of the whole parameter; empty unless units are told apart.
+        shape: Of the whole parameter; empty unless units are measured.
     """
 
     group: str

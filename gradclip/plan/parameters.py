@@ -130,7 +130,7 @@ def facts_of(
     Args:
         parameters: By name.
         optimizer: What steps them, if known.
-        shapes: Of whole parameters, where units are told apart; else empty.
+        shapes: Of whole parameters, where units are measured; else empty.
 
     A parameter's optimizer group is named by its `name`, else `group<i>`.
     """

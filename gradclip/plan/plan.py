@@ -111,7 +111,7 @@ class Plan:
             measured.
         regions: Where this rank's part of each parameter lies, by name; empty where nobody asks.
         shapes: Of all whole parameters, by name.
-        group_names: The optimizer's parameter groups, where slots tell them apart.
+        group_names: The optimizer's parameter groups, where slots distinguish them.
         group_members: The measured slots of each, as `Rule.members`.
         each: The held parameter of each name, if any, where slots are coarser than parameters;
             None where they aren't.

@@ -17,7 +17,7 @@ from gradclip.types import Grads, Region, Units, UnitSpan
 __all__ = ["UnitDims", "UnitMap"]
 
 UnitDims = tuple[int, int]
-"""The dims of a parameter that tell its units apart, from the first up to but without the second;
+"""The dims of a parameter that distinguish its units, from the first up to but without the second;
 (0, 0) for a parameter that is one unit."""
 
 
@@ -53,8 +53,8 @@ class UnitMap:
         """The map of parameters.
 
         Args:
-            unit_dims: For each parameter, by name in the order of the slots, what tells its units
-                apart.
+            unit_dims: For each parameter, by name in the order of the slots, what distinguishes
+                its units.
             shapes: Of the whole parameters.
             regions: Where this rank's part of a parameter lies, for those it has.
             device: Where decisions are made.

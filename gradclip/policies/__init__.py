@@ -60,4 +60,4 @@ AnyPolicy = Annotated[
     | SkipLarge,
     Field(discriminator="type"),
 ]
-"""Every policy that YAML can name, told apart by `type`."""
+"""Every policy that YAML can name, by its `type`."""

@@ -65,7 +65,7 @@ class AGC(AdaptivePolicy):
         return self.exclude
 
     def unit_dims(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The dims that tell the units of a parameter apart.
+        """The dims that distinguish the units of a parameter.
 
         Raises:
             ConfigError: If `unit_dim` names a dim that it doesn't have, or optax has no rule.

@@ -62,7 +62,7 @@ class Policy(BaseModel):
         return ()
 
     def unit_dims(self, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-        """The dims whose indices tell the units of a parameter apart.
+        """The dims whose indices distinguish the units of a parameter.
 
         Units are slices along dim 0; a vector or a scalar is one unit.
 

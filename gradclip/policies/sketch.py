@@ -12,7 +12,7 @@ __all__ = ["BINS", "quantile", "taken_in"]
 ACCURACY = 0.0049
 """Relative error of a quantile; below the 0.5 % that is promised, so that rounding fits too."""
 SMALLEST, LARGEST = 1e-12, 1e12
-"""Norms that bins tell apart; what is outside counts as the nearest bin."""
+"""Norms that have bins of their own; what is outside counts for the nearest bin."""
 _STEP = math.log((1 + ACCURACY) / (1 - ACCURACY))
 _FIRST = math.ceil(math.log(SMALLEST) / _STEP)
 BINS = math.ceil(math.log(LARGEST) / _STEP) - _FIRST + 1

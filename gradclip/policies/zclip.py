@@ -64,7 +64,7 @@ class ZClip(AdaptivePolicy):
     warmup_steps: Annotated[int, Field(ge=2)] = 25
     """Norms collected before the first adaptive limit."""
     mode: Literal["zscore", "percentile"] = "zscore"
-    """How a spike is told and what it is held to (see above)."""
+    """How a spike is recognised and what it is held to (see above)."""
     clip_option: Literal["adaptive_scaling", "mean"] = "adaptive_scaling"
     """What mode "zscore" holds a spike to."""
     clip_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0

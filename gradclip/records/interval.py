@@ -109,7 +109,7 @@ class Streaks:
         self._said: set[str] = set()
 
     def follow(self, rows: Tensor, tag: str) -> None:
-        """Take in steps, as `Interval.add`; `tag` tells clippers apart."""
+        """Take in steps, as `Interval.add`; `tag` names the clipper."""
         names = ("has_gradient", "clipped", "skipped", "limit", "grad_norm")
         wanted = rows[:, [COLUMNS.index(name) for name in names]]
         for has_gradient, clipped, skipped, limit, norm in wanted.tolist():

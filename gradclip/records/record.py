@@ -13,7 +13,7 @@ COLUMNS = (
     *("step", "batch", "loss", "grad_norm", "limit", "coef", "clipped_norm", "clip_rate"),
     *("has_gradient", "clipped", "skipped", "nonfinite", "taken", "dropped"),
 )
-"""What a row of the last steps holds. Batch is -1 and loss NaN where nobody told."""
+"""What a row of the last steps holds. Batch is -1 and loss NaN where they are unknown."""
 
 
 @dataclass(frozen=True, slots=True)

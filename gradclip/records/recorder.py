@@ -181,7 +181,7 @@ class Recorder:
 
     Attributes:
         folder: Where a file with a relative path goes; at first the working directory.
-        tag: Part of the file's name, to tell clippers apart.
+        tag: Part of the file's name, which names the clipper.
         norms: Those of the finite steps of the last `flush`, with `log.histograms`.
         tally: The counts and rows.
     """

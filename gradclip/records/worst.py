@@ -20,8 +20,9 @@ _NORM, _NONFINITE = COLUMNS.index("grad_norm"), COLUMNS.index("nonfinite")
 class WorstSteps:
     """The norm of every parameter in the steps that stood out, and the first 8 not finite.
 
-    A step stands out by its norm over the running mean of the norms before it, so that spikes are
-    told from the large norms that most runs begin with. What is kept is decided on the device.
+    A step stands out by its norm over the running mean of the norms before it, so that the
+    large norms that most runs begin with aren't taken for spikes. All of it is decided on the
+    device.
 
     Args:
         worst: How many to keep of those that stood out.

@@ -218,8 +218,8 @@ def _fitted(run: Recent, search: _Search) -> Option:
     """The settings of a family that touch the wanted share of the last steps."""
     touched = _touched_by_all(run, search)[-run.counted :]
     early, late = np.array_split(touched, 2)
-    _, place = _crossing(early.mean(0), search.values, run.wanted)
-    later = float(np.interp(place, np.arange(len(search.values)), late.mean(0)))
+    _, index = _crossing(early.mean(0), search.values, run.wanted)
+    later = float(np.interp(index, np.arange(len(search.values)), late.mean(0)))
     value, _ = _crossing(touched.mean(0), search.values, run.wanted)
     config = {"policies": _with(search, _rounded(value))}
     exact = _touched(run, parse_mapping(config))[-run.counted :, 0]
@@ -250,11 +250,11 @@ def _touched(run: Recent, config: ClipConfig, slots: int = 1) -> Bools:
 
 
 def _crossing(rates: Floats, values: Floats, wanted: float) -> tuple[float, float]:
-    """The value at which falling rates cross the wanted rate, and its place among the values."""
+    """The value at which falling rates cross the wanted rate, and its fractional index."""
     falling = np.minimum.accumulate(rates)
-    places = np.arange(len(values))
-    place = float(np.interp(-wanted, -falling, places))
-    return float(np.interp(place, places, values)), place
+    indices = np.arange(len(values))
+    index = float(np.interp(-wanted, -falling, indices))
+    return float(np.interp(index, indices, values)), index
 
 
 def _option(

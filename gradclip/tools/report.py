@@ -228,23 +228,23 @@ class _Spikes:
     def worst(self) -> tuple[Spike, ...]:
         return tuple(self._named or self._all)
 
-    def _keep(self, kept: list[Spike], chunk: Chunk, places: NDArray[np.intp]) -> None:
-        new = [self._spike(chunk, place) for place in places if chunk.finite[place]]
+    def _keep(self, kept: list[Spike], chunk: Chunk, indices: NDArray[np.intp]) -> None:
+        new = [self._spike(chunk, index) for index in indices if chunk.finite[index]]
         new = [spike for spike in new if not math.isnan(spike.grad_norm)]
         kept[:] = heapq.nlargest(MOST_SPIKES, kept + new, key=lambda spike: spike.grad_norm)
 
-    def _spike(self, chunk: Chunk, place: np.intp) -> Spike:
-        step, batch = int(chunk.step[place]), int(chunk.batch[place])
+    def _spike(self, chunk: Chunk, index: np.intp) -> Spike:
+        step, batch = int(chunk.step[index]), int(chunk.batch[index])
         norms = chunk.per_parameter.get(step, {})
         return Spike(
             step=step,
             batch=None if batch < 0 else batch,
-            grad_norm=float(chunk.grad_norm[place]),
-            limit=float(chunk.limit[place]),
-            coef=float(chunk.coef[place]),
-            clipped=bool(chunk.clipped[place]),
-            skipped=bool(chunk.skipped[place]),
-            finite=bool(chunk.finite[place]),
+            grad_norm=float(chunk.grad_norm[index]),
+            limit=float(chunk.limit[index]),
+            coef=float(chunk.coef[index]),
+            clipped=bool(chunk.clipped[index]),
+            skipped=bool(chunk.skipped[index]),
+            finite=bool(chunk.finite[index]),
             shares=tuple(shares(norms, self._norm_type)),
             not_finite=tuple(not_finite(norms)),
         )
