@@ -119,6 +119,11 @@ class Effect:
         if self._takes_flag:
             self._fused()
 
+    def take_back(self) -> None:
+        """Forget what the optimizer's last step was asked, should it have raised."""
+        if self._step is not None:
+            self._step.take_back()
+
     def write(
         self,
         verdict: Verdict,

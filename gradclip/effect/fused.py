@@ -116,6 +116,11 @@ class FusedStep:
         self._scale = self._inf = None
         self._scaler_clears = False
 
+    def take_back(self) -> None:
+        """Take back what was asked of a step that never ended: an exception came before its end."""
+        self._clear()
+        self._scaler_clears = False
+
     def _clear(self) -> None:
         """Take back what was set here and nobody else removes."""
         for name, value in (("grad_scale", self._scale), ("found_inf", self._inf)):

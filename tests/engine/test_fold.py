@@ -118,6 +118,29 @@ def test_a_factor_that_no_step_used_is_taken_back_by_the_next_clip():
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("scale", [None, 2.0**16])
+@pytest.mark.parametrize("apply", ["auto", "fold"])
+def test_nothing_is_left_of_a_step_that_raised(apply, scale):
+    """As where memory ran out in it, and the loop goes on with the next batch."""
+    program = start("sgd", config(apply), scale=scale, call="attached")
+    program.step(0, 1000)
+    raises = program.optimizer.register_step_pre_hook(run_out_of_memory)
+    with pytest.raises(MemoryError):
+        program.step(1, 1000)
+    raises.remove()
+    before = program.weights
+    record = program.step(2, 1000)
+    moved = (program.weights - before).norm()
+    assert record.clipped
+    assert float(record.grad_norm) > 100
+    # Learning rate 0.01, limit 0.3, and weight decay beside it.
+    assert float(moved) < 0.01 * (0.3 + 0.1 * float(before.norm())) * 1.01
+
+
+def run_out_of_memory(*_):
+    raise MemoryError
+
+
 def test_at_or_below_the_limit_a_folded_step_is_bitwise_the_unclipped_one():
     clipped, plain = (start("adamw", config("fold")) for _ in range(2))
     for program in (clipped, plain):
