@@ -83,7 +83,6 @@ class Attached:
 
     @contextmanager
     def _around_scaler_step(self) -> Iterator[None]:
-        self._core.machinery.effect.take_back()
         self._clip()
         self._clipped_by_scaler = True
         try:
@@ -100,11 +99,10 @@ class Attached:
             vars(self._optimizer)["found_inf"] = found_inf.reshape(())
         if self._clipped_by_scaler:  # around the scaler's step, which looks for overflows first
             return None
-        # What is left of a step that raised would be taken for a scaler's factor.
-        self._core.machinery.effect.take_back()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._clip(getattr(self._optimizer, "grad_scale", None))
+            found = getattr(self._optimizer, "grad_scale", None)
+            self._clip(self._core.machinery.effect.scalers_own(found))
             return None
         if self._core.config.stage == "after_backward":
             refuse_closures()

@@ -114,15 +114,18 @@ class Effect:
         """Whether gradients may keep a scaler's factor until the step: nobody drops them."""
         return self.folds(in_step=in_step) and self._flags_step
 
+    def scalers_own(self, scale: Tensor | None) -> Tensor | None:
+        """The factor found on the optimizer if a scaler set it, None if it was asked for here.
+
+        That stays there where the step it was asked of raised.
+        """
+        ours = self._step is not None and self._step.asked(scale)
+        return None if ours else scale
+
     def make_ready(self) -> None:
         """Register hooks with the optimizer, which can't be done while it runs others."""
         if self._takes_flag:
             self._fused()
-
-    def take_back(self) -> None:
-        """Forget what the optimizer's last step was asked, should it have raised."""
-        if self._step is not None:
-            self._step.take_back()
 
     def write(
         self,

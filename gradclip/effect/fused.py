@@ -116,10 +116,9 @@ class FusedStep:
         self._scale = self._inf = None
         self._scaler_clears = False
 
-    def take_back(self) -> None:
-        """Take back what was asked of a step that never ended: an exception came before its end."""
-        self._clear()
-        self._scaler_clears = False
+    def asked(self, scale: Tensor | None) -> bool:
+        """Whether this very tensor is what gradients are to be divided by, as asked."""
+        return scale is not None and scale is self._scale
 
     def _clear(self) -> None:
         """Take back what was set here and nobody else removes."""
