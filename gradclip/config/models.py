@@ -143,7 +143,7 @@ class ClipConfig(BaseModel):
     recorder: RecorderConfig | None = None
     """The flight recorder; null, the default, writes no file."""
     debug: bool = False
-    """Check around each step that gradients are unscaled, new, and within the limit after clipping;
+    """Check before and after each step that gradients are fresh and within the limit after clipping;
     costs two reads of the gradients, a message more for each, and reads on the host."""
 
     @property
