@@ -143,8 +143,8 @@ class ClipConfig(BaseModel):
     recorder: RecorderConfig | None = None
     """The flight recorder; null, the default, writes no file."""
     debug: bool = False
-    """Check before and after each step that gradients are fresh and within the limit after clipping;
-    costs two reads of the gradients, a message more for each, and reads on the host."""
+    """Check before and after each step that gradients are fresh, and within the limit once clipped.
+    Costs two reads of the gradients, a message more for each, and reads on the host."""
 
     @property
     def lists(self) -> Sequence[Sequence[Policy]]:
