@@ -20,7 +20,7 @@ from accelerate_clip.engine import ClippedEngine
 from accelerate_clip.private import hold_schedule
 from accelerate_clip.refuse import refuse_closure, refuse_unreduced
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
-from gradclip.adapters import GradientSnapshot, OncePerStep, Patches, window_share
+from gradclip.adapters import GradientSnapshot, OncePerStep, Patches, follow_steps, window_share
 
 __all__ = ["Clipped", "ClippedOptimizer", "accumulated_norm", "micro_batch_contexts", "unwrapped"]
 
@@ -64,7 +64,7 @@ class ClippedOptimizer:
         self._withheld: Tensor | bool | None = None
         self._patches = Patches()
         # First, to see what a fused step was told before that is taken back.
-        self._patches.callback(self._raw.register_step_post_hook(self._see_withheld).remove)
+        follow_steps(self._raw, self._patches, after=self._see_withheld)
         self._once = OncePerStep(
             self.clipper, self._raw, share=self._share, after_step=self._end_step
         )

@@ -23,6 +23,7 @@ from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.plan.parameters import Named, configs_for
 from gradclip.records.record import ClipRecord
+from gradclip.steps import claim_steps, closure_place, follow_steps
 
 __all__ = [
     "ClipperSet",
@@ -30,6 +31,9 @@ __all__ = [
     "OncePerStep",
     "Patches",
     "changes_gradients",
+    "claim_steps",
+    "closure_place",
+    "follow_steps",
     "window_share",
 ]
 
@@ -219,13 +223,12 @@ class OncePerStep:
         self.steps = 0
         self._share = share
         self._after_step = after_step
-        self._is_done = False
+        self._is_done = self._is_done_in_step = False
         self._clips_in_step: int | None = None
+        self._patches = Patches()
         # The post-hook first: it has to see the flag of a fused step before the flag is taken back.
-        self._handles = [
-            optimizer.register_step_post_hook(self._end_made_step),
-            clipper.attach(optimizer, clip=self.clip),
-        ]
+        follow_steps(optimizer, self._patches, after=self._end_made_step)
+        self._patches.callback(clipper.attach(optimizer, clip=self._clip_in_step).remove)
 
     @property
     def is_done(self) -> bool:
@@ -252,9 +255,17 @@ class OncePerStep:
         assert self.clipper.last_record is not None
         return self.clipper.last_record
 
+    def _clip_in_step(self, *, grad_scale: Tensor | None = None, repeat: bool = False) -> ClipRecord:
+        """Clip from within the step, so also if the step before raised after it had clipped."""
+        if self._is_done_in_step and not repeat:
+            self.expect_new()
+        record = self.clip(grad_scale=grad_scale, repeat=repeat)
+        self._is_done_in_step = True
+        return record
+
     def expect_new(self) -> None:
         """Say that other gradients are in place, or will be, than those that were clipped."""
-        self._is_done = False
+        self._is_done = self._is_done_in_step = False
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -274,13 +285,12 @@ class OncePerStep:
     def end_step(self) -> None:
         """Say that the step is over; called by itself after each step that the optimizer makes."""
         self.steps += 1
-        self._is_done = False
+        self.expect_new()
         self._after_step()
 
     def remove(self) -> None:
         """Clip no more."""
-        for handle in self._handles:
-            handle.remove()
+        self._patches.undo()
 
     def _end_made_step(self, *_: object) -> None:
         self.end_step()

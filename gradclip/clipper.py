@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -236,6 +237,7 @@ class GradientClipper:
             `clip/clip_rate_window` of these; `clip/grad_norms/<parameter>` and
             `clip/grad_norms/group/<name>`: means, where configured. Empty without a step.
         """
+        self._core.watch.check(in_clip=False)
         return self.recorder.flush()
 
     @property
@@ -311,6 +313,7 @@ class GradientClipper:
             self._core,
             optimizer,
             clip or self.clip,
+            partial(self._given, "clip", 1.0),
             losses=self._losses,
             scaler=self._scaler,
             once=clip is not None,

@@ -39,7 +39,7 @@ from gradclip.layouts import (
 )
 from gradclip.measure import measure_each, measure_step
 from gradclip.plan.build import build_plan, needs_regions
-from gradclip.plan.in_backward import BackwardWatch
+from gradclip.plan.in_backward import BackwardWatch, refuse_taken
 from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
 from gradclip.records.record import ClipRecord
@@ -47,6 +47,7 @@ from gradclip.records.recorder import TAKEN, Recorder
 from gradclip.state import carry_over
 from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
 from gradclip.types import Beginning, Given, Grads, Kernel, Layout, Region, State, Step
+from gradclip.watch import Watch
 
 __all__ = ["Core", "Machinery", "Sources"]
 
@@ -122,6 +123,7 @@ class Core:
         states: Of the policies, in the order of the plan's rules.
         recorder: What happened.
         last_record: What the last `commit` returned; None before it.
+        watch: Sees steps that nobody clipped.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters, or a layout and a
@@ -142,6 +144,7 @@ class Core:
             weakref.finalize(self, self.recorder.close)
         self.last_record: ClipRecord | None = None
         self._stop = DeferredStop(config.log.every_n_steps or 10)
+        self.watch = Watch()
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
 
     def current(self) -> Machinery:
@@ -176,11 +179,13 @@ class Core:
         """
         states, taken = since or self.begin()
         on = self.machinery
+        self.watch.check(in_clip=True)
         grads = on.layout.collect(on.plan.slots)
         # Only until every parameter had a gradient: then no optimizer steps in backward.
         watch = self._backward_watch
         if watch is not None and not watch.look(on.plan.parameters):
-            self._backward_watch = None
+            self.watch = Watch()
+        self._backward_watch = None
         scale, memory = given.grad_scale, on.memory
         probes = {} if memory is None else memory.probes(grads.counted, scale)
         norms, probed, weights = measure_step(on.plan, grads, probes, on.layout, on.kernel)
@@ -259,10 +264,12 @@ class Core:
             on.effect.write(step.verdict, step.grads.all, on.kernel, on.memory, step.given)
         else:
             apply(step.verdict, grads, on.plan, on.kernel, on.memory)
+        self.watch.clipped(on.plan.parameters)
 
     def withhold(self, skip: Tensor | None, given: Given) -> None:
         """Withhold the step if `skip`, 0-d bool, says so, whose gradients are written already."""
         self.machinery.effect.withhold(skip, given)
+        self.watch.clipped(self.machinery.plan.parameters)
 
     def refuse_stale(self) -> None:
         """With `debug: true`: refuse gradients that are left from an earlier step."""
@@ -301,6 +308,7 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
     optimizer, group = sources.optimizer, sources.process_group
     parameters = collect_parameters(sources.named, optimizer)
     model = sources.named if isinstance(sources.named, Module) else None
+    refuse_taken(parameters, optimizer, model)
     layout = sources.layout or detect(parameters, group, model)
     kernel = kernel_for(layout.devices, sources.kernel)
     regions: dict[str, Region] = {}

@@ -16,8 +16,10 @@ from gradclip.errors import ConfigError, DebugError
 from gradclip.layouts.local import local_part
 from gradclip.measure import measure_recorded
 from gradclip.norms import combine
+from gradclip.patches import Patches
 from gradclip.policies import ElementPolicy
 from gradclip.private import writes
+from gradclip.steps import follow_steps
 from gradclip.types import Beginning, Given, Grads, Step, Verdict
 
 __all__ = ["CheckedCore"]
@@ -57,7 +59,9 @@ class CheckedCore(Core):
                 if (core := known()) is not None:
                     core._after_step()
 
-            self._stepper.register_step_post_hook(torch.compiler.disable(after_step))
+            patches = Patches()
+            follow_steps(self._stepper, patches, after=after_step)
+            weakref.finalize(self, patches.undo)
 
     def look(self, given: Given, since: Beginning | None = None) -> Step:
         """As `Core.look`, of gradients that are new.
