@@ -163,9 +163,9 @@ class ClipperSet(Sequence[GradientClipper]):
             clipper.recorder.tag = self.suffix(index).replace("/", ".")
 
     def close(self) -> None:
-        """Write the flight records, also of a run that raised."""
+        """End training, also where it raised: see `GradientClipper.close`."""
         for clipper in self:
-            clipper.recorder.close()
+            clipper.close()
 
     def refuse_shared_backward(self, who: str, way_out: str) -> None:
         """Refuse what needs a backward of its own where several optimizers share one.
@@ -255,7 +255,9 @@ class OncePerStep:
         assert self.clipper.last_record is not None
         return self.clipper.last_record
 
-    def _clip_in_step(self, *, grad_scale: Tensor | None = None, repeat: bool = False) -> ClipRecord:
+    def _clip_in_step(
+        self, *, grad_scale: Tensor | None = None, repeat: bool = False
+    ) -> ClipRecord:
         """Clip from within the step, so also if the step before raised after it had clipped."""
         if self._is_done_in_step and not repeat:
             self.expect_new()

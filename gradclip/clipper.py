@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -35,6 +36,8 @@ from gradclip.state import pack, unpack
 from gradclip.types import Given, Handle, Layout
 
 __all__ = ["GradientClipper"]
+
+_logger = logging.getLogger("gradclip")
 
 
 class GradientClipper:
@@ -117,6 +120,14 @@ class GradientClipper:
         self._beginning = self._core.begin()
         self.batch: int | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is built anew, with this one's adaptive state and counts; it isn't attached."""
+        attached = None if self._attached is None else self._attached()
+        scaler = None if self._scaler is None else self._scaler.scaler
+        how = {**self._core.sources._asdict(), "scaler": scaler}
+        is_attached = attached is not None and attached.is_on
+        return _copied, (type(self), self.config, how, self.state_dict(), is_attached)
+
     @torch.no_grad()
     def clip(
         self,
@@ -158,6 +169,8 @@ class GradientClipper:
                 policy watches the loss and no rank has one.
         """
         given = self._given("clip", share)
+        if not given.in_step:
+            self._core.watch.check(in_clip=True)
         if self._micro_batches is not None:  # stage: after_backward
             return self._micro_batches.end_step(given, grad_scale, loss, repeat=repeat)
         given = self._completed(given, grad_scale, loss)
@@ -239,6 +252,14 @@ class GradientClipper:
         """
         self._core.watch.check(in_clip=False)
         return self.recorder.flush()
+
+    def close(self) -> None:
+        """End training: write the flight record, and expect no clip before a step any more.
+
+        The next `clip` begins anew.
+        """
+        self._core.watch.end()
+        self.recorder.close()
 
     @property
     def recorder(self) -> Recorder:
@@ -345,3 +366,21 @@ class GradientClipper:
         core.states = states
         if on.memory is not None:
             on.memory.replace(elements)
+
+
+def _copied(
+    cls: type[GradientClipper],
+    config: ClipConfig,
+    how: dict[str, Any],
+    state: dict[str, Any],
+    was_attached: bool,
+) -> GradientClipper:
+    """What copies and unpickles a clipper: hooks stay with the optimizer that they are on."""
+    clipper = cls(config, **how)
+    clipper.load_state_dict(state)
+    if was_attached:
+        _logger.warning(
+            "gradclip: a clipper that is attached was copied, and its copy isn't attached, so "
+            "steps of the copied optimizer aren't clipped. Call attach() of the copy."
+        )
+    return clipper

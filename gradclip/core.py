@@ -56,14 +56,14 @@ class Sources(NamedTuple):
     """What a clipper was built from, and is built from again when parameters change.
 
     Attributes:
-        named: The model, or names of its parameters.
+        named_parameters: The model, or names of its parameters.
         optimizer: Whose parameters; None for all that are named.
         process_group: One more group of ranks that hold other parameters, or one by pattern.
         layout: Found out from the parameters if None.
         kernel: By name; chosen by the device if None.
     """
 
-    named: Module | Sequence[tuple[str, Parameter]] | None
+    named_parameters: Module | Sequence[tuple[str, Parameter]] | None
     optimizer: Any | None
     process_group: Groups | None
     layout: Layout | None
@@ -119,6 +119,7 @@ class Core:
 
     Attributes:
         config: The validated configuration.
+        sources: As given.
         machinery: What the verbs work with; `current` brings it up to date.
         states: Of the policies, in the order of the plan's rules.
         recorder: What happened.
@@ -133,7 +134,7 @@ class Core:
 
     def __init__(self, config: ClipConfig, sources: Sources) -> None:
         self.config = config
-        self._sources = sources
+        self.sources = sources
         self.machinery = on = _build(config, sources)
         self.states: Sequence[State] = [
             rule.policy.init(len(rule.names), on.device) for rule in on.plan.rules
@@ -152,8 +153,8 @@ class Core:
 
         What is kept by name goes on: states, memory of elements, records.
         """
-        if not self.machinery.fits(self._sources):
-            before, on = self.machinery, _build(self.config, self._sources, self.machinery)
+        if not self.machinery.fits(self.sources):
+            before, on = self.machinery, _build(self.config, self.sources, self.machinery)
             self.states = carry_over(before.plan.rules, self.states, on.plan.rules, on.device)
             self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
             self.machinery = on
@@ -179,13 +180,11 @@ class Core:
         """
         states, taken = since or self.begin()
         on = self.machinery
-        self.watch.check(in_clip=True)
         grads = on.layout.collect(on.plan.slots)
         # Only until every parameter had a gradient: then no optimizer steps in backward.
         watch = self._backward_watch
         if watch is not None and not watch.look(on.plan.parameters):
-            self.watch = Watch()
-        self._backward_watch = None
+            self._backward_watch = None
         scale, memory = given.grad_scale, on.memory
         probes = {} if memory is None else memory.probes(grads.counted, scale)
         norms, probed, weights = measure_step(on.plan, grads, probes, on.layout, on.kernel)
@@ -306,8 +305,8 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         )
         raise ConfigError(msg)
     optimizer, group = sources.optimizer, sources.process_group
-    parameters = collect_parameters(sources.named, optimizer)
-    model = sources.named if isinstance(sources.named, Module) else None
+    parameters = collect_parameters(sources.named_parameters, optimizer)
+    model = sources.named_parameters if isinstance(sources.named_parameters, Module) else None
     refuse_taken(parameters, optimizer, model)
     layout = sources.layout or detect(parameters, group, model)
     kernel = kernel_for(layout.devices, sources.kernel)

@@ -7,7 +7,7 @@ gradclip/layouts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 __all__ = [
+    "all_writes",
     "comm_hooks",
     "gradient_hooks",
     "has_step_hooks",
@@ -35,6 +36,11 @@ _HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__
 def writes(tensor: Tensor) -> int:
     """How often a tensor was written to; its views count with it, and nothing is read."""
     return tensor._version
+
+
+def all_writes(tensors: Iterable[Tensor]) -> int:
+    """How often any of them was written to."""
+    return sum([tensor._version for tensor in tensors])
 
 
 def is_view(tensor: Tensor) -> bool:

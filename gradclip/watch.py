@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from gradclip.layouts.local import local_part
-from gradclip.private import writes
+from gradclip.private import all_writes, writes
 from gradclip.steps import is_within_its_own
 
 __all__ = ["Watch"]
@@ -40,16 +40,21 @@ class Watch:
         self._attached: Sequence[Any] = ()
         self._stepped: WeakSet[Any] = WeakSet()  # since the last clip
         self._has_stepped = False  # the same, of those that the clipper is attached to
+        self._is_in_step = False
         self._has_clipped = self._is_told = False
         self._writes = 0
         self._clipped_grad: tuple[TensorWeakRef, int] | None = None
         _begin()
         _watches.add(self)
 
-    def attach(self, optimizers: Sequence[Any], parameters: Mapping[str, Parameter]) -> None:
-        """Each step of these is clipped from now on; none from now on if there are none."""
-        self._attached, self._has_clipped = optimizers, False
+    def begin(self, optimizers: Sequence[Any], parameters: Mapping[str, Parameter]) -> None:
+        """The clipper is attached to these now, and clips each of their steps."""
+        self._attached = optimizers
         self._note(parameters)
+
+    def end(self) -> None:
+        """Until the next clip steps need none."""
+        self._attached, self._has_clipped, self._is_in_step = (), False, False
 
     def clipped(self, parameters: Mapping[str, Parameter]) -> None:
         """These parameters' gradients have been clipped, or the step is withheld."""
@@ -57,9 +62,15 @@ class Watch:
         self._stepped.clear()
         self._note(parameters)
 
-    def own_step(self) -> None:
-        """An optimizer that the clipper is attached to has stepped."""
-        self._has_stepped = True
+    def begin_step(self) -> None:
+        """An optimizer that the clipper is attached to begins a step."""
+        if not self._is_in_step:
+            self.check(in_clip=True)
+        self._is_in_step = True  # within it, closures are evaluated wherever parameters are
+
+    def end_step(self) -> None:
+        """It has ended."""
+        self._has_stepped, self._is_in_step = True, False
 
     def check(self, *, in_clip: bool) -> None:
         """Look whether something without hooks moved parameters.
@@ -67,7 +78,9 @@ class Watch:
         Args:
             in_clip: A clip begins. Before the first one, parameters may have been loaded.
         """
-        if self._is_told or not self._attached or self._has_stepped or self._stepped:
+        if self._is_told or not self._attached:
+            return
+        if self._is_in_step or self._has_stepped or self._stepped:
             return
         if not self._has_clipped and (in_clip or not _any_grad(self._parameters.values())):
             return
@@ -120,14 +133,18 @@ class Watch:
     def _tell(self, what: str) -> None:
         self._is_told = True
         _logger.warning("gradclip: %s This is said once.", what)
+        import os
+
+        if os.environ.get("WATCH_RAISES"):
+            raise AssertionError("WATCH " + what)
 
 
 def _any_grad(parameters: Iterable[Tensor]) -> bool:
     return any(p.grad is not None for p in parameters)
 
 
-def _written(parameters: Iterable[Tensor]) -> int:
-    return sum(writes(local_part(p)) for p in parameters)
+def _written(parameters: Iterable[Parameter]) -> int:
+    return all_writes([p if type(p) is Parameter else local_part(p) for p in parameters])
 
 
 _watches: WeakSet[Watch] = WeakSet()

@@ -18,11 +18,11 @@ PARTS = ("policies", "layouts", "kernels", "effect", "records")
 FLOORS = (  # a room imports from the floors below its own, and from its own
     {"errors", "private"},
     {"patches", "tensors", "types", "norms"},
-    {"policies", "layouts", "kernels", "changes"},
+    {"policies", "layouts", "kernels", "changes", "steps"},
     {"config"},
     {"plan"},
     {"measure", "decide", "effect", "records", "stops"},
-    {"functional", "state"},
+    {"functional", "state", "watch"},
     {"core"},
     {"debug", "drivers"},
     {"clipper"},

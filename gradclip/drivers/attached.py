@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -88,9 +87,8 @@ class Attached:
         except Exception:
             self._patches.undo()
             raise
-        parameters = core.machinery.plan.parameters
-        core.watch.attach(family, parameters)
-        self._patches.callback(partial(core.watch.attach, (), parameters))
+        core.watch.begin(family, core.machinery.plan.parameters)
+        self._patches.callback(core.watch.end)
         if scaler is not None:
             scaler.around_step(self._patches, self._around_scaler_step)
 
@@ -105,6 +103,7 @@ class Attached:
 
     @contextmanager
     def _around_scaler_step(self) -> Iterator[None]:
+        self._core.watch.check(in_clip=True)
         self._clip()
         self._clipped_by_scaler = True
         try:
@@ -121,6 +120,7 @@ class Attached:
             vars(optimizer)["found_inf"] = found_inf.reshape(())
         if self._clipped_by_scaler:  # around the scaler's step, which looks for overflows first
             return None
+        self._core.watch.begin_step()
         place = closure_place(type(optimizer).step, args, kwargs)
         if place is None:
             found = getattr(optimizer, "grad_scale", None)
@@ -137,7 +137,7 @@ class Attached:
         return (*args[:place], self._then_clip(args[place]), *args[place + 1 :]), kwargs
 
     def _after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._core.watch.own_step()
+        self._core.watch.end_step()
         if closure_place(type(optimizer).step, args, kwargs) is None:
             self._left = None
             return

@@ -109,9 +109,7 @@ class Effect:
             in_step: The step is under way. With `apply: auto` it only folds then, as nobody can
                 look at gradients in between that aren't clipped yet.
         """
-        return self._mode == "fold" or (
-            self._mode == "auto" and self._folds_by_itself and in_step
-        )
+        return self._mode == "fold" or (self._mode == "auto" and self._folds_by_itself and in_step)
 
     def unscales(self, *, in_step: bool) -> bool:
         """Whether gradients may keep a scaler's factor until the step: nobody drops them."""

@@ -16,7 +16,7 @@ LIMIT = 0.05
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
 def test_an_lbfgs_step_is_counted_once_and_clipped_at_every_evaluation(search):
     model = small_model()
-    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=5, line_search_fn=search)
+    optimizer = LBFGS(model.parameters(), lr=1e-4, max_iter=5, line_search_fn=search)
     policies = [ZClip(warmup_steps=2, max_norm=None), ClipByNorm(max_norm=LIMIT)]
     clipper = GradientClipper(policies, model.named_parameters(), optimizer)
     clipper.attach(optimizer)

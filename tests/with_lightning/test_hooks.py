@@ -18,6 +18,7 @@ from support.lit import (
     small_net,
     trainer_of,
 )
+from support.sam import Sam
 from torch import nn
 
 from gradclip import ClipByNorm, ClipConfig, GradientClipper, NonFiniteError, ZClip
@@ -231,15 +232,17 @@ def lbfgs(parameters):
     return torch.optim.LBFGS(parameters, lr=0.05, max_iter=3, tolerance_change=0.0)
 
 
-def test_lbfgs_is_one_step_however_often_it_evaluates_its_closure():
-    clip, before, after = run(ZCLIP, range(12), Small(lbfgs))
-    assert len(before.grads) == 36
+@pytest.mark.parametrize(("optimizer", "times"), [(lbfgs, 3), (Sam, 2)])
+def test_a_step_is_one_however_often_it_evaluates_its_closure(optimizer, times):
+    clip, before, after = run(ZCLIP, range(12), Small(optimizer))
+    assert len(before.grads) == 12 * times
     assert counts(clip)["steps"] == 12
     assert clip.clippers[0].state_dict()["policies"][0]["state"]["seen"] == 12
-    first = after.records[::3]
-    for again in (after.records[1::3], after.records[2::3]):
+    first = after.records[::times]
+    for number in range(1, times):
+        again = after.records[number::times]
         assert all(a is b for a, b in zip(again, first, strict=True))
-    for norm, record in zip(before.norms[::3], first, strict=True):
+    for norm, record in zip(before.norms[::times], first, strict=True):
         assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
 
 
