@@ -26,7 +26,7 @@ FLOORS = (  # a room imports from the floors below its own, and from its own
     {"core"},
     {"debug", "drivers"},
     {"clipper"},
-    {"adapters", "tools"},
+    {"adapters", "testing", "tools"},
 )
 PRIVATE = {  # files that may touch private names, and whose
     "gradclip/private.py": "torch",
