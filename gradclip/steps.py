@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -64,21 +65,21 @@ def follow_steps(
         ours = [one for one in steps_under_way() if any(one is known for known in family)]
         return len(ours) > 1
 
-    # Where the step is compiled, hooks stay outside of the graph.
-    @torch.compiler.disable
     def run_before(one: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return None if before is None or is_part_of_another() else before(one, args, kwargs)
 
-    @torch.compiler.disable
     def run_after(one: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if after is not None and not is_part_of_another():
             after(one, args, kwargs)
 
+    # Where the step is compiled, hooks stay outside of the graph.
     for one in family:
         if before is not None:
-            patches.callback(one.register_step_pre_hook(run_before).remove)
+            hook = torch.compiler.disable(run_before)
+            patches.callback(one.register_step_pre_hook(hook).remove)
         if after is not None:
-            patches.callback(one.register_step_post_hook(run_after).remove)
+            hook = torch.compiler.disable(run_after)
+            patches.callback(one.register_step_post_hook(hook).remove)
     return family
 
 
@@ -111,7 +112,7 @@ def claim_steps(optimizer: Any, patches: Patches, who: str) -> None:
             raise ConfigError(msg)
     for one in _family(optimizer):
         _claimed[one] = who
-        patches.callback(lambda one=one: _claimed.pop(one, None))
+        patches.callback(partial(_claimed.pop, one, None))
 
 
 def closure_place(
