@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradclip.errors import ConfigError
+from gradclip.layouts.ranks import this_rank
 from gradclip.patches import Patches
 from gradclip.records import recorder
 from gradclip.steps import follow_steps
@@ -79,8 +79,7 @@ class Faults:
     def __init__(self, optimizer: Optimizer, faults: tuple[Fault, ...], patches: Patches) -> None:
         self.happened: list[Fault] = []
         self.steps = 0
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        self._waiting = [fault for fault in faults if fault.rank in (None, rank)]
+        self._waiting = [fault for fault in faults if fault.rank in (None, this_rank())]
         self._optimizer = optimizer
         self._patches = patches
         parameter: Tensor = optimizer.param_groups[0]["params"][0]
