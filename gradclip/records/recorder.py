@@ -67,6 +67,7 @@ class Tally:
         grad_norm: Tensor,
         clipped_norm: Tensor,
         verdict: Verdict,
+        has_gradient: Tensor,
         per_parameter: Mapping[str, Tensor],
         norm_type: float,
     ) -> ClipRecord:
@@ -76,6 +77,7 @@ class Tally:
             grad_norm: 0-d float64, before clipping.
             clipped_norm: 0-d float64, once slots are multiplied by their coefficients.
             verdict: What was decided.
+            has_gradient: 0-d bool, some rank has a gradient.
             per_parameter: Norm before clipping by name.
             norm_type: p of the norms.
         """
@@ -95,6 +97,7 @@ class Tally:
             skipped=skipped,
             finite=verdict.finite,
             clip_rate=self._clip_rate,
+            has_gradient=has_gradient,
             per_parameter=per_parameter,
             norm_type=norm_type,
         )
@@ -109,7 +112,8 @@ class Tally:
     ) -> ClipRecord:
         """Count a step, make its row, and say how many were clipped up to it.
 
-        A step without any gradient (norm 0) is not counted.
+        One without any gradient is not counted. Zeros are gradients: momentum and weight decay
+        move parameters then.
 
         Args:
             record: What happened.
@@ -117,7 +121,7 @@ class Tally:
             loss: 0-d, if known.
             sound: 0-d bool, what the optimizer steps with is finite; `record.finite` if None.
         """
-        has_gradient = record.grad_norm != 0
+        has_gradient = record.has_gradient
         clean = record.finite if sound is None else sound
         taken = has_gradient & clean & record.skipped.logical_not()
         flags = (has_gradient, record.clipped, record.skipped, record.finite.logical_not(), taken)
@@ -259,7 +263,9 @@ class Recorder:
         grad_norm = _total(step.norms, plan.recorded)
         clipped_norm = _total(step.norms * verdict.coef, plan.recorded)
         named = self.named(partial(plan.by_slot, step.norms))
-        return self.tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded)
+        return self.tally.describe(
+            grad_norm, clipped_norm, verdict, step.has_gradient, named, plan.recorded
+        )
 
     def named(self, slots: Callable[[], Tensor]) -> Mapping[str, Tensor]:
         """The norm of each parameter by name, where they are logged.
@@ -434,6 +440,7 @@ def _as_step(values: Sequence[float]) -> dict[str, Any]:
         step["batch"] = int(row["batch"])
     if not math.isnan(row["loss"]):
         step["loss"] = row["loss"]
-    step |= {name: row[name] for name in ("grad_norm", "limit", "coef", "clipped_norm")}
+    if row["has_gradient"]:  # else there is no norm, which isn't a norm of 0
+        step |= {name: row[name] for name in ("grad_norm", "limit", "coef", "clipped_norm")}
     flags = {name: bool(row[name]) for name in ("clipped", "skipped")}
     return step | flags | {"finite": not row["nonfinite"]}

@@ -15,6 +15,7 @@ __all__ = ["WorstSteps"]
 _DECAY = 0.99
 _FIRST = 8
 _NORM, _NONFINITE = COLUMNS.index("grad_norm"), COLUMNS.index("nonfinite")
+_HAS_GRADIENT = COLUMNS.index("has_gradient")
 
 
 class WorstSteps:
@@ -51,14 +52,15 @@ class WorstSteps:
             row: Float64 of shape (columns,); equal on every rank but for the batch.
             norms: Gives float64 of shape (parameters,).
         """
-        norm, nonfinite = row.select(0, _NORM), row.select(0, _NONFINITE) != 0
+        norm, nonfinite = row.select(0, _NORM), row.select(0, _NONFINITE)
+        has_norm, nonfinite = row.select(0, _HAS_GRADIENT) > nonfinite, nonfinite != 0
         total, number = self._usual.unbind()
         score = torch.where(total > 0, norm * number / total, 1.0)
         later = self._usual * _DECAY + torch.stack([norm, torch.ones_like(norm)])
-        self._usual = torch.where(nonfinite, self._usual, later)
+        self._usual = torch.where(has_norm, later, self._usual)
         least, index = self._scores.narrow(0, 0, self._worst).min(0)
         unused = len(self._scores) - 1
-        index = torch.where(score > least, index, unused)
+        index = torch.where(has_norm & (score > least), index, unused)
         index = torch.where(nonfinite, (self._worst + self._nonfinite).clamp(max=unused), index)
         self._nonfinite = self._nonfinite + nonfinite
         if not self._reads_block and int(index) == unused:
