@@ -200,7 +200,9 @@ class Recorder:
         self._streaks = Streaks(config.log) if is_first else None
         self._read = self._written = self._alarms = 0
         self._path: Path | None = None
-        self._interval = Interval(())
+        keeps, drops = config.log.histograms and is_first, config.stage == "after_backward"
+        self._interval = Interval(keeps=keeps, drops=drops)
+        self._worst: WorstSteps | None = None
         self._sums = torch.zeros(1, dtype=torch.float64, device=device)
         self._names: Sequence[str] = ()
 
@@ -210,7 +212,7 @@ class Recorder:
         return self._worst is not None
 
     def follow(self, plan: Plan, device: torch.device, *, reads_block: bool) -> None:
-        """Follow these parameters from the next step on.
+        """Follow these parameters from the next step on; what is known of the steps before stays.
 
         Args:
             plan: Of the parameters.
@@ -226,15 +228,12 @@ class Recorder:
         logged = [f"grad_norms/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
             logged += [f"grad_norms/group/{name}" for name in plan.group_names]
-        drops = self._config.stage == "after_backward"
-        keeps = log.histograms and self._is_first
-        self._interval = Interval(logged, keeps=keeps, drops=drops)
+        self._interval.follow(logged)
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=device)
-        self._worst: WorstSteps | None = None
-        if flight is not None:
-            self._worst = WorstSteps(
-                flight.worst, len(self._names), device, reads_block=reads_block
-            )
+        if self._worst is not None:
+            self._worst.follow(self._names, device)
+        elif flight is not None:
+            self._worst = WorstSteps(flight.worst, self._names, device, reads_block=reads_block)
 
     def restart(self, step: int, counts: Tensor) -> None:
         """Go on from saved counts; the steps before were another run's, with its file.
@@ -248,6 +247,7 @@ class Recorder:
         self._path = None
         self.tally.first, self.tally.made, self.tally.counts = step, 0, counts
         self._read = self._written = self._alarms = 0
+        self._interval, self._worst = self._interval.next(), None
         self.follow(self._plan, self.tally.rows.device, reads_block=self._reads_block)
 
     def record(self, step: Step) -> ClipRecord:
@@ -413,7 +413,7 @@ class Recorder:
         found = {row["step"]: row for row in map(_as_step, self._last(self.tally.made).tolist())}
         for values, norms in () if self._worst is None else self._worst.kept():
             row = found.setdefault(int(values[0]), _as_step(values))
-            row["per_parameter"] = dict(zip(self._names, norms, strict=True))
+            row["per_parameter"] = norms
         return [found[step] for step in sorted(found)]
 
     def _own_path(self) -> Path:

@@ -291,16 +291,39 @@ def test_its_name_has_the_folder_and_the_tag(tmp_path):
     assert clipper.recorder.write() == tmp_path / "deep" / "er" / "run.optimizer1.jsonl"
 
 
-def test_parameters_that_are_added_are_followed():
-    params = {name: torch.nn.Parameter(torch.zeros(2)) for name in "ab"}
-    optimizer = torch.optim.SGD([params["a"]], lr=0.1)
-    clipper = GradientClipper({"policies": FIXED, "recorder": {}}, params.items(), optimizer)
-    step(clipper, params, [1.0, 0.0])
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_parameters_that_come_and_go_are_followed_and_no_step_is_lost(kernel):
+    params = {name: torch.nn.Parameter(torch.zeros(2)) for name in "abc"}
+    optimizer = torch.optim.SGD([params["a"], params["c"]], lr=0.1)
+    log = {"per_parameter": True, "per_group": True, "histograms": True}
+    config = {"policies": FIXED, "recorder": {"worst": 2}, "log": log}
+    clipper = GradientClipper(config, params.items(), optimizer, kernel=kernel)
+    step(clipper, params, [3.0, None, 4.0])
+    step(clipper, params, [math.nan, None, 4.0])
     optimizer.add_param_group({"params": [params["b"]]})
-    step(clipper, params, [0.0, 3.0])
+    step(clipper, params, [0.0, 2.0, 0.0])
+    optimizer.param_groups[0]["params"] = [params["a"]]
+    step(clipper, params, [60.0, 80.0, None])
+    metrics = clipper.flush()
+    wanted = {"grad_norm": 107 / 3, "grad_norm_max": 100, "clipped": 3, "nonfinite": 1}
+    wanted |= {"clip_rate": 3 / 4, "clip_rate_window": 3 / 4}
+    wanted |= {"grad_norms/a": 63 / 3, "grad_norms/b": 82 / 2, "grad_norms/c": 4 / 2}
+    wanted |= {"grad_norms/group/group0": 65 / 3, "grad_norms/group/group1": 82 / 2}
+    assert {key: metrics[f"clip/{key}"] for key in wanted} == pytest.approx(wanted)
+    assert clipper.recorder.norms == pytest.approx([5.0, 2.0, 100.0])
     header, rows = lines(clipper.recorder.write())
     assert header["parameters"] == ["a", "b"]
-    assert rows[1]["per_parameter"]["b"] == 3.0
+    named = {row["step"]: row["per_parameter"] for row in rows if "per_parameter" in row}
+    assert named == {
+        0: {"a": 3.0, "c": 4.0},
+        1: {"a": None, "c": 4.0},
+        3: {"a": 60.0, "b": 80.0},
+    }
+    step(clipper, params, [0.0, 1.0, None])
+    assert [key for key in clipper.flush() if "grad_norms" in key] == [
+        *("clip/grad_norms/a", "clip/grad_norms/b"),
+        *("clip/grad_norms/group/group0", "clip/grad_norms/group/group1"),
+    ]
 
 
 def warnings_of(caplog):
