@@ -187,7 +187,9 @@ class Core:
             self._backward_watch = None
         scale, memory = given.grad_scale, on.memory
         probes = {} if memory is None else memory.probes(grads.counted, scale)
-        norms, probed, weights = measure_step(on.plan, grads, probes, on.layout, on.kernel)
+        norms, probed, weights, has_gradient = measure_step(
+            on.plan, grads, probes, on.layout, on.kernel
+        )
         if scale is not None:  # policies think in gradients without a loss scale
             norms = {p: norm / scale for p, norm in norms.items()}
         verdict, states = decide_all(
@@ -204,7 +206,8 @@ class Core:
             share=given.share,
         )
         each = partial(measure_each, on.plan, on.layout, on.kernel, scale)
-        step = Step(given, grads, norms[on.plan.recorded], verdict, states, each)
+        recorded = norms[on.plan.recorded]
+        step = Step(given, grads, recorded, verdict, states, has_gradient, each)
         # On a CPU a read costs nothing, and lets `write` drop gradients of a withheld step.
         return step if self._stays_on_device(given) else self._read_on_host(step)
 

@@ -67,6 +67,7 @@ class Tally:
         grad_norm: Tensor,
         clipped_norm: Tensor,
         verdict: Verdict,
+        has_gradient: Tensor,
         per_parameter: Mapping[str, Tensor],
         norm_type: float,
     ) -> ClipRecord:
@@ -76,6 +77,7 @@ class Tally:
             grad_norm: 0-d float64, before clipping.
             clipped_norm: 0-d float64, once slots are multiplied by their coefficients.
             verdict: What was decided.
+            has_gradient: 0-d bool, some rank has a gradient.
             per_parameter: Norm before clipping by name.
             norm_type: p of the norms.
         """
@@ -95,6 +97,7 @@ class Tally:
             skipped=skipped,
             finite=verdict.finite,
             clip_rate=self._clip_rate,
+            has_gradient=has_gradient,
             per_parameter=per_parameter,
             norm_type=norm_type,
         )
@@ -109,7 +112,8 @@ class Tally:
     ) -> ClipRecord:
         """Count a step, make its row, and say how many were clipped up to it.
 
-        A step without any gradient (norm 0) is not counted.
+        One without any gradient is not counted. Zeros are gradients: momentum and weight decay
+        move parameters then.
 
         Args:
             record: What happened.
@@ -117,7 +121,7 @@ class Tally:
             loss: 0-d, if known.
             sound: 0-d bool, what the optimizer steps with is finite; `record.finite` if None.
         """
-        has_gradient = record.grad_norm != 0
+        has_gradient = record.has_gradient
         clean = record.finite if sound is None else sound
         taken = has_gradient & clean & record.skipped.logical_not()
         flags = (has_gradient, record.clipped, record.skipped, record.finite.logical_not(), taken)
@@ -196,7 +200,9 @@ class Recorder:
         self._streaks = Streaks(config.log) if is_first else None
         self._read = self._written = self._alarms = 0
         self._path: Path | None = None
-        self._interval = Interval(())
+        keeps, drops = config.log.histograms and is_first, config.stage == "after_backward"
+        self._interval = Interval(keeps=keeps, drops=drops)
+        self._worst: WorstSteps | None = None
         self._sums = torch.zeros(1, dtype=torch.float64, device=device)
         self._names: Sequence[str] = ()
 
@@ -206,7 +212,7 @@ class Recorder:
         return self._worst is not None
 
     def follow(self, plan: Plan, device: torch.device, *, reads_block: bool) -> None:
-        """Follow these parameters from the next step on.
+        """Follow these parameters from the next step on; what is known of the steps before stays.
 
         Args:
             plan: Of the parameters.
@@ -222,15 +228,12 @@ class Recorder:
         logged = [f"grad_norms/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
             logged += [f"grad_norms/group/{name}" for name in plan.group_names]
-        drops = self._config.stage == "after_backward"
-        keeps = log.histograms and self._is_first
-        self._interval = Interval(logged, keeps=keeps, drops=drops)
+        self._interval.follow(logged)
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=device)
-        self._worst: WorstSteps | None = None
-        if flight is not None:
-            self._worst = WorstSteps(
-                flight.worst, len(self._names), device, reads_block=reads_block
-            )
+        if self._worst is not None:
+            self._worst.follow(self._names, device)
+        elif flight is not None:
+            self._worst = WorstSteps(flight.worst, self._names, device, reads_block=reads_block)
 
     def restart(self, step: int, counts: Tensor) -> None:
         """Go on from saved counts; the steps before were another run's, with its file.
@@ -244,6 +247,7 @@ class Recorder:
         self._path = None
         self.tally.first, self.tally.made, self.tally.counts = step, 0, counts
         self._read = self._written = self._alarms = 0
+        self._interval, self._worst = self._interval.next(), None
         self.follow(self._plan, self.tally.rows.device, reads_block=self._reads_block)
 
     def record(self, step: Step) -> ClipRecord:
@@ -259,7 +263,9 @@ class Recorder:
         grad_norm = _total(step.norms, plan.recorded)
         clipped_norm = _total(step.norms * verdict.coef, plan.recorded)
         named = self.named(partial(plan.by_slot, step.norms))
-        return self.tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded)
+        return self.tally.describe(
+            grad_norm, clipped_norm, verdict, step.has_gradient, named, plan.recorded
+        )
 
     def named(self, slots: Callable[[], Tensor]) -> Mapping[str, Tensor]:
         """The norm of each parameter by name, where they are logged.
@@ -407,7 +413,7 @@ class Recorder:
         found = {row["step"]: row for row in map(_as_step, self._last(self.tally.made).tolist())}
         for values, norms in () if self._worst is None else self._worst.kept():
             row = found.setdefault(int(values[0]), _as_step(values))
-            row["per_parameter"] = dict(zip(self._names, norms, strict=True))
+            row["per_parameter"] = norms
         return [found[step] for step in sorted(found)]
 
     def _own_path(self) -> Path:
@@ -434,6 +440,7 @@ def _as_step(values: Sequence[float]) -> dict[str, Any]:
         step["batch"] = int(row["batch"])
     if not math.isnan(row["loss"]):
         step["loss"] = row["loss"]
-    step |= {name: row[name] for name in ("grad_norm", "limit", "coef", "clipped_norm")}
+    if row["has_gradient"]:  # else there is no norm, which isn't a norm of 0
+        step |= {name: row[name] for name in ("grad_norm", "limit", "coef", "clipped_norm")}
     flags = {name: bool(row[name]) for name in ("clipped", "skipped")}
     return step | flags | {"finite": not row["nonfinite"]}

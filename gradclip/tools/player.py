@@ -97,7 +97,7 @@ class Player:
                     stopped = str(error)
                     break
                 self._states = states
-                self._not_taken += skipped or not bool(verdict.finite) or not bool(norm)
+                self._not_taken += skipped or not bool(verdict.finite)
                 limits.append(verdict.limit)
                 coefs.append(verdict.coef)
                 skips.append(skipped)

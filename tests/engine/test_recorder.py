@@ -29,11 +29,14 @@ def made(kernel=None, **config):
 
 
 def step(clipper, params, norms, batch=None):
-    """One step in which each parameter's gradient has this norm."""
+    """One step in which each parameter's gradient has this norm; None for no gradient."""
     for parameter, norm in zip(params.values(), norms, strict=True):
-        parameter.grad = torch.tensor([0.0, norm])
+        parameter.grad = None if norm is None else torch.tensor([0.0, norm])
     clipper.batch = batch
     return clipper.clip()
+
+
+NOTHING = [None] * 3
 
 
 def noise(steps, seed=0):
@@ -58,8 +61,8 @@ def test_metrics_are_those_of_the_steps_between(every, kernel):
     clipper, params = made(log={"per_parameter": True, "per_group": True}, kernel=kernel)
     grads = noise(max(100, 2 * every))
     grads[3] = [0.1, math.nan, 0.1]
-    grads[9] = [0.0, 0.0, 0.0]
-    norms = [[torch.tensor(norm) for norm in step] for step in grads]
+    grads[9], grads[11] = [0.0, 0.0, 0.0], NOTHING
+    norms = [[torch.tensor(norm) for norm in step if norm is not None] for step in grads]
     parts = {name: slice(i, i + 1) for i, name in enumerate(NAMES)}
     parts |= {"group/early": slice(0, 2), "group/late": slice(2, 3)}
     expected = expected_entries(norms, range(every - 1, len(grads), every), 1.0, parts)
@@ -72,8 +75,8 @@ def test_metrics_are_those_of_the_steps_between(every, kernel):
 
 def test_metrics_of_one_step_that_has_no_norm_to_show():
     clipper, params = made()
-    for value, nonfinite in ((math.nan, 1), (0.0, 0)):
-        step(clipper, params, [value, 0.0, 0.0])
+    for norms, nonfinite in (([math.nan, 0.0, 0.0], 1), (NOTHING, 0)):
+        step(clipper, params, norms)
         metrics = clipper.flush()
         assert math.isnan(metrics["clip/grad_norm"])
         assert math.isnan(metrics["clip/grad_norm_max"])
@@ -84,7 +87,7 @@ def test_metrics_of_one_step_that_has_no_norm_to_show():
 
 def test_the_clip_rate_goes_on_after_a_resume_and_so_do_step_numbers(tmp_path):
     clipper, params = made()
-    for norms in [[2.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]:
+    for norms in [[2.0, 0.0, 0.0], [0.5, 0.0, 0.0], NOTHING]:
         step(clipper, params, norms)
     other, params = made(recorder={})
     other.load_state_dict(clipper.state_dict())
@@ -92,6 +95,26 @@ def test_the_clip_rate_goes_on_after_a_resume_and_so_do_step_numbers(tmp_path):
     assert other.flush()["clip/clip_rate"] == pytest.approx(1 / 3)
     _, rows = lines(other.recorder.write())
     assert [row["step"] for row in rows] == [3]
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_a_gradient_of_zeros_is_a_step_and_no_gradient_is_none(kernel):
+    limit = {"schedule": "linear", "start": 1.0, "end": 0.5, "steps": 5}
+    policies = [{"type": "norm", "max_norm": limit}]
+    clipper, params = made(policies=policies, recorder={"worst": 1}, kernel=kernel)
+    limits = []
+    for norms in ([2.0, 0.0, 0.0], NOTHING, [0.0, 0.0, None], [0.0, 4.0, 0.0]):
+        limits.append(float(step(clipper, params, norms).limit))
+    assert limits == pytest.approx([1.0, 0.9, 0.9, 0.8])  # a schedule over steps that were taken
+    metrics = clipper.flush()
+    assert metrics["clip/grad_norm"] == 2.0
+    assert metrics["clip/limit"] == pytest.approx(0.9)
+    assert metrics["clip/clip_rate"] == metrics["clip/clip_rate_window"] == pytest.approx(2 / 3)
+    header, rows = lines(clipper.recorder.write())
+    assert header["counts"] == {"steps": 3, "clipped": 2, "skipped": 0, "nonfinite": 0}
+    assert [row.get("grad_norm") for row in rows] == [2.0, None, 0.0, 4.0]
+    assert rows[1] == {"step": 1, "clipped": False, "skipped": False, "finite": True}
+    assert [row["step"] for row in rows if "per_parameter" in row] == [3]
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
@@ -268,16 +291,39 @@ def test_its_name_has_the_folder_and_the_tag(tmp_path):
     assert clipper.recorder.write() == tmp_path / "deep" / "er" / "run.optimizer1.jsonl"
 
 
-def test_parameters_that_are_added_are_followed():
-    params = {name: torch.nn.Parameter(torch.zeros(2)) for name in "ab"}
-    optimizer = torch.optim.SGD([params["a"]], lr=0.1)
-    clipper = GradientClipper({"policies": FIXED, "recorder": {}}, params.items(), optimizer)
-    step(clipper, params, [1.0, 0.0])
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_parameters_that_come_and_go_are_followed_and_no_step_is_lost(kernel):
+    params = {name: torch.nn.Parameter(torch.zeros(2)) for name in "abc"}
+    optimizer = torch.optim.SGD([params["a"], params["c"]], lr=0.1)
+    log = {"per_parameter": True, "per_group": True, "histograms": True}
+    config = {"policies": FIXED, "recorder": {"worst": 2}, "log": log}
+    clipper = GradientClipper(config, params.items(), optimizer, kernel=kernel)
+    step(clipper, params, [3.0, None, 4.0])
+    step(clipper, params, [math.nan, None, 4.0])
     optimizer.add_param_group({"params": [params["b"]]})
-    step(clipper, params, [0.0, 3.0])
+    step(clipper, params, [0.0, 2.0, 0.0])
+    optimizer.param_groups[0]["params"] = [params["a"]]
+    step(clipper, params, [60.0, 80.0, None])
+    metrics = clipper.flush()
+    wanted = {"grad_norm": 107 / 3, "grad_norm_max": 100, "clipped": 3, "nonfinite": 1}
+    wanted |= {"clip_rate": 3 / 4, "clip_rate_window": 3 / 4}
+    wanted |= {"grad_norms/a": 63 / 3, "grad_norms/b": 82 / 2, "grad_norms/c": 4 / 2}
+    wanted |= {"grad_norms/group/group0": 65 / 3, "grad_norms/group/group1": 82 / 2}
+    assert {key: metrics[f"clip/{key}"] for key in wanted} == pytest.approx(wanted)
+    assert clipper.recorder.norms == pytest.approx([5.0, 2.0, 100.0])
     header, rows = lines(clipper.recorder.write())
     assert header["parameters"] == ["a", "b"]
-    assert rows[1]["per_parameter"]["b"] == 3.0
+    named = {row["step"]: row["per_parameter"] for row in rows if "per_parameter" in row}
+    assert named == {
+        0: {"a": 3.0, "c": 4.0},
+        1: {"a": None, "c": 4.0},
+        3: {"a": 60.0, "b": 80.0},
+    }
+    step(clipper, params, [0.0, 1.0, None])
+    assert [key for key in clipper.flush() if "grad_norms" in key] == [
+        *("clip/grad_norms/a", "clip/grad_norms/b"),
+        *("clip/grad_norms/group/group0", "clip/grad_norms/group/group1"),
+    ]
 
 
 def warnings_of(caplog):
