@@ -149,6 +149,8 @@ class Stats:
         weights: Shape (slots,), float64: the p-norm of each slot's parameters; None unless the
             policy asks.
         loss: 0-d float64, the mean over ranks; None where the caller gave none.
+        share: What the norms were divided by. A limit that the user gives is a norm of the
+            gradients as they are, so a policy divides it by `share` too.
     """
 
     norms: Tensor
@@ -157,6 +159,7 @@ class Stats:
     sizes: Tensor | None = None
     weights: Tensor | None = None
     loss: Tensor | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gradclip.norms import combine
-from gradclip.policies.base import AdaptivePolicy, coefficient, filled
+from gradclip.policies.base import AdaptivePolicy, coefficient, fixed
 from gradclip.policies.history import run
 from gradclip.policies.schedule import Limit
 from gradclip.types import Decision, Scope, State, Stats
@@ -89,8 +89,8 @@ class AdaGC(AdaptivePolicy):
         norms, seen = stats.norms, state["seen"]
         ready = seen >= max(1, self.warmup_steps - 1)
         found = self.factor * self._floored(state["mean"], seen > 0)
-        found = torch.where(ready, found, self._warmup_limit(norms, stats.step))
-        limit = self.bounded(found, stats.step)
+        found = torch.where(ready, found, self._warmup_limit(stats))
+        limit = self.bounded(found, stats)
         decision = Decision(coefficient(norms, limit, 0.0), limit)
         return decision, self._update(norms, found, ready, state)
 
@@ -103,12 +103,13 @@ class AdaGC(AdaptivePolicy):
             mean = torch.fmax(mean, self.mean_floor * middle)
         return mean.clamp(min=self.eps)
 
-    def _warmup_limit(self, norms: Tensor, step: Tensor) -> Tensor:
+    def _warmup_limit(self, stats: Stats) -> Tensor:
         """During warm-up, the limit of each slot that holds the norm of all to `warmup_norm`."""
+        norms = stats.norms
         if self.warmup_norm is None:
             return torch.full_like(norms, math.inf)
         whole = combine(norms, self.norm_type)
-        most = filled(whole, self.warmup_norm, step)
+        most = fixed(whole, self.warmup_norm, stats)
         coef = coefficient(whole, most, self.eps)
         return torch.where((coef < 1) & (norms > 0), coef * norms, most)
 

@@ -76,7 +76,7 @@ class AutoClip(AdaptivePolicy):
         known = after if self.inclusive else state
         found = self._percentile(known)
         limit = torch.where(known["seen"] >= self.warmup_steps, found, torch.inf)
-        limit = self.bounded(limit, stats.step)
+        limit = self.bounded(limit, stats)
         return Decision(coefficient(stats.norms, limit, self.eps), limit), after
 
     def _observe(self, norms: Tensor, state: State) -> State:

@@ -21,6 +21,7 @@ __all__ = [
     "after",
     "coefficient",
     "filled",
+    "fixed",
     "refuse_endless_warmup",
 ]
 
@@ -123,12 +124,12 @@ class AdaptivePolicy(NormPolicy):
             raise ValueError(msg)
         return self
 
-    def bounded(self, limit: Tensor, step: Tensor) -> Tensor:
+    def bounded(self, limit: Tensor, stats: Stats) -> Tensor:
         """A limit of shape (slots,), held between floor and ceiling; the ceiling wins."""
         if self.min_norm is not None:
-            limit = torch.maximum(limit, filled(limit, self.min_norm, step))
+            limit = torch.maximum(limit, fixed(limit, self.min_norm, stats))
         if self.max_norm is not None:
-            limit = torch.minimum(limit, filled(limit, self.max_norm, step))
+            limit = torch.minimum(limit, fixed(limit, self.max_norm, stats))
         return limit
 
 
@@ -177,3 +178,9 @@ def filled(like: Tensor, value: float | Schedule, step: Tensor) -> Tensor:
     if isinstance(value, Schedule):
         return value.at(step).expand_as(like)
     return torch.full_like(like, value)
+
+
+def fixed(like: Tensor, norm: float | Schedule, stats: Stats) -> Tensor:
+    """A norm that the user gave, of gradients as they are, in the units of `stats.norms`."""
+    limit = filled(like, norm, stats.step)
+    return limit if stats.share == 1 else limit / stats.share

@@ -77,7 +77,7 @@ class EmaClip(AdaptivePolicy):
         ready = state["seen"] >= self.warmup_steps
         mean = state["mean"] / torch.where(ready, state["weight"], 1.0)
         found = torch.where(ready, self.factor * mean, math.inf)
-        limit = self.bounded(found, stats.step)
+        limit = self.bounded(found, stats)
         new = self._update(norms, found, ready & (norms < mean / self.factor), state)
         return Decision(coefficient(norms, limit, self.eps), limit), new
 

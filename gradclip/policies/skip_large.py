@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.base import filled, refuse_endless_warmup
+from gradclip.policies.base import filled, fixed, refuse_endless_warmup
 from gradclip.policies.history import percentile_of_last, pushed
 from gradclip.policies.schedule import Limit
 from gradclip.policies.skip import SkipPolicy
@@ -71,20 +71,21 @@ class SkipLarge(SkipPolicy):
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Withhold a step at or beyond the bound, or take its norm in."""
         norm = stats.norms
-        factor = filled(norm, self.limit, stats.step)
-        bound = factor
-        if self.relative_to == "ema":
-            bound = factor * state["mean"] / state["weight"]
-        elif self.relative_to == "percentile":
-            bound = factor * percentile_of_last(
-                state["norms"], state["seen"], self.percentile / 100
-            )
-        if self.relative_to != "fixed":
+        if self.relative_to == "fixed":
+            bound = fixed(norm, self.limit, stats)
+        else:
+            bound = filled(norm, self.limit, stats.step) * self._level(state)
             bound = torch.where(state["seen"] >= self.warmup_steps, bound, torch.inf)
         beyond = (norm < bound).logical_not() & torch.isfinite(bound)
         decision, over, counts = self._bounded(stats, state, beyond, bound)
         took = (norm > 0) & (counts["withheld"] > state["withheld"]).logical_not()
         return decision, {**self._taken_in(norm, took, over, counts, state), **counts}
+
+    def _level(self, state: State) -> Tensor:
+        """What the bound is relative to; no number before the first norm."""
+        if self.relative_to == "ema":
+            return state["mean"] / state["weight"]
+        return percentile_of_last(state["norms"], state["seen"], self.percentile / 100)
 
     def _taken_in(
         self, norm: Tensor, took: Tensor, over: Tensor, counts: State, state: State

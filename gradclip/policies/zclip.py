@@ -102,7 +102,7 @@ class ZClip(AdaptivePolicy):
         taken = torch.where(spike, target, norms)
 
         limit = torch.where(ready, torch.where(spike, target, boundary), math.inf)
-        limit = self.bounded(limit, stats.step)
+        limit = self.bounded(limit, stats)
         decision = Decision(coefficient(norms, limit, self.eps), limit)
         return decision, self._update(norms, taken, spike, ready, state)
 
