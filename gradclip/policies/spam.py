@@ -43,7 +43,9 @@ class Spam(ElementPolicy):
     goes by; AdamWClip clips its first gradient to 1e-10. v is bias-corrected, so that theta means
     the same from the start (`bias_correction: false` is the reference). Moments are reset only
     with `reset_every`, and only where v is kept here: resetting an optimizer is no concern of a
-    clipper. A step that isn't finite leaves v alone. A gradient of zeros alone is no step.
+    clipper. With A = `warmup_steps` the reference clips first in its A-th step, and after each reset
+    lets A steps go by; here A steps go by both times, so that the first clip may come one step
+    later. A step that isn't finite leaves v alone. A gradient of zeros alone is no step.
 
     References: Huang, Zhu, Jin, Liu, Wang, Liu, "SPAM: Spike-Aware Adam with Momentum Reset for
     Stable LLM Training", https://arxiv.org/abs/2501.06842 (2025); code: TianjinYellow/
