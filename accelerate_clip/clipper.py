@@ -154,7 +154,7 @@ class AcceleratorClip:
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state, counts and steps of every optimizer: plain tensors and numbers."""
-        return self._set.state_dict() | {"steps": self.steps}
+        return self._set.state_dict(self.steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved with any number of processes.
@@ -162,11 +162,12 @@ class AcceleratorClip:
         Before that trackers get the metrics of the steps so far, and the flight record is written.
 
         Raises:
-            ConfigError: If it is of other optimizers, policies or parameters.
+            ConfigError: If it is of other optimizers, policies or parameters, or holds what no
+                steps lead to; nothing is changed then.
         """
+        take_in = self._set.checked(state, with_steps=True)
         self._reporter.give_rest()
-        self._set.load_state_dict(state)
-        for one, steps in zip(self._clipped, state["steps"], strict=True):
+        for one, steps in zip(self._clipped, take_in(), strict=True):
             one.resume(steps)
 
     def flush(self) -> dict[str, float]:

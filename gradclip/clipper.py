@@ -334,11 +334,28 @@ class GradientClipper:
         """Continue from a `state_dict`, saved at any world size.
 
         Raises:
-            ConfigError: If policies or parameters are others; nothing is changed then.
+            ConfigError: If policies or parameters are others, or it holds what no steps lead to;
+                nothing is changed then.
+        """
+        self.checked(state)()
+
+    @torch.no_grad()
+    def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check a `state_dict` and change nothing, as where one of several may be refused.
+
+        Returns:
+            What continues from it.
+
+        Raises:
+            ConfigError: As `load_state_dict`.
         """
         on, core = self._core.current(), self._core
-        states, counts, elements = unpack(state, on.plan.rules, core.states, on.memory, on.device)
-        core.recorder.restart(int(state.get("step", counts[0])), counts)
-        core.states = states
-        if on.memory is not None:
-            on.memory.replace(elements)
+        found = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+
+        def take_in() -> None:
+            core.recorder.restart(found.step, found.counts)
+            core.states = found.states
+            if on.memory is not None:
+                on.memory.replace(found.elements)
+
+        return take_in

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from gradclip.saved import Range
 
 __all__ = [
     "Beginning",
@@ -225,6 +227,15 @@ class Decides(Protocol):
     @property
     def watches_loss(self) -> bool:
         """Whether it needs the loss."""
+        ...
+
+    @property
+    def ranges(self) -> Mapping[str, Range]:
+        """What each entry of its state, and of its memory of elements, may hold when loaded."""
+        ...
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """By what is wrong with a state, the slots for which it is."""
         ...
 
     def init(self, slots: int, device: torch.device) -> State:

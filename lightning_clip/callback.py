@@ -116,7 +116,7 @@ class GradientClip(Callback):
         """Adaptive state and counts of every optimizer: plain tensors, numbers and strings."""
         if self._saved or not self._clippers:
             return dict(self._saved)
-        return self._clippers.state_dict() | {"steps": list(self._reporter.steps)}
+        return self._clippers.state_dict(self._reporter.steps)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Keep a `state_dict` until training starts and the clippers exist."""
@@ -269,11 +269,11 @@ class GradientClip(Callback):
 
     def _take_in_saved(self, trainer: Trainer) -> None:
         try:
-            self._clippers.load_state_dict(self._saved)
+            take_in = self._clippers.checked(self._saved, with_steps=True)
         except ConfigError as error:
             msg = f"{error} For fresh state: GradientClip(..., restore=False)."
             raise ConfigError(msg) from None
-        self._reporter.begin(trainer, self._clippers, self._saved["steps"])
+        self._reporter.begin(trainer, self._clippers, take_in())
         self._saved = {}
 
     def _share(self, trainer: Trainer) -> float:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from gradclip.norms import combine
-from gradclip.policies.base import AdaptivePolicy, coefficient, fixed
+from gradclip.policies.base import COUNT, NORM, RUN, AdaptivePolicy, coefficient, fixed
 from gradclip.policies.history import run
 from gradclip.policies.schedule import Limit
+from gradclip.saved import Range
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = ["AdaGC"]
@@ -56,6 +58,13 @@ class AdaGC(AdaptivePolicy):
     pytorch_optimizer.AdaGC 4.1.0.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "mean": NORM,
+        "seen": COUNT,
+        "streak": RUN,
+        "level": Range(math.log(5e-324), math.log(NORM.high)),
+    }
+
     type: Literal["adagc"] = "adagc"
     """Selects this policy in YAML."""
     scope: Scope = "parameter"
@@ -83,6 +92,14 @@ class AdaGC(AdaptivePolicy):
         """Nothing seen yet."""
         zeros = torch.zeros(slots, dtype=torch.float64, device=device)
         return {name: zeros.clone() for name in ("mean", "seen", "streak", "level")}
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """A mean or a streak that doesn't fit the number seen."""
+        seen = state["seen"]
+        return {
+            "mean is 0 though norms were seen": (seen > 0) & (state["mean"] == 0),
+            "streak is longer than seen": state["streak"].abs() > seen,
+        }
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Hold each slot to its multiple, and take its clipped norm in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -12,9 +12,17 @@ from torch import Tensor
 
 from gradclip.policies.model import STRICT
 from gradclip.policies.schedule import Limit, Schedule
+from gradclip.saved import LARGEST_COUNT, Range
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = [
+    "COUNT",
+    "FLAG",
+    "NORM",
+    "REAL",
+    "RUN",
+    "SHARE",
+    "SQUARE",
     "AdaptivePolicy",
     "NormPolicy",
     "Policy",
@@ -24,6 +32,21 @@ __all__ = [
     "fixed",
     "refuse_endless_warmup",
 ]
+
+COUNT = Range(0, LARGEST_COUNT, whole=True)
+"""How many."""
+RUN = Range(-LARGEST_COUNT, LARGEST_COUNT, whole=True)
+"""How many in a row: above, or, negative, below."""
+FLAG = Range(0, 1, whole=True)
+"""0 or 1."""
+SHARE = Range(0, 1)
+"""A weight."""
+NORM = Range(0, 1e100)
+"""A norm, or a mean of some; sums of the squares of larger ones would not be finite."""
+SQUARE = Range(0, 1e200)
+"""A square of norms."""
+REAL = Range(-1e100, 1e100)
+"""Anything."""
 
 
 class Policy(BaseModel):
@@ -46,6 +69,9 @@ class Policy(BaseModel):
     """Whether it needs the number of elements of each slot."""
     watches_loss: ClassVar[bool] = False
     """Whether it needs the loss, which `clip(loss=...)` is given."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    """What each entry of its state, and of its memory of elements, may hold when it is loaded."""
 
     type: str
     """Selects this policy in YAML."""
@@ -76,6 +102,15 @@ class Policy(BaseModel):
     def init(self, slots: int, device: torch.device) -> State:
         """The state before the first step, for a number of slots; empty for a fixed rule."""
         del slots, device
+        return {}
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """What no steps lead to, in a state whose entries are within `ranges`.
+
+        Returns:
+            By what is wrong, the slots for which it is: bool of shape (slots,).
+        """
+        del state
         return {}
 
     @abstractmethod

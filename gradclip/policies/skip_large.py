@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.base import filled, fixed, refuse_endless_warmup
-from gradclip.policies.history import percentile_of_last, pushed
+from gradclip.policies.base import COUNT, NORM, SHARE, filled, fixed, refuse_endless_warmup
+from gradclip.policies.history import lacks, percentile_of_last, pushed
 from gradclip.policies.schedule import Limit
 from gradclip.policies.skip import SkipPolicy
+from gradclip.saved import Range
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["SkipLarge"]
@@ -36,6 +38,14 @@ class SkipLarge(SkipPolicy):
 
     References: optax.skip_large_updates.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **SkipPolicy.ranges,
+        "mean": NORM,
+        "weight": SHARE,
+        "norms": NORM,
+        "seen": COUNT,
+    }
 
     type: Literal["skip_large"] = "skip_large"
     """Selects this policy in YAML."""
@@ -67,6 +77,17 @@ class SkipLarge(SkipPolicy):
         if self.relative_to == "percentile":
             return {**state, "norms": zeros.repeat(self.window, 1), "seen": zeros.clone()}
         return state
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """Also a mean, or norms, that don't fit the number seen."""
+        found = dict(super().contradictions(state))
+        if self.relative_to == "ema":
+            seen = state["seen"] > 0
+            found["mean is 0 though norms were seen"] = seen & (state["mean"] == 0)
+            found["weight is 0 though norms were seen"] = seen & (state["weight"] == 0)
+        elif self.relative_to == "percentile":
+            found["norms holds fewer than seen says"] = lacks(state["norms"], state["seen"])
+        return found
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Withhold a step at or beyond the bound, or take its norm in."""
