@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -243,10 +243,15 @@ class AcceleratorClip:
 
     def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[Clipped]:
         asked = set([parameters] if isinstance(parameters, Tensor) else parameters)
-        owners = [one for one in self._clipped if not asked.isdisjoint(one.parameters)]
+        count = len(asked)
+        owners: list[Clipped] = []
+        for one in reversed(self._clipped):  # the latest that was prepared with a parameter
+            if not asked.isdisjoint(one.parameters):
+                owners.insert(0, one)
+                asked.difference_update(one.parameters)
         if not owners:
             msg = (
-                f"accelerator.{call} got {len(asked)} parameters, none of which belongs to one "
+                f"accelerator.{call} got {count} parameters, none of which belongs to one "
                 f"of the {len(self._clipped)} optimizers prepared with this accelerator; "
                 "allowed: parameters of a prepared optimizer. Pass model.parameters() of the "
                 "model that accelerator.prepare returned, and prepare its optimizer too."
@@ -263,8 +268,9 @@ class AcceleratorClip:
         ]
         optimizers = prepared_optimizers(self._accelerator)
         known = {one.prepared: one for one in self._clipped}
-        for prepared in known.keys() - set(optimizers):
-            known.pop(prepared).detach()  # first, as the same optimizer may be prepared anew
+        gone = [known.pop(prepared) for prepared in known.keys() - set(optimizers)]
+        for one in gone:
+            one.detach()  # first, as the same optimizer may be prepared anew
         self._clipped = list(known.values())
         configs = configs_of(self.config, models, [unwrapped(o) for o in optimizers])
         now: list[Clipped] = []
@@ -281,8 +287,22 @@ class AcceleratorClip:
                 if one not in self._clipped:
                     one.detach()
             raise
+        for one in now:
+            if one not in self._clipped:
+                self._go_on(one, [*gone, *self._clipped])
         self._clipped, self._set = now, clippers
         self._reporter.follow(clippers)
+
+    def _go_on(self, one: Clipped, earlier: Sequence[Clipped]) -> None:
+        """Let a new optimizer go on from those whose parameters, the very same, it has now.
+
+        Those of another model, of the same names, are trained from the beginning.
+        """
+        mine = set(one.parameters)
+        before = [other for other in earlier if not mine.isdisjoint(other.parameters)]
+        clippers = [other.clipper for other in before]
+        (steps,) = ClipperSet([one.clipper]).go_on_from(clippers, [o.steps for o in before])
+        one.resume(steps)
 
     def _build(
         self, config: ClipConfig, prepared: AcceleratedOptimizer, models: list[Module]

@@ -193,6 +193,25 @@ class ClipperSet(Sequence[GradientClipper]):
 
         return take_in
 
+    def go_on_from(
+        self, before: Sequence[GradientClipper], steps: Sequence[int], *, same_run: bool = True
+    ) -> list[int]:
+        """Take the place of the clippers of earlier optimizers; see `GradientClipper.go_on_from`.
+
+        Args:
+            before: Those that are done with.
+            steps: That each of their optimizers has made.
+            same_run: Their flight records go on too.
+
+        Returns:
+            What `steps` is for these clippers; 0 where none of the earlier ones fits.
+        """
+        counted: list[int] = []
+        for clipper in self:
+            last = clipper.go_on_from(before, same_run=same_run)
+            counted.append(0 if last is None else steps[before.index(last)])
+        return counted
+
     def place_records(self, folder: str | Path) -> None:
         """Say where flight records with a relative path go; names hold the optimizer's index."""
         for index, clipper in enumerate(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -321,6 +321,28 @@ class GradientClipper:
     def _of_engine(self, grad_scale: Tensor | None) -> Given:
         """What is known of the gradients inside a DeepSpeed engine's step."""
         return self._completed(self._given("clip", 1.0), grad_scale, None)
+
+    def go_on_from(
+        self, before: Iterable[GradientClipper], *, same_run: bool = True
+    ) -> GradientClipper | None:
+        """Take the place of other clippers, as where an optimizer is made anew while training.
+
+        What they remember of the parameters that are now in this one is taken over by name:
+        adaptive state, memory of elements, counts and records. Parameters that are new to it, and
+        policies that are others, start fresh.
+
+        Args:
+            before: Those that are done with, of the same model. Of several, the one that shares
+                most parameters gives what isn't kept by parameter, and the counts.
+            same_run: Their flight record goes on too; False begins a new file.
+
+        Returns:
+            Which of them gave the counts; None if none shares a parameter.
+        """
+        cores = {clipper._core: clipper for clipper in before}
+        last = self._core.go_on_from(list(cores), same_run=same_run)
+        self._beginning = self._core.begin()
+        return None if last is None else cores[last]
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.

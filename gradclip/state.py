@@ -17,7 +17,7 @@ from gradclip.records.recorder import Tally
 from gradclip.saved import Range, read_list, read_mapping, read_numbers, read_whole, refuse_saved
 from gradclip.types import Memory, State
 
-__all__ = ["Unpacked", "carry_over", "pack", "unpack"]
+__all__ = ["Unpacked", "carry_over", "fresh_states", "pack", "unpack"]
 
 FORMAT = 2
 ANYTHING = Range(-math.inf, math.inf)
@@ -160,19 +160,34 @@ def _unpack_counts(saved: Mapping[str, Any]) -> Tensor:
     return torch.stack(list(counts.values()))
 
 
+def fresh_states(rules: Sequence[Rule], device: torch.device) -> list[State]:
+    """What policies remember before their first step."""
+    return [rule.policy.init(len(rule.names), device) for rule in rules]
+
+
 def carry_over(
-    before: Sequence[Rule], states: Sequence[State], after: Sequence[Rule], device: torch.device
+    before: Sequence[Rule], states: Sequence[State], after: Sequence[Rule], fresh: Sequence[State]
 ) -> list[State]:
-    """States for new slots: those of the same name keep their columns, others start fresh."""
-    old = {rule.key: (rule.names, state) for rule, state in zip(before, states, strict=True)}
+    """States for new slots: those of the same name keep their columns.
+
+    Args:
+        before: The rules that were followed.
+        states: What their policies remember.
+        after: The rules to follow. A rule whose policy is another one starts fresh.
+        fresh: States for these, for the slots that are new.
+    """
+    old = {rule.key: (rule, state) for rule, state in zip(before, states, strict=True)}
     carried: list[State] = []
-    for rule in after:
-        fresh = rule.policy.init(len(rule.names), device)
-        names, state = old.get(rule.key, ((), {}))
-        known = {name: index for index, name in enumerate(names)}
+    for rule, new in zip(after, fresh, strict=True):
+        earlier, state = old.get(rule.key, (rule, {}))
+        known = {name: index for index, name in enumerate(earlier.names if state else ())}
         kept = [(i, known[name]) for i, name in enumerate(rule.names) if name in known]
-        for key, value in fresh.items() if kept else ():
-            here, there = torch.tensor(kept, device=value.device).unbind(1)
-            value[..., here] = state[key].index_select(-1, there.to(state[key].device)).to(device)
-        carried.append(fresh)
+        if kept and earlier.policy == rule.policy:
+            here, there = torch.tensor(kept).unbind(1)
+            columns = {key: state[key][..., there.to(state[key].device)] for key in new}
+            new = {
+                key: value.index_copy(-1, here.to(value.device), columns[key].to(value.device))
+                for key, value in new.items()
+            }
+        carried.append(new)
     return carried

@@ -226,6 +226,13 @@ class ElementMemory:
                     found.setdefault((rule.key, name), {})[kind] = part.flatten().clone()
         return {key: own for key, own in found.items() if next(iter(own.values())).numel()}
 
+    def take_over(self, before: ElementMemory) -> None:
+        """Remember what another one does of these parameters; it forgets that."""
+        theirs = {rule.key: rule.policy for rule in before._plan.rules}
+        same = {rule.key for rule in self._plan.rules if theirs.get(rule.key) == rule.policy}
+        for key in [k for k in before._own if k[0] in same and k[1] in self._plan.slot_names]:
+            self._own[key] = before._own.pop(key)
+
     def replace(self, own: Mapping[Key, Memory]) -> None:
         """Remember this and nothing else."""
         self._own = dict(own)
