@@ -34,18 +34,27 @@ def load_state(into: Stateful, folder: str) -> None:
     """Continue from a checkpoint; if it has no state, start with fresh state and say so.
 
     Raises:
-        ConfigError: If the state is of other optimizers, policies or parameters.
+        ConfigError: If the file can't be read, or its state is refused; nothing is changed then.
     """
     file = Path(folder) / _FILE
     if not file.exists():
         _logger.warning(
-            "%s has no %s: it was saved without gradclip. Clipping starts with fresh state.",
+            "%s has no %s: it was saved without gradclip. Clipping starts with fresh state, or goes "
+            "on with the state that it has.",
             folder,
             _FILE,
         )
         return
     try:
-        into.load_state_dict(load(file, map_location="cpu"))
+        state = load(file, map_location="cpu")
+    except Exception as error:  # torch.load raises what its parts do
+        msg = (
+            f"{file} can't be read ({type(error).__name__}: {error}). Put back the file that was "
+            "saved, or delete this one to start with fresh state."
+        )
+        raise ConfigError(msg) from error
+    try:
+        into.load_state_dict(state)
     except ConfigError as error:
         msg = f"{error} Delete {file} to start with fresh state."
         raise ConfigError(msg) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -154,7 +154,7 @@ class AcceleratorClip:
 
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state, counts and steps of every optimizer: plain tensors and numbers."""
-        return self._set.state_dict() | {"steps": self.steps}
+        return self._set.state_dict(self.steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved with any number of processes.
@@ -162,11 +162,12 @@ class AcceleratorClip:
         Before that trackers get the metrics of the steps so far, and the flight record is written.
 
         Raises:
-            ConfigError: If it is of other optimizers, policies or parameters.
+            ConfigError: If it is of other optimizers, policies or parameters, or holds what no
+                steps lead to; nothing is changed then.
         """
+        take_in = self._set.checked(state, with_steps=True)
         self._reporter.give_rest()
-        self._set.load_state_dict(state)
-        for one, steps in zip(self._clipped, state["steps"], strict=True):
+        for one, steps in zip(self._clipped, take_in(), strict=True):
             one.resume(steps)
 
     def flush(self) -> dict[str, float]:
@@ -242,10 +243,15 @@ class AcceleratorClip:
 
     def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[Clipped]:
         asked = set([parameters] if isinstance(parameters, Tensor) else parameters)
-        owners = [one for one in self._clipped if not asked.isdisjoint(one.parameters)]
+        count = len(asked)
+        owners: list[Clipped] = []
+        for one in reversed(self._clipped):  # the latest that was prepared with a parameter
+            if not asked.isdisjoint(one.parameters):
+                owners.insert(0, one)
+                asked.difference_update(one.parameters)
         if not owners:
             msg = (
-                f"accelerator.{call} got {len(asked)} parameters, none of which belongs to one "
+                f"accelerator.{call} got {count} parameters, none of which belongs to one "
                 f"of the {len(self._clipped)} optimizers prepared with this accelerator; "
                 "allowed: parameters of a prepared optimizer. Pass model.parameters() of the "
                 "model that accelerator.prepare returned, and prepare its optimizer too."
@@ -262,8 +268,9 @@ class AcceleratorClip:
         ]
         optimizers = prepared_optimizers(self._accelerator)
         known = {one.prepared: one for one in self._clipped}
-        for prepared in known.keys() - set(optimizers):
-            known.pop(prepared).detach()  # first, as the same optimizer may be prepared anew
+        gone = [known.pop(prepared) for prepared in known.keys() - set(optimizers)]
+        for one in gone:
+            one.detach()  # first, as the same optimizer may be prepared anew
         self._clipped = list(known.values())
         configs = configs_of(self.config, models, [unwrapped(o) for o in optimizers])
         now: list[Clipped] = []
@@ -280,8 +287,22 @@ class AcceleratorClip:
                 if one not in self._clipped:
                     one.detach()
             raise
+        for one in now:
+            if one not in self._clipped:
+                self._go_on(one, [*gone, *self._clipped])
         self._clipped, self._set = now, clippers
         self._reporter.follow(clippers)
+
+    def _go_on(self, one: Clipped, earlier: Sequence[Clipped]) -> None:
+        """Let a new optimizer go on from those whose parameters, the very same, it has now.
+
+        Those of another model, of the same names, are trained from the beginning.
+        """
+        mine = set(one.parameters)
+        before = [other for other in earlier if not mine.isdisjoint(other.parameters)]
+        clippers = [other.clipper for other in before]
+        (steps,) = ClipperSet([one.clipper]).go_on_from(clippers, [o.steps for o in before])
+        one.resume(steps)
 
     def _build(
         self, config: ClipConfig, prepared: AcceleratedOptimizer, models: list[Module]

@@ -23,6 +23,7 @@ from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.plan.parameters import Named, configs_for
 from gradclip.records.record import ClipRecord
+from gradclip.saved import read_list, read_mapping, read_whole, refuse_saved
 from gradclip.steps import claim_steps, closure_place, follow_steps
 
 __all__ = [
@@ -136,25 +137,84 @@ class ClipperSet(Sequence[GradientClipper]):
 
             writer.log({key: wandb.Histogram(norms)}, commit=False)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of every clipper: plain tensors, numbers and strings. Every rank calls it."""
-        return {"clippers": [clipper.state_dict() for clipper in self]}
+    def state_dict(self, steps: Sequence[int] | None = None) -> dict[str, Any]:
+        """The state of every clipper: plain tensors, numbers and strings. Every rank calls it.
+
+        Args:
+            steps: That each optimizer has made, if the trainer counts them.
+        """
+        counted = {} if steps is None else {"steps": list(steps)}
+        return {"clippers": [clipper.state_dict() for clipper in self], **counted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved at any world size.
 
         Raises:
-            ConfigError: If it is of other optimizers, policies or parameters.
+            ConfigError: If it is of other optimizers, policies or parameters, or holds what no
+                steps lead to; nothing is changed then, in any of the clippers.
         """
-        states = state["clippers"]
+        self.checked(state)()
+
+    def checked(
+        self, state: Mapping[str, Any], *, with_steps: bool = False
+    ) -> Callable[[], list[int]]:
+        """Check a `state_dict`, and change nothing.
+
+        Args:
+            state: From `state_dict`.
+            with_steps: It was given `steps`.
+
+        Returns:
+            What continues from it, and gives `steps`.
+
+        Raises:
+            ConfigError: As `load_state_dict`.
+        """
+        state = read_mapping(state, "the whole", ("clippers", *(("steps",) if with_steps else ())))
+        states = read_list(state["clippers"], "clippers", Mapping)
         if len(states) != len(self):
             msg = (
                 f"The saved clip state is of {len(states)} optimizers, this run has {len(self)}. "
                 "Use the same optimizers, or start with fresh state."
             )
             raise ConfigError(msg)
-        for clipper, own in zip(self, states, strict=True):
-            clipper.load_state_dict(own)
+        steps = read_list(state["steps"], "steps", int) if with_steps else []
+        if with_steps and len(steps) != len(self):
+            refuse_saved("steps", f"has {len(steps)} entries", f"{len(self)}, one an optimizer")
+        steps = [read_whole(number, f"steps[{i}]") for i, number in enumerate(steps)]
+        ready: list[Callable[[], None]] = []
+        for index, (clipper, own) in enumerate(zip(self, states, strict=True)):
+            try:
+                ready.append(clipper.checked(own))
+            except ConfigError as error:
+                msg = f"{error} (This is of clippers[{index}].)"
+                raise ConfigError(msg) from None
+
+        def take_in() -> list[int]:
+            for own in ready:
+                own()
+            return steps
+
+        return take_in
+
+    def go_on_from(
+        self, before: Sequence[GradientClipper], steps: Sequence[int], *, same_run: bool = True
+    ) -> list[int]:
+        """Take the place of the clippers of earlier optimizers; see `GradientClipper.go_on_from`.
+
+        Args:
+            before: Those that are done with.
+            steps: That each of their optimizers has made.
+            same_run: Their flight records go on too.
+
+        Returns:
+            What `steps` is for these clippers; 0 where none of the earlier ones fits.
+        """
+        counted: list[int] = []
+        for clipper in self:
+            last = clipper.go_on_from(before, same_run=same_run)
+            counted.append(0 if last is None else steps[before.index(last)])
+        return counted
 
     def place_records(self, folder: str | Path) -> None:
         """Say where flight records with a relative path go; names hold the optimizer's index."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -346,6 +346,28 @@ class GradientClipper:
         """What is known of the gradients inside a DeepSpeed engine's step."""
         return self._completed(self._given("clip", 1.0), grad_scale, None)
 
+    def go_on_from(
+        self, before: Iterable[GradientClipper], *, same_run: bool = True
+    ) -> GradientClipper | None:
+        """Take the place of other clippers, as where an optimizer is made anew while training.
+
+        What they remember of the parameters that are now in this one is taken over by name:
+        adaptive state, memory of elements, counts and records. Parameters that are new to it, and
+        policies that are others, start fresh.
+
+        Args:
+            before: Those that are done with, of the same model. Of several, the one that shares
+                most parameters gives what isn't kept by parameter, and the counts.
+            same_run: Their flight record goes on too; False begins a new file.
+
+        Returns:
+            Which of them gave the counts; None if none shares a parameter.
+        """
+        cores = {clipper._core: clipper for clipper in before}
+        last = self._core.go_on_from(list(cores), same_run=same_run)
+        self._beginning = self._core.begin()
+        return None if last is None else cores[last]
+
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.
 
@@ -358,14 +380,31 @@ class GradientClipper:
         """Continue from a `state_dict`, saved at any world size.
 
         Raises:
-            ConfigError: If policies or parameters are others; nothing is changed then.
+            ConfigError: If policies or parameters are others, or it holds what no steps lead to;
+                nothing is changed then.
+        """
+        self.checked(state)()
+
+    @torch.no_grad()
+    def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check a `state_dict` and change nothing, as where one of several may be refused.
+
+        Returns:
+            What continues from it.
+
+        Raises:
+            ConfigError: As `load_state_dict`.
         """
         on, core = self._core.current(), self._core
-        states, counts, elements = unpack(state, on.plan.rules, core.states, on.memory, on.device)
-        core.recorder.restart(int(state.get("step", counts[0])), counts)
-        core.states = states
-        if on.memory is not None:
-            on.memory.replace(elements)
+        found = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+
+        def take_in() -> None:
+            core.recorder.restart(found.step, found.counts)
+            core.states = found.states
+            if on.memory is not None:
+                on.memory.replace(found.elements)
+
+        return take_in
 
 
 def _copied(

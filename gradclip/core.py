@@ -44,7 +44,7 @@ from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import TAKEN, Recorder
-from gradclip.state import carry_over
+from gradclip.state import carry_over, fresh_states
 from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
 from gradclip.types import Beginning, Given, Grads, Kernel, Layout, Region, State, Step
 from gradclip.watch import Watch
@@ -136,9 +136,7 @@ class Core:
         self.config = config
         self.sources = sources
         self.machinery = on = _build(config, sources)
-        self.states: Sequence[State] = [
-            rule.policy.init(len(rule.names), on.device) for rule in on.plan.rules
-        ]
+        self.states: Sequence[State] = fresh_states(on.plan.rules, on.device)
         self.recorder = Recorder(config, on.device, is_first=is_first_rank())
         self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
         if config.recorder is not None:
@@ -155,10 +153,45 @@ class Core:
         """
         if not self.machinery.fits(self.sources):
             before, on = self.machinery, _build(self.config, self.sources, self.machinery)
-            self.states = carry_over(before.plan.rules, self.states, on.plan.rules, on.device)
+            fresh = fresh_states(on.plan.rules, on.device)
+            self.states = carry_over(before.plan.rules, self.states, on.plan.rules, fresh)
             self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
             self.machinery = on
         return self.machinery
+
+    def go_on_from(self, before: Sequence[Core], *, same_run: bool) -> Core | None:
+        """Take over, by name, what others remember of the parameters that are now in this one.
+
+        Args:
+            before: Of optimizers that this one's takes the place of. Of several, the one that
+                shares most parameters gives what isn't kept by parameter, and the counts.
+            same_run: Records go on too, in the same file.
+
+        Returns:
+            Which of them gave the counts; None if none shares a parameter.
+        """
+        on, names = self.current(), self.machinery.plan.shapes.keys()
+        shared = {core: len(names & core.machinery.plan.shapes.keys()) for core in before}
+        nearest = sorted((core for core in before if shared[core]), key=shared.__getitem__)
+        for core in nearest:
+            rules = core.machinery.plan.rules
+            self.states = carry_over(rules, core.states, on.plan.rules, self.states)
+            if on.memory is not None and core.machinery.memory is not None:
+                on.memory.take_over(core.machinery.memory)
+        if not nearest:
+            return None
+        own, last = self.recorder, nearest[-1]
+        tally = last.recorder.tally
+        own.restart(tally.first + tally.made, tally.counts.to(on.device, copy=True))
+        if same_run:
+            self.recorder, last.recorder = last.recorder, own
+            for core in (self, last):
+                there = core.machinery
+                reads_block = there.kernel.reads_block
+                core.recorder.follow(there.plan, there.device, reads_block=reads_block)
+            if self.config.recorder is not None:
+                weakref.finalize(self, self.recorder.close)
+        return last
 
     def begin(self) -> Beginning:
         """What the next step begins with, for the parameters as they are now."""

@@ -50,7 +50,8 @@ def decide_all(
         skip_nonfinite: Whether a step that isn't finite is withheld.
         held: 0-d bool, the step is withheld whatever policies say.
         share: The gradients' share of a full accumulation window, up to 1. Policies that remember
-            see norms divided by it, and their limits are multiplied by it.
+            see norms divided by it, and their limits are multiplied by it; they divide limits that
+            the user gave by it, which so stay what they are.
 
     Returns:
         What all policies together decided, and the states after the step, one per rule.
@@ -77,6 +78,7 @@ def decide_all(
             sizes=rule.sizes,
             weights=None if weight_norms is None else rule.gather(weight_norms, norm_type),
             loss=loss,
+            share=seen_share,
         )
         decision, new = rule.policy.decide(stats, state)
         learns = has_size

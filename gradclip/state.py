@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from torch import Tensor
 from gradclip.effect.elements import ElementMemory, Key
 from gradclip.errors import ConfigError
 from gradclip.plan.plan import Rule
-from gradclip.policies import ElementPolicy
+from gradclip.policies.base import COUNT
 from gradclip.records.recorder import Tally
+from gradclip.saved import Range, read_list, read_mapping, read_numbers, read_whole, refuse_saved
 from gradclip.types import Memory, State
 
-__all__ = ["carry_over", "pack", "unpack"]
+__all__ = ["Unpacked", "carry_over", "fresh_states", "pack", "unpack"]
 
 FORMAT = 2
+ANYTHING = Range(-math.inf, math.inf)
 
 
 def pack(
@@ -45,25 +48,48 @@ def pack(
     }
 
 
+class Unpacked(NamedTuple):
+    """What a `state_dict` holds, checked.
+
+    Attributes:
+        states: Of the policies.
+        counts: As in `Tally.NAMES`.
+        elements: What is remembered of elements.
+        step: Number of the next step.
+    """
+
+    states: list[State]
+    counts: Tensor
+    elements: dict[Key, Memory]
+    step: int
+
+
 def unpack(
-    saved: Mapping[str, Any],
+    saved: object,
     rules: Sequence[Rule],
     states: Sequence[State],
     memory: ElementMemory | None,
     device: torch.device,
-) -> tuple[list[State], Tensor, dict[Key, Memory]]:
-    """The states, counts and memory of elements of a `state_dict`, checked against this clipper.
+) -> Unpacked:
+    """Read a `state_dict`, checked against this clipper. Nothing is changed yet.
 
     Raises:
-        ConfigError: If policies, slots or shapes are others.
+        ConfigError: If it isn't one, holds what no steps lead to, or is of other policies, slots
+            or shapes.
     """
-    if saved.get("format") != FORMAT:
+    found = saved.get("format") if isinstance(saved, Mapping) else FORMAT
+    if type(found) is not int or found != FORMAT:
         msg = (
-            f"Saved clip state has format {saved.get('format')!r}; this version reads {FORMAT}. "
+            f"Saved clip state has format {found!r}; this version reads {FORMAT}. "
             "Start with fresh state, or load it with the version that saved it."
         )
         raise ConfigError(msg)
-    kinds = [entry["type"] for entry in saved["policies"]]
+    saved = read_mapping(saved, "the whole", ("format", "policies", "counts"), ("step",))
+    entries = [
+        read_mapping(entry, f"policies[{i}]", ("type", "slots", "state"), ("elements",))
+        for i, entry in enumerate(read_list(saved["policies"], "policies", Mapping))
+    ]
+    kinds = read_list([entry["type"] for entry in entries], "type of policies", str)
     ours = [rule.policy.type for rule in rules]
     if kinds != ours:
         msg = (
@@ -72,46 +98,96 @@ def unpack(
         )
         raise ConfigError(msg)
     loaded: list[State] = []
-    for entry, rule, state in zip(saved["policies"], rules, states, strict=True):
-        if state and entry["slots"] != list(rule.names):
-            msg = (
-                f"Saved clip state has slots {entry['slots']}, this model has "
-                f"{list(rule.names)}. Start with fresh state or use the same scope."
-            )
-            raise ConfigError(msg)
-        shapes = {name: tuple(value.shape) for name, value in entry["state"].items()}
-        expected = {name: tuple(value.shape) for name, value in state.items()}
-        if shapes != expected:
-            msg = (
-                f"Saved state of {entry['type']!r} has shapes {shapes}, this one has {expected}: "
-                "a length such as warmup_steps differs. Start with fresh state or the same values."
-            )
-            raise ConfigError(msg)
-        if isinstance(rule.policy, ElementPolicy) and rule.policy.memory and not rule.policy.saves:
-            loaded.append(rule.policy.init(len(rule.names), device))
-            continue
-        loaded.append({n: v.to(device, torch.float64).clone() for n, v in entry["state"].items()})
-    counts = [torch.as_tensor(saved["counts"][name]).to(device) for name in Tally.NAMES]
     elements: dict[Key, Memory] = {}
-    if memory is not None:
-        for rule, entry in zip(rules, saved["policies"], strict=True):
-            elements |= memory.loaded(rule, entry.get("elements", {}), device)
-    return loaded, torch.stack(counts).to(torch.float64), elements
+    for i, (entry, rule, state) in enumerate(zip(entries, rules, states, strict=True)):
+        own = _unpack_one(entry, f"policies[{i}]", rule, state)
+        remembered, where = entry.get("elements", {}), f"policies[{i}].elements"
+        if memory is None or rule.elementwise is None or not rule.elementwise.memory:
+            read_mapping(remembered, where, ())
+        elif rule.elementwise.saves:
+            elements |= memory.loaded(rule, remembered, where, device)
+        else:
+            own = rule.policy.init(len(rule.names), device)
+        loaded.append({name: value.to(device, copy=True) for name, value in own.items()})
+    counts = _unpack_counts(saved)
+    step = read_whole(saved["step"], "step") if "step" in saved else int(counts[0])
+    if "step" in saved and bool((counts > step).any()):
+        refuse_saved("counts", f"are {counts.tolist()} where step is {step}", "at most step")
+    return Unpacked(loaded, counts.to(device), elements, step)
+
+
+def _unpack_one(entry: Mapping[str, Any], where: str, rule: Rule, state: State) -> State:
+    """The state of one policy."""
+    slots = list(read_list(entry["slots"], f"{where}.slots", str))
+    if state and slots != list(rule.names):
+        msg = (
+            f"Saved clip state has slots {slots}, this model has "
+            f"{list(rule.names)}. Start with fresh state or use the same scope."
+        )
+        raise ConfigError(msg)
+    saved = read_mapping(entry["state"], f"{where}.state", tuple(state))
+    found: State = {}
+    for name, value in state.items():
+        at = f"{where}.state.{name} of {rule.policy.type!r}"
+        if isinstance(saved[name], Tensor) and saved[name].shape != value.shape:
+            msg = (
+                f"Saved clip state: {at} has shape {tuple(saved[name].shape)}, here it has "
+                f"{tuple(value.shape)}: a length such as warmup_steps differs. Start with fresh "
+                "state or use the same values."
+            )
+            raise ConfigError(msg)
+        allowed = rule.policy.ranges.get(name, ANYTHING)
+        found[name] = read_numbers(saved[name], at, value.shape, allowed, rule.names).double()
+    for what, is_so in rule.policy.contradictions(found).items():
+        if bool(is_so.any()):
+            at = f"{where}.state of {rule.policy.type!r}"
+            slot = rule.names[int(is_so.nonzero()[0])]
+            refuse_saved(at, f"contradicts itself for {slot!r}: {what}", "what steps lead to")
+    return found
+
+
+def _unpack_counts(saved: Mapping[str, Any]) -> Tensor:
+    """The counts, as in `Tally.NAMES`."""
+    found = read_mapping(saved["counts"], "counts", Tally.NAMES)
+    counts = {
+        name: read_numbers(found[name], f"counts.{name}", (), COUNT).to("cpu", torch.float64)
+        for name in Tally.NAMES
+    }
+    for name in ("clipped", "taken"):
+        if counts[name] > counts["steps"]:
+            found_here = f"is {counts[name]:g} of {counts['steps']:g} steps"
+            refuse_saved(f"counts.{name}", found_here, "at most as many")
+    return torch.stack(list(counts.values()))
+
+
+def fresh_states(rules: Sequence[Rule], device: torch.device) -> list[State]:
+    """What policies remember before their first step."""
+    return [rule.policy.init(len(rule.names), device) for rule in rules]
 
 
 def carry_over(
-    before: Sequence[Rule], states: Sequence[State], after: Sequence[Rule], device: torch.device
+    before: Sequence[Rule], states: Sequence[State], after: Sequence[Rule], fresh: Sequence[State]
 ) -> list[State]:
-    """States for new slots: those of the same name keep their columns, others start fresh."""
-    old = {rule.key: (rule.names, state) for rule, state in zip(before, states, strict=True)}
+    """States for new slots: those of the same name keep their columns.
+
+    Args:
+        before: The rules that were followed.
+        states: What their policies remember.
+        after: The rules to follow. A rule whose policy is another one starts fresh.
+        fresh: States for these, for the slots that are new.
+    """
+    old = {rule.key: (rule, state) for rule, state in zip(before, states, strict=True)}
     carried: list[State] = []
-    for rule in after:
-        fresh = rule.policy.init(len(rule.names), device)
-        names, state = old.get(rule.key, ((), {}))
-        known = {name: index for index, name in enumerate(names)}
+    for rule, new in zip(after, fresh, strict=True):
+        earlier, state = old.get(rule.key, (rule, {}))
+        known = {name: index for index, name in enumerate(earlier.names if state else ())}
         kept = [(i, known[name]) for i, name in enumerate(rule.names) if name in known]
-        for key, value in fresh.items() if kept else ():
-            here, there = torch.tensor(kept, device=value.device).unbind(1)
-            value[..., here] = state[key].index_select(-1, there.to(state[key].device)).to(device)
-        carried.append(fresh)
+        if kept and earlier.policy == rule.policy:
+            here, there = torch.tensor(kept).unbind(1)
+            columns = {key: state[key][..., there.to(state[key].device)] for key in new}
+            new = {
+                key: value.index_copy(-1, here.to(value.device), columns[key].to(value.device))
+                for key, value in new.items()
+            }
+        carried.append(new)
     return carried

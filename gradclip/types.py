@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from gradclip.saved import Range
 
 __all__ = [
     "Beginning",
@@ -149,6 +151,8 @@ class Stats:
         weights: Shape (slots,), float64: the p-norm of each slot's parameters; None unless the
             policy asks.
         loss: 0-d float64, the mean over ranks; None where the caller gave none.
+        share: What the norms were divided by. A limit that the user gives is a norm of the
+            gradients as they are, so a policy divides it by `share` too.
     """
 
     norms: Tensor
@@ -157,6 +161,7 @@ class Stats:
     sizes: Tensor | None = None
     weights: Tensor | None = None
     loss: Tensor | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +227,15 @@ class Decides(Protocol):
     @property
     def watches_loss(self) -> bool:
         """Whether it needs the loss."""
+        ...
+
+    @property
+    def ranges(self) -> Mapping[str, Range]:
+        """What each entry of its state, and of its memory of elements, may hold when loaded."""
+        ...
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """By what is wrong with a state, the slots for which it is."""
         ...
 
     def init(self, slots: int, device: torch.device) -> State:

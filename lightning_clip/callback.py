@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -93,6 +94,8 @@ class GradientClip(Callback):
         self._record_before: ClipRecord | None = None  # this batch
         self._backward_ran = self._zeroed = False  # in this batch
         self._batches = self._backwards = 0  # since the last step
+        self._training: tuple[Trainer, LightningModule] | None = None
+        self._earlier: tuple[ClipperSet, list[int]] | None = None  # of a fit before, with steps
         self._saved: dict[str, Any] = {}  # waits for training to start
         self._saved_before: dict[str, Any] = {}  # the same, before this fit, validate or test
         self._saved_for: LightningModule | None = None  # None: any module
@@ -116,12 +119,31 @@ class GradientClip(Callback):
         """Adaptive state and counts of every optimizer: plain tensors, numbers and strings."""
         if self._saved or not self._clippers:
             return dict(self._saved)
-        return self._clippers.state_dict() | {"steps": list(self._reporter.steps)}
+        clippers, steps = self._earlier or (self._clippers, self._reporter.steps)
+        return clippers.state_dict(steps)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Keep a `state_dict` until training starts and the clippers exist."""
-        if self._restore:
+        """Continue from a `state_dict`: at once while training, else when training starts.
+
+        Raises:
+            ConfigError: If it isn't a mapping; while training, or when it starts, if it is of
+                other optimizers, policies or parameters, or holds what no steps lead to. Nothing
+                is changed then.
+        """
+        if not isinstance(state_dict, Mapping):
+            msg = (
+                f"GradientClip.load_state_dict: got a {type(state_dict).__name__}; allowed: a "
+                "mapping as state_dict() gives it. For fresh state: GradientClip(..., "
+                "restore=False)."
+            )
+            raise ConfigError(msg)
+        if not self._restore:
+            return
+        if self._training is None or not state_dict:
             self._saved = dict(state_dict)
+        else:
+            self._follow_optimizers(*self._training)
+            self._take_in(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer that clips too; saved state isn't loaded yet."""
@@ -134,19 +156,32 @@ class GradientClip(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the clippers; a second fit of the same module goes on with its state."""
         refuse_optimizers(trainer, pl_module)
-        if self._module is pl_module:
-            self._saved = self.state_dict()
+        if self._module is not pl_module:
+            self._earlier = None
+        elif self._clippers and self._earlier is None:
+            self._earlier = self._clippers, self._reporter.steps
         self._module = pl_module
         self._build(trainer, pl_module)
 
-    def on_train_start(self, trainer: Trainer, *_: object) -> None:
-        """Take in saved state, which some strategies load only after `on_fit_start`."""
-        self._batches = self._backwards = 0
-        if self._saved:
-            self._take_in_saved(trainer)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take in saved state, which some strategies load only after `on_fit_start`.
 
-    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        Before that other callbacks may have added parameters, too.
+        """
+        self._batches = self._backwards = 0
+        self._follow_optimizers(trainer, pl_module)
+        if self._saved:
+            self._take_in(self._saved)
+        elif self._earlier is not None:
+            steps = self._clippers.go_on_from(*self._earlier, same_run=False)
+            self._reporter.resume(steps)
+        self._saved, self._earlier, self._training = {}, None, (trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: object
+    ) -> None:
         """Nothing of this batch has reached the gradients yet."""
+        self._follow_optimizers(trainer, pl_module)
         for clipper in self._clippers:
             clipper.batch = trainer.fit_loop.total_batch_idx
         self._record_before = self._clippers[0].last_record
@@ -161,6 +196,7 @@ class GradientClip(Callback):
 
         The latter for `stage: after_backward`, which clips this backward's by themselves.
         """
+        self._follow_optimizers(trainer, pl_module)
         for clipper in self._clippers:
             if clipper.watches_loss:
                 loss = unscaled(trainer, pl_module, loss)
@@ -218,6 +254,7 @@ class GradientClip(Callback):
         State that `validate` or `test` loaded with a checkpoint is dropped.
         """
         del trainer
+        self._training = None
         if stage != "fit":
             self._saved = self._saved_before
         elif self._saved:
@@ -267,14 +304,22 @@ class GradientClip(Callback):
             hold_schedule(trainer, module, self._is_withheld, self._patches)
         self._reporter.begin(trainer, self._clippers)
 
-    def _take_in_saved(self, trainer: Trainer) -> None:
+    def _take_in(self, state: Mapping[str, Any]) -> None:
         try:
-            self._clippers.load_state_dict(self._saved)
+            take_in = self._clippers.checked(state, with_steps=True)
         except ConfigError as error:
             msg = f"{error} For fresh state: GradientClip(..., restore=False)."
             raise ConfigError(msg) from None
-        self._reporter.begin(trainer, self._clippers, self._saved["steps"])
-        self._saved = {}
+        self._reporter.resume(take_in())
+
+    def _follow_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
+        """If the Trainer got new optimizers while training, clip those from where we are."""
+        now = trainer.optimizers
+        if len(now) == len(self._optimizers) and all(map(is_, now, self._optimizers)):
+            return
+        before, steps = self._clippers, self._reporter.steps
+        self._build(trainer, module)
+        self._reporter.resume(self._clippers.go_on_from(before, steps))
 
     def _share(self, trainer: Trainer) -> float:
         """What part of a full window these gradients hold; 1 in manual optimization."""
@@ -294,11 +339,8 @@ class GradientClip(Callback):
         return not is_left_out and not skips_backward(trainer)
 
     def _index(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> int:
-        """Which clipper an optimizer has; they are built anew if the Trainer got new ones."""
-        if not any(known is optimizer for known in self._optimizers):
-            self._saved = self.state_dict()
-            self._build(trainer, module)
-            self._take_in_saved(trainer)
+        """Which clipper an optimizer has."""
+        self._follow_optimizers(trainer, module)
         for index, known in enumerate(self._optimizers):
             if known is optimizer:
                 return index

@@ -34,21 +34,23 @@ class Reporter:
         self._filed: list[int] = []
         self.steps: list[int] = []
 
-    def begin(self, trainer: Trainer, clippers: ClipperSet, steps: Sequence[int] = ()) -> None:
-        """Follow these clippers from now on.
+    def begin(self, trainer: Trainer, clippers: ClipperSet) -> None:
+        """Follow these clippers from now on, whose optimizers have made no step.
 
         Args:
             trainer: About to fit; called on every rank.
             clippers: One for each optimizer.
-            steps: That each optimizer has made; none, if not given.
         """
         self._clippers = clippers
-        self.steps = list(steps) or [0] * len(clippers)
-        self._written = list(self.steps)
         self._filed = [0] * len(clippers)
+        self.resume([0] * len(clippers))
         folder = trainer.log_dir or trainer.default_root_dir
         is_local = "://" not in folder  # a bucket can't be written to like a folder
         clippers.place_records(folder if is_local else Path.cwd())
+
+    def resume(self, steps: Sequence[int]) -> None:
+        """Go on after so many steps of each optimizer."""
+        self.steps, self._written = list(steps), list(steps)
 
     def step(
         self, trainer: Trainer, module: LightningModule, index: int, record: ClipRecord

@@ -17,6 +17,7 @@ PACKAGES = ("gradclip", "lightning_clip", "accelerate_clip")
 PARTS = ("policies", "layouts", "kernels", "effect", "records")
 FLOORS = (  # a room imports from the floors below its own, and from its own
     {"errors", "private"},
+    {"saved"},
     {"patches", "tensors", "types", "norms"},
     {"policies", "layouts", "kernels", "changes", "steps"},
     {"config"},

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradclip.errors import ConfigError
 from gradclip.plan.plan import Plan, Rule
+from gradclip.saved import read_mapping, read_numbers
 from gradclip.tensors import aligned_chunks, refuse_sparse
 from gradclip.types import Edit, Elementwise, Grads, Kernel, Layout, Measurable, Memory
 
@@ -24,9 +24,6 @@ PATIENCE = 20
 
 Key = tuple[tuple[int, int], str]
 """Whose memory: the key of a rule and the name of a slot."""
-
-Saved = Mapping[str, Mapping[str, Tensor]]
-"""Whole float32 tensors, by parameter and by name of the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,28 +201,40 @@ class ElementMemory:
             target.copy_(part.view(target.shape))
         return layout.sum(whole)
 
-    def loaded(self, rule: Rule, saved: Saved, device: torch.device) -> dict[Key, Memory]:
+    def loaded(
+        self, rule: Rule, saved: object, where: str, device: torch.device
+    ) -> dict[Key, Memory]:
         """This rank's parts of what was saved; to be given to `replace` once all is checked.
 
+        Args:
+            rule: Whose memory.
+            saved: As `saved` gave it.
+            where: The entry of the saved state that it is, for errors.
+            device: Where to put it.
+
         Raises:
-            ConfigError: If a shape is another than the parameter's.
+            ConfigError: If it isn't what a policy remembers of these parameters.
         """
+        assert rule.elementwise is not None
+        plan, ranges = self._plan, rule.policy.ranges
+        names = [plan.slot_names[slot] for slot in rule.covers]
         found: dict[Key, Memory] = {}
-        for slot in rule.covers:
-            name = self._plan.slot_names[slot]
-            for kind, whole in saved.get(name, {}).items():
-                shape = self._plan.shapes[name]
-                if tuple(whole.shape) != tuple(shape):
-                    msg = (
-                        f"Saved {kind!r} of {rule.policy.type!r} for {name!r} has shape "
-                        f"{tuple(whole.shape)}, the parameter has {tuple(shape)}. Start with "
-                        "fresh state or use the same model."
-                    )
-                    raise ConfigError(msg)
-                if name in self._plan.regions:
-                    part = self._plan.regions[name].of(whole).to(device, torch.float32)
+        for name, own in read_mapping(saved, where, (), names).items():
+            at = f"{where}.{name}"
+            for kind, value in read_mapping(own, at, rule.elementwise.memory).items():
+                entry = f"{at}.{kind} of {rule.policy.type!r}"
+                whole = read_numbers(value, entry, plan.shapes[name], ranges[kind])
+                if name in plan.regions:
+                    part = plan.regions[name].of(whole).to(device, torch.float32)
                     found.setdefault((rule.key, name), {})[kind] = part.flatten().clone()
         return {key: own for key, own in found.items() if next(iter(own.values())).numel()}
+
+    def take_over(self, before: ElementMemory) -> None:
+        """Remember what another one does of these parameters; it forgets that."""
+        theirs = {rule.key: rule.policy for rule in before._plan.rules}
+        same = {rule.key for rule in self._plan.rules if theirs.get(rule.key) == rule.policy}
+        for key in [k for k in before._own if k[0] in same and k[1] in self._plan.slot_names]:
+            self._own[key] = before._own.pop(key)
 
     def replace(self, own: Mapping[Key, Memory]) -> None:
         """Remember this and nothing else."""

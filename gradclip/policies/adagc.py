@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from gradclip.norms import combine
-from gradclip.policies.base import AdaptivePolicy, coefficient, filled
+from gradclip.policies.base import COUNT, NORM, RUN, AdaptivePolicy, coefficient, fixed
 from gradclip.policies.history import run
 from gradclip.policies.schedule import Limit
+from gradclip.saved import Range
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = ["AdaGC"]
@@ -56,6 +58,13 @@ class AdaGC(AdaptivePolicy):
     pytorch_optimizer.AdaGC 4.1.0.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "mean": NORM,
+        "seen": COUNT,
+        "streak": RUN,
+        "level": Range(math.log(5e-324), math.log(NORM.high)),
+    }
+
     type: Literal["adagc"] = "adagc"
     """Selects this policy in YAML."""
     scope: Scope = "parameter"
@@ -84,13 +93,21 @@ class AdaGC(AdaptivePolicy):
         zeros = torch.zeros(slots, dtype=torch.float64, device=device)
         return {name: zeros.clone() for name in ("mean", "seen", "streak", "level")}
 
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """A mean or a streak that doesn't fit the number seen."""
+        seen = state["seen"]
+        return {
+            "mean is 0 though norms were seen": (seen > 0) & (state["mean"] == 0),
+            "streak is longer than seen": state["streak"].abs() > seen,
+        }
+
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Hold each slot to its multiple, and take its clipped norm in."""
         norms, seen = stats.norms, state["seen"]
         ready = seen >= max(1, self.warmup_steps - 1)
         found = self.factor * self._floored(state["mean"], seen > 0)
-        found = torch.where(ready, found, self._warmup_limit(norms, stats.step))
-        limit = self.bounded(found, stats.step)
+        found = torch.where(ready, found, self._warmup_limit(stats))
+        limit = self.bounded(found, stats)
         decision = Decision(coefficient(norms, limit, 0.0), limit)
         return decision, self._update(norms, found, ready, state)
 
@@ -103,12 +120,13 @@ class AdaGC(AdaptivePolicy):
             mean = torch.fmax(mean, self.mean_floor * middle)
         return mean.clamp(min=self.eps)
 
-    def _warmup_limit(self, norms: Tensor, step: Tensor) -> Tensor:
+    def _warmup_limit(self, stats: Stats) -> Tensor:
         """During warm-up, the limit of each slot that holds the norm of all to `warmup_norm`."""
+        norms = stats.norms
         if self.warmup_norm is None:
             return torch.full_like(norms, math.inf)
         whole = combine(norms, self.norm_type)
-        most = filled(whole, self.warmup_norm, step)
+        most = fixed(whole, self.warmup_norm, stats)
         coef = coefficient(whole, most, self.eps)
         return torch.where((coef < 1) & (norms > 0), coef * norms, most)
 

@@ -96,7 +96,7 @@ class AGC(AdaptivePolicy):
         """Hold each unit to its share."""
         assert stats.weights is not None
         factor = filled(stats.norms, self.clip_factor, stats.step)
-        limit = self.bounded(factor * stats.weights.clamp(min=self.eps), stats.step)
+        limit = self.bounded(factor * stats.weights.clamp(min=self.eps), stats)
         exceeds = (stats.norms > limit) & torch.isfinite(stats.norms)
         coef = torch.where(exceeds, limit / stats.norms.clamp(min=self.grad_floor), 1.0)
         return Decision(coef, limit), state

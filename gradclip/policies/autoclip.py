@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.base import AdaptivePolicy, coefficient, refuse_endless_warmup
-from gradclip.policies.history import percentile_of_last, pushed
+from gradclip.policies.base import (
+    COUNT,
+    NORM,
+    AdaptivePolicy,
+    coefficient,
+    refuse_endless_warmup,
+)
+from gradclip.policies.history import lacks, percentile_of_last, pushed
 from gradclip.policies.sketch import BINS, quantile, taken_in
+from gradclip.saved import Range
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["AutoClip"]
@@ -42,6 +50,8 @@ class AutoClip(AdaptivePolicy):
     autoclip 0.2.1 (PyPI), microsoft/TRELLIS; the sketch: Masson, Rim, Lee, "DDSketch" (2019).
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {"seen": COUNT, "recent": NORM, "counts": COUNT}
+
     type: Literal["autoclip"] = "autoclip"
     """Selects this policy in YAML."""
     scope: Literal["global", "group", "parameter"] = "global"
@@ -70,13 +80,20 @@ class AutoClip(AdaptivePolicy):
             return {"seen": zeros, "counts": zeros.repeat(BINS, 1)}
         return {"seen": zeros, "recent": zeros.repeat(self.window, 1)}
 
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """Norms that are fewer than those seen."""
+        seen = state["seen"]
+        if self.history == "all":
+            return {"counts don't add up to seen": state["counts"].sum(0) != seen}
+        return {"recent holds fewer norms than seen says": lacks(state["recent"], seen)}
+
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Hold norms to the percentile of those before, and take them in."""
         after = self._observe(stats.norms, state)
         known = after if self.inclusive else state
         found = self._percentile(known)
         limit = torch.where(known["seen"] >= self.warmup_steps, found, torch.inf)
-        limit = self.bounded(limit, stats.step)
+        limit = self.bounded(limit, stats)
         return Decision(coefficient(stats.norms, limit, self.eps), limit), after
 
     def _observe(self, norms: Tensor, state: State) -> State:

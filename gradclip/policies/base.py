@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -12,17 +12,41 @@ from torch import Tensor
 
 from gradclip.policies.model import STRICT
 from gradclip.policies.schedule import Limit, Schedule
+from gradclip.saved import LARGEST_COUNT, Range
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = [
+    "COUNT",
+    "FLAG",
+    "NORM",
+    "REAL",
+    "RUN",
+    "SHARE",
+    "SQUARE",
     "AdaptivePolicy",
     "NormPolicy",
     "Policy",
     "after",
     "coefficient",
     "filled",
+    "fixed",
     "refuse_endless_warmup",
 ]
+
+COUNT = Range(0, LARGEST_COUNT, whole=True)
+"""How many."""
+RUN = Range(-LARGEST_COUNT, LARGEST_COUNT, whole=True)
+"""How many in a row: above, or, negative, below."""
+FLAG = Range(0, 1, whole=True)
+"""0 or 1."""
+SHARE = Range(0, 1)
+"""A weight."""
+NORM = Range(0, 1e100)
+"""A norm, or a mean of some; sums of the squares of larger ones would not be finite."""
+SQUARE = Range(0, 1e200)
+"""A square of norms."""
+REAL = Range(-1e100, 1e100)
+"""Anything."""
 
 
 class Policy(BaseModel):
@@ -45,6 +69,9 @@ class Policy(BaseModel):
     """Whether it needs the number of elements of each slot."""
     watches_loss: ClassVar[bool] = False
     """Whether it needs the loss, which `clip(loss=...)` is given."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    """What each entry of its state, and of its memory of elements, may hold when it is loaded."""
 
     type: str
     """Selects this policy in YAML."""
@@ -75,6 +102,15 @@ class Policy(BaseModel):
     def init(self, slots: int, device: torch.device) -> State:
         """The state before the first step, for a number of slots; empty for a fixed rule."""
         del slots, device
+        return {}
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """What no steps lead to, in a state whose entries are within `ranges`.
+
+        Returns:
+            By what is wrong, the slots for which it is: bool of shape (slots,).
+        """
+        del state
         return {}
 
     @abstractmethod
@@ -123,12 +159,12 @@ class AdaptivePolicy(NormPolicy):
             raise ValueError(msg)
         return self
 
-    def bounded(self, limit: Tensor, step: Tensor) -> Tensor:
+    def bounded(self, limit: Tensor, stats: Stats) -> Tensor:
         """A limit of shape (slots,), held between floor and ceiling; the ceiling wins."""
         if self.min_norm is not None:
-            limit = torch.maximum(limit, filled(limit, self.min_norm, step))
+            limit = torch.maximum(limit, fixed(limit, self.min_norm, stats))
         if self.max_norm is not None:
-            limit = torch.minimum(limit, filled(limit, self.max_norm, step))
+            limit = torch.minimum(limit, fixed(limit, self.max_norm, stats))
         return limit
 
 
@@ -177,3 +213,9 @@ def filled(like: Tensor, value: float | Schedule, step: Tensor) -> Tensor:
     if isinstance(value, Schedule):
         return value.at(step).expand_as(like)
     return torch.full_like(like, value)
+
+
+def fixed(like: Tensor, norm: float | Schedule, stats: Stats) -> Tensor:
+    """A norm that the user gave, of gradients as they are, in the units of `stats.norms`."""
+    limit = filled(like, norm, stats.step)
+    return limit if stats.share == 1 else limit / stats.share

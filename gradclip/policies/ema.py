@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradclip.policies.base import AdaptivePolicy, coefficient
-from gradclip.policies.history import median, pushed, run
+from gradclip.policies.base import COUNT, NORM, RUN, SHARE, AdaptivePolicy, coefficient
+from gradclip.policies.history import lacks, median, pushed, run
+from gradclip.saved import Range
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["EmaClip"]
@@ -49,6 +51,14 @@ class EmaClip(AdaptivePolicy):
     the bias correction Kingma, Ba, "Adam", https://arxiv.org/abs/1412.6980 (2014).
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "mean": NORM,
+        "weight": SHARE,
+        "seen": COUNT,
+        "streak": RUN,
+        "recent": NORM,
+    }
+
     type: Literal["ema"] = "ema"
     """Selects this policy in YAML."""
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
@@ -71,13 +81,25 @@ class EmaClip(AdaptivePolicy):
             state["recent"] = zeros.repeat(self.escape_after, 1)
         return state
 
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """A mean, norms or a streak that don't fit the number seen."""
+        seen = state["seen"]
+        found = {
+            "mean is 0 though norms were seen": (seen > 0) & (state["mean"] == 0),
+            "weight is 0 though norms were seen": (seen > 0) & (state["weight"] == 0),
+            "streak is longer than seen": state["streak"].abs() > seen,
+        }
+        if self.escape_after is not None:
+            found["recent holds fewer norms than seen says"] = lacks(state["recent"], seen)
+        return found
+
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Hold each norm to its multiple of the mean, and take it in."""
         norms = stats.norms
         ready = state["seen"] >= self.warmup_steps
         mean = state["mean"] / torch.where(ready, state["weight"], 1.0)
         found = torch.where(ready, self.factor * mean, math.inf)
-        limit = self.bounded(found, stats.step)
+        limit = self.bounded(found, stats)
         new = self._update(norms, found, ready & (norms < mean / self.factor), state)
         return Decision(coefficient(norms, limit, self.eps), limit), new
 

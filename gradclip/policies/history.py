@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "lacks",
     "last_rows",
     "level",
     "mean_and_std",
@@ -59,6 +60,11 @@ def percentile_of_last(rows: Tensor, seen: Tensor, share: float) -> Tensor:
     )
     # Equal ends are taken as they are: inf - inf, where nothing was seen, is no number.
     return torch.where(low == high, low, low + (high - low) * (rank - rank.floor()))
+
+
+def lacks(rows: Tensor, seen: Tensor) -> Tensor:
+    """Which slots have a 0 among their last `seen` norms, which are all above it; bool."""
+    return (last_rows(rows, seen) & (rows == 0)).any(0)
 
 
 def mean_and_std(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -9,8 +10,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.base import NormPolicy, Policy, coefficient, refuse_endless_warmup
+from gradclip.policies.base import (
+    COUNT,
+    FLAG,
+    NORM,
+    REAL,
+    NormPolicy,
+    Policy,
+    coefficient,
+    refuse_endless_warmup,
+)
 from gradclip.policies.history import mean_and_std, median_and_mad, pushed
+from gradclip.saved import Range
 from gradclip.types import Decision, Scope, State, Stats
 
 __all__ = ["SkipNonfinite", "SkipPolicy", "SkipSpike"]
@@ -28,11 +39,16 @@ class Withholding(Policy):
 
     withholds: ClassVar[bool] = True
     counters: ClassVar[frozenset[str]] = frozenset({"withheld"})
+    ranges: ClassVar[Mapping[str, Range]] = {"withheld": COUNT, "before": COUNT}
 
     def init(self, slots: int, device: torch.device) -> State:
         """No step withheld yet."""
         zeros = torch.zeros(slots, dtype=torch.float64, device=device)
         return {"withheld": zeros, "before": zeros.clone()}
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """More withheld before the last step than in all."""
+        return {"before is above withheld": state["before"] > state["withheld"]}
 
     def _counted(self, stats: Stats, state: State, skip: Tensor) -> State:
         """The counts after a step. The engine keeps the old `before` if the step isn't taken."""
@@ -88,6 +104,7 @@ class SkipPolicy(Withholding, NormPolicy):
     """
 
     counters: ClassVar[frozenset[str]] = frozenset({"withheld", "held_norms"})
+    ranges: ClassVar[Mapping[str, Range]] = {**Withholding.ranges, "held_norms": NORM}
 
     scope: Literal["global"] = "global"
     """All that is watched together: a step is withheld as a whole."""
@@ -167,6 +184,15 @@ class SkipSpike(SkipPolicy):
     https://arxiv.org/abs/2501.00656 (2025).
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **SkipPolicy.ranges,
+        "norms": NORM,
+        "losses": REAL,
+        "held_losses": REAL,
+        "seen": COUNT,
+        "ready": FLAG,
+    }
+
     type: Literal["skip_spike"] = "skip_spike"
     """Selects this policy in YAML."""
     z_threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 6.0
@@ -216,6 +242,11 @@ class SkipSpike(SkipPolicy):
         held = state["held_norms"].clone()
         values = {"norms": rows, "losses": rows.clone(), "held_losses": held}
         return {**state, **values, "seen": zeros.clone(), "ready": zeros.clone()}
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """Also a warm-up that is over before there is any spread."""
+        unready = (state["ready"] > 0) & (state["seen"] < 2)
+        return {**super().contradictions(state), "ready is 1 with seen below 2": unready}
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Tell a spike, withhold it, or take its values in."""

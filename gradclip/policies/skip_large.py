@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.base import filled, refuse_endless_warmup
-from gradclip.policies.history import percentile_of_last, pushed
+from gradclip.policies.base import COUNT, NORM, SHARE, filled, fixed, refuse_endless_warmup
+from gradclip.policies.history import lacks, percentile_of_last, pushed
 from gradclip.policies.schedule import Limit
 from gradclip.policies.skip import SkipPolicy
+from gradclip.saved import Range
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["SkipLarge"]
@@ -36,6 +38,14 @@ class SkipLarge(SkipPolicy):
 
     References: optax.skip_large_updates.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **SkipPolicy.ranges,
+        "mean": NORM,
+        "weight": SHARE,
+        "norms": NORM,
+        "seen": COUNT,
+    }
 
     type: Literal["skip_large"] = "skip_large"
     """Selects this policy in YAML."""
@@ -68,23 +78,35 @@ class SkipLarge(SkipPolicy):
             return {**state, "norms": zeros.repeat(self.window, 1), "seen": zeros.clone()}
         return state
 
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """Also a mean, or norms, that don't fit the number seen."""
+        found = dict(super().contradictions(state))
+        if self.relative_to == "ema":
+            seen = state["seen"] > 0
+            found["mean is 0 though norms were seen"] = seen & (state["mean"] == 0)
+            found["weight is 0 though norms were seen"] = seen & (state["weight"] == 0)
+        elif self.relative_to == "percentile":
+            found["norms holds fewer than seen says"] = lacks(state["norms"], state["seen"])
+        return found
+
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Withhold a step at or beyond the bound, or take its norm in."""
         norm = stats.norms
-        factor = filled(norm, self.limit, stats.step)
-        bound = factor
-        if self.relative_to == "ema":
-            bound = factor * state["mean"] / state["weight"]
-        elif self.relative_to == "percentile":
-            bound = factor * percentile_of_last(
-                state["norms"], state["seen"], self.percentile / 100
-            )
-        if self.relative_to != "fixed":
+        if self.relative_to == "fixed":
+            bound = fixed(norm, self.limit, stats)
+        else:
+            bound = filled(norm, self.limit, stats.step) * self._level(state)
             bound = torch.where(state["seen"] >= self.warmup_steps, bound, torch.inf)
         beyond = (norm < bound).logical_not() & torch.isfinite(bound)
         decision, over, counts = self._bounded(stats, state, beyond, bound)
         took = (norm > 0) & (counts["withheld"] > state["withheld"]).logical_not()
         return decision, {**self._taken_in(norm, took, over, counts, state), **counts}
+
+    def _level(self, state: State) -> Tensor:
+        """What the bound is relative to; no number before the first norm."""
+        if self.relative_to == "ema":
+            return state["mean"] / state["weight"]
+        return percentile_of_last(state["norms"], state["seen"], self.percentile / 100)
 
     def _taken_in(
         self, norm: Tensor, took: Tensor, over: Tensor, counts: State, state: State

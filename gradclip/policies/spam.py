@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gradclip.policies.base import COUNT, SHARE, SQUARE
 from gradclip.policies.elements import ElementPolicy
+from gradclip.saved import Range
 from gradclip.types import Decision, Memory, Scope, State, Stats
 
 __all__ = ["Spam"]
@@ -43,7 +46,9 @@ class Spam(ElementPolicy):
     goes by; AdamWClip clips its first gradient to 1e-10. v is bias-corrected, so that theta means
     the same from the start (`bias_correction: false` is the reference). Moments are reset only
     with `reset_every`, and only where v is kept here: resetting an optimizer is no concern of a
-    clipper. A step that isn't finite leaves v alone. A gradient of zeros alone is no step.
+    clipper. With A = `warmup_steps` the reference clips first in its A-th step, and waits A steps
+    after each reset; here A steps go by both times, so the first clip may come one step later. A
+    step that isn't finite leaves v alone. A gradient of zeros alone is no step.
 
     References: Huang, Zhu, Jin, Liu, Wang, Liu, "SPAM: Spike-Aware Adam with Momentum Reset for
     Stable LLM Training", https://arxiv.org/abs/2501.06842 (2025); code: TianjinYellow/
@@ -52,6 +57,7 @@ class Spam(ElementPolicy):
 
     memory: ClassVar[tuple[str, ...]] = ("square",)
     probes: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, Range]] = {"seen": COUNT, "weight": SHARE, "square": SQUARE}
 
     type: Literal["spam"] = "spam"
     """Selects this policy in YAML."""

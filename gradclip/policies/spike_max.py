@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from gradclip.policies.base import NORM, SHARE
 from gradclip.policies.elements import ElementPolicy
+from gradclip.saved import Range
 from gradclip.types import Decision, Memory, Scope, State, Stats
 
 __all__ = ["SpikeMax"]
@@ -38,6 +41,8 @@ class SpikeMax(ElementPolicy):
     TianjinYellow/StableSPAM 6a66da1.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {"mean": NORM, "weight": SHARE}
+
     type: Literal["spike_max"] = "spike_max"
     """Selects this policy in YAML."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -52,6 +57,10 @@ class SpikeMax(ElementPolicy):
         """Nothing seen yet."""
         zeros = torch.zeros(slots, dtype=torch.float64, device=device)
         return {"mean": zeros, "weight": torch.ones_like(zeros)}
+
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """A mean of nothing that has weight."""
+        return {"mean is 0 though weight is below 1": (state["weight"] < 1) & (state["mean"] == 0)}
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Take the largest magnitudes in, and hold to their mean what exceeds it."""

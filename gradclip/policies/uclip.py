@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradclip.policies.base import coefficient, filled
+from gradclip.policies.base import FLAG, REAL, coefficient, filled
 from gradclip.policies.elements import ElementPolicy
 from gradclip.policies.schedule import Limit
+from gradclip.saved import Range
 from gradclip.types import Decision, Memory, Scope, State, Stats
 
 __all__ = ["UClip"]
@@ -47,6 +49,7 @@ class UClip(ElementPolicy):
     memory: ClassVar[tuple[str, ...]] = ("carry",)
     probes: ClassVar[bool] = True
     alone: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, Range]] = {"carrying": FLAG, "carry": REAL}
 
     type: Literal["uclip"] = "uclip"
     """Selects this policy in YAML."""

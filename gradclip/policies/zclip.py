@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradclip.policies.base import AdaptivePolicy, coefficient
-from gradclip.policies.history import level, median, pushed, run
+from gradclip.policies.base import COUNT, NORM, RUN, SQUARE, AdaptivePolicy, coefficient
+from gradclip.policies.history import lacks, level, median, pushed, run
 from gradclip.policies.schedule import Limit
+from gradclip.saved import Range
 from gradclip.types import Decision, State, Stats
 
 __all__ = ["ZClip"]
@@ -53,6 +55,14 @@ class ZClip(AdaptivePolicy):
     Pre-Training", https://arxiv.org/abs/2504.02507 (2025); code: bluorion-com/ZClip 1.0.0.
     """
 
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "mean": NORM,
+        "var": SQUARE,
+        "seen": COUNT,
+        "streak": RUN,
+        "recent": NORM,
+    }
+
     type: Literal["zclip"] = "zclip"
     """Selects this policy in YAML."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.97
@@ -91,6 +101,15 @@ class ZClip(AdaptivePolicy):
         state = {name: zeros.clone() for name in ("mean", "var", "seen", "streak")}
         return {**state, "recent": zeros.repeat(self._history, 1)}
 
+    def contradictions(self, state: State) -> Mapping[str, Tensor]:
+        """A mean, norms or a streak that don't fit the number seen."""
+        seen = state["seen"]
+        return {
+            "mean is 0 after the warm-up": (seen >= self.warmup_steps) & (state["mean"] == 0),
+            "recent holds fewer norms than seen says": lacks(state["recent"], seen),
+            "streak is longer than seen": state["streak"].abs() > seen,
+        }
+
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Tell a spike, hold it to its limit, and take the norm in."""
         norms = stats.norms
@@ -102,7 +121,7 @@ class ZClip(AdaptivePolicy):
         taken = torch.where(spike, target, norms)
 
         limit = torch.where(ready, torch.where(spike, target, boundary), math.inf)
-        limit = self.bounded(limit, stats.step)
+        limit = self.bounded(limit, stats)
         decision = Decision(coefficient(norms, limit, self.eps), limit)
         return decision, self._update(norms, taken, spike, ready, state)
 

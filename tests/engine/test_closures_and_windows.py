@@ -8,7 +8,21 @@ import torch
 from support.gradients import flat, small_model
 from torch.optim import LBFGS
 
-from gradclip import ClipByNorm, ConfigError, EmaClip, GradientClipper, ZClip
+from gradclip import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClipByNorm,
+    ClipByRMS,
+    ClipByValue,
+    ConfigError,
+    EmaClip,
+    GradientClipper,
+    Schedule,
+    SkipLarge,
+    UClip,
+    ZClip,
+)
 
 LIMIT = 0.05
 
@@ -124,13 +138,55 @@ def test_a_spike_in_a_short_window_is_held_to_its_share_of_the_limit():
     assert float(flat_grad(model).norm()) == pytest.approx(float(half.limit), rel=1e-4)
 
 
-def test_a_fixed_limit_does_not_shrink_with_the_window():
+STEADY = Schedule(schedule="linear", start=LIMIT, end=LIMIT, steps=9)
+ELEMENT = LIMIT / 7  # of 49 equal elements
+LARGE, SMALL = 10 * LIMIT, 0.1 * LIMIT
+SOON = {"scope": "global", "warmup_steps": 3}
+FIXED = {  # each number that is a norm of gradients, and the norm of full windows before
+    "norm": (ClipByNorm(max_norm=LIMIT), None),
+    "norm, schedule": (ClipByNorm(max_norm=STEADY), LARGE),
+    "norm, budget": (ClipByNorm(max_norm=LIMIT, scope="parameter", budget="size"), LARGE),
+    "rms": (ClipByRMS(max_rms=ELEMENT, scope="global"), LARGE),
+    "value": (ClipByValue(clip_value=ELEMENT), LARGE),
+    "uclip": (UClip(limit=LIMIT, kind="norm"), None),
+    "agc, ceiling": (AGC(clip_factor=1e9, scope="global", max_norm=LIMIT), LARGE),
+    "agc, floor": (AGC(clip_factor=1e-9, scope="global", min_norm=LIMIT), LARGE),
+    "autoclip, warm-up": (AutoClip(max_norm=LIMIT), LARGE),
+    "autoclip, ceiling": (AutoClip(**SOON, max_norm=LIMIT), LARGE),
+    "autoclip, floor": (AutoClip(**SOON, min_norm=LIMIT), SMALL),
+    "zclip, warm-up": (ZClip(max_norm=LIMIT), LARGE),
+    "zclip, ceiling": (ZClip(**SOON, max_norm=STEADY), LARGE),
+    "zclip, floor": (ZClip(**SOON, max_norm=None, min_norm=LIMIT), SMALL),
+    "ema, warm-up": (EmaClip(max_norm=LIMIT), LARGE),
+    "ema, ceiling": (EmaClip(**SOON, max_norm=LIMIT), LARGE),
+    "ema, floor": (EmaClip(**SOON, min_norm=STEADY), SMALL),
+    "adagc, warm-up": (AdaGC(warmup_norm=LIMIT), LARGE),
+    "adagc, ceiling": (AdaGC(**SOON, warmup_norm=None, max_norm=LIMIT), LARGE),
+    "adagc, floor": (AdaGC(**SOON, min_norm=LIMIT), SMALL),
+    "skip_large": (SkipLarge(limit=LIMIT), SMALL),
+    "skip_large, schedule": (SkipLarge(limit=STEADY), LARGE),
+}
+
+
+@pytest.mark.parametrize(("policy", "usual"), FIXED.values(), ids=FIXED.keys())
+def test_a_fixed_limit_is_of_the_gradients_as_they_are(policy, usual):
+    """In a short window too, whose norm is learnt as that of a full one."""
     model = small_model()
-    clipper = GradientClipper(ClipByNorm(max_norm=1.0), model.named_parameters())
-    gradients(model, 1.5)
+    clipper = GradientClipper(policy, model.named_parameters())
+    for share in () if usual is None else (1.0, 0.5, 1.0, 0.25, 1.0, 1.0):
+        gradients(model, usual * share)
+        clipper.clip(share=share)
+    gradients(model, 0.75 * LIMIT)
+    before = flat_grad(model)
     record = clipper.clip(share=0.5)
-    assert float(record.limit) == 1.0
-    assert float(record.clipped_norm) == pytest.approx(1.0, rel=1e-5)
+    assert not record.clipped
+    assert not record.skipped
+    assert torch.equal(flat_grad(model), before)
+    gradients(model, 1.5 * LIMIT)
+    record = clipper.clip(share=0.5)
+    assert bool(record.skipped) == policy.withholds
+    if not policy.withholds:
+        assert float(flat_grad(model).norm()) == pytest.approx(LIMIT, rel=1e-4)
 
 
 def test_what_is_no_share_is_refused_before_anything_is_written():

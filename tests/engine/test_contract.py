@@ -16,6 +16,7 @@ from support.gradients import (
     optimizer_for,
     parameters,
 )
+from support.malformed import REFUSED, answer, malformed
 
 from gradclip import ClipConfig, GradientClipper
 from gradclip.policies import AnyPolicy, ElementPolicy
@@ -60,6 +61,88 @@ def test_state_round_trip_is_bitwise(policy):
                 again.as_metrics()[key], value, rtol=0, atol=0, equal_nan=True
             )
         assert_same_grads(grads(params), grads(others))
+
+
+@every_policy
+def test_every_state_that_steps_lead_to_is_taken_in(policy):
+    for on_nonfinite in ("skip", "ignore"):
+        config = ClipConfig(policies=[policy], on_nonfinite=on_nonfinite)
+        params, clipper = make(config)
+        _, other = make(config)
+        other.load_state_dict(clipper.state_dict())
+        for step in range(40):
+            fill(params, step, 10.0 ** ((7 * step) % 11 - 5))
+            if step % 7 == 5:
+                params["layer.weight"].grad[0, 0] = (math.nan, math.inf)[step % 2]
+            if step % 6 == 4:
+                params["embed.weight"].grad = None
+            if step % 13 == 12:
+                fill(params, step, 0.0)
+            clipper.clip(share=(1.0, 0.5)[step % 2])
+            other.load_state_dict(clipper.state_dict())
+        assert set(other.state_dict()["policies"][0]["state"]) <= set(policy.ranges)
+
+
+@every_policy
+def test_a_state_that_no_steps_lead_to_is_refused_whole(policy):
+    params, clipper = make(policy)
+    run(params, clipper, 7)
+    params, other = make(policy)
+    run(params, other, 5)
+    before, tried = repr(other.state_dict()), 0
+    has_slots = bool(clipper.state_dict()["policies"][0]["state"])
+    for where, state in malformed(clipper.state_dict()):
+        if ".slots" in where and not has_slots:  # a fixed rule may have another scope
+            continue
+        found = answer(other.load_state_dict, state)
+        assert found.startswith(REFUSED), (where, found)
+        assert "fresh state" in found, where
+        tried += 1
+    assert tried > 80
+    assert repr(other.state_dict()) == before
+    assert other.flush()["clip/nonfinite"] == 0
+    assert other.recorder.tally.made == 5
+
+
+def test_a_state_whose_entries_contradict_each_other_is_refused():
+    """Each entry might be, but not beside the others."""
+    for name, entry, number in CONTRADICTIONS:
+        params, clipper = make(POLICIES[name])
+        run(params, clipper, 12)
+        state = clipper.state_dict()
+        clipper.load_state_dict(state)
+        where = state["counts"] if entry in state["counts"] else state["policies"][0]["state"]
+        where[entry] = torch.full_like(where[entry], number)
+        found = answer(clipper.load_state_dict, state)
+        assert found.startswith(REFUSED), (name, entry, found)
+
+
+CONTRADICTIONS = (
+    ("norm", "clipped", 13),
+    ("norm", "taken", 13),
+    ("norm", "steps", 3),
+    ("norm", "nonfinite", 13),
+    ("zclip", "recent", 0),
+    ("zclip", "mean", 0),
+    ("zclip", "streak", -13),
+    ("ema", "mean", 0),
+    ("ema", "weight", 0),
+    ("ema", "streak", 13),
+    ("ema", "recent", 0),
+    ("autoclip", "recent", 0),
+    ("autoclip_all", "seen", 11),
+    ("autoclip_all", "counts", 0),
+    ("adagc", "mean", 0),
+    ("adagc", "streak", 13),
+    ("spike_max", "mean", 0),
+    ("skip_nonfinite", "before", 1),
+    ("skip_large", "before", 9),
+    ("skip_spike", "seen", 1),
+    ("skip_large_ema", "mean", 0),
+    ("skip_large_ema", "weight", 0),
+    ("skip_large_percentile", "norms", 0),
+)
+"""A policy, the entry of its state that is set, and to what."""
 
 
 BAD_STEPS = {2: math.nan, 5: math.inf, 7: -math.inf}
