@@ -126,7 +126,7 @@ class ClipperSet(Sequence[GradientClipper]):
         norms = self[index].recorder.norms
         key = f"clip/grad_norm_histogram{self.suffix(index)}"
         if norms and hasattr(writer, "add_histogram"):
-            writer.add_histogram(key, torch.tensor(norms), step)
+            writer.add_histogram(key, torch.tensor(norms, dtype=torch.float64, device="cpu"), step)
         elif norms and type(writer).__module__.startswith("wandb"):
             import wandb
 

@@ -35,6 +35,10 @@ from gradclip.types import Given, Handle, Layout
 
 __all__ = ["GradientClipper"]
 
+# Validation runs in it, and a checkpoint or a log entry may be due there: what is kept from one
+# step to the next must not become a tensor that no later step may write to.
+_outside_inference = torch.inference_mode(mode=False)
+
 
 class GradientClipper:
     """Clips the gradients of one optimizer, once per optimizer step.
@@ -78,6 +82,7 @@ class GradientClipper:
         (True, 1.0)
     """
 
+    @_outside_inference
     def __init__(
         self,
         policy: PolicyLike,
@@ -116,6 +121,7 @@ class GradientClipper:
         self._beginning = self._core.begin()
         self.batch: int | None = None
 
+    @_outside_inference
     @torch.no_grad()
     def clip(
         self,
@@ -226,6 +232,7 @@ class GradientClipper:
             mean = self._losses.mean(self._core.machinery.device)
         return replace(given, grad_scale=grad_scale, loss=mean)
 
+    @_outside_inference
     def flush(self) -> dict[str, float]:
         """What to log of the steps since the last call, in one copy to the host.
 
@@ -322,6 +329,7 @@ class GradientClipper:
         """What is known of the gradients inside a DeepSpeed engine's step."""
         return self._completed(self._given("clip", 1.0), grad_scale, None)
 
+    @_outside_inference
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.
 
@@ -330,6 +338,7 @@ class GradientClipper:
         on, core = self._core.current(), self._core
         return pack(on.plan.rules, core.states, on.memory, core.recorder.tally)
 
+    @_outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved at any world size.
 

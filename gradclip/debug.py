@@ -48,7 +48,7 @@ class CheckedCore(Core):
         super().__init__(config, sources)
         self._stepper = sources.optimizer
         self._seen: dict[Tensor, tuple[TensorWeakRef, int]] = {}
-        self._norms = torch.zeros(0)
+        self._norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._folded: Step | None = None
         if isinstance(self._stepper, Optimizer):
             known = weakref.ref(self)  # an optimizer may outlive its clipper

@@ -91,12 +91,15 @@ def unpack(
             loaded.append(rule.policy.init(len(rule.names), device))
             continue
         loaded.append({n: v.to(device, torch.float64).clone() for n, v in entry["state"].items()})
-    counts = [torch.as_tensor(saved["counts"][name]).to(device) for name in Tally.NAMES]
+    counts = [
+        torch.as_tensor(saved["counts"][name], dtype=torch.float64, device=device)
+        for name in Tally.NAMES
+    ]
     elements: dict[Key, Memory] = {}
     if memory is not None:
         for rule, entry in zip(rules, saved["policies"], strict=True):
             elements |= memory.loaded(rule, entry.get("elements", {}), device)
-    return loaded, torch.stack(counts).to(torch.float64), elements
+    return loaded, torch.stack(counts), elements
 
 
 def carry_over(
@@ -111,7 +114,7 @@ def carry_over(
         known = {name: index for index, name in enumerate(names)}
         kept = [(i, known[name]) for i, name in enumerate(rule.names) if name in known]
         for key, value in fresh.items() if kept else ():
-            here, there = torch.tensor(kept, device=value.device).unbind(1)
+            here, there = torch.tensor(kept, dtype=torch.int64, device=value.device).unbind(1)
             value[..., here] = state[key].index_select(-1, there.to(state[key].device)).to(device)
         carried.append(fresh)
     return carried

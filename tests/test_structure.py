@@ -175,6 +175,19 @@ def test_private_names_of_frameworks_stand_in_files_of_their_own():
             assert set(private_names(path)) <= inherited, path
 
 
+FACTORIES = {"tensor", "as_tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "eye"}
+
+
+def test_every_new_tensor_says_its_device_and_dtype():
+    """Others follow what a script set as defaults: another device, or half precision."""
+    for path in (path for package in PACKAGES for path in files(package)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
+                made = ast.unparse(node.func).removeprefix("torch.") in FACTORIES
+                given = {keyword.arg for keyword in node.keywords}
+                assert not made or {"device", "dtype"} <= given, f"{path}, line {node.lineno}"
+
+
 def public(package):
     for name in package.__all__:
         value = getattr(package, name)

@@ -173,7 +173,9 @@ def _watched(
     slots = [i for i, member in enumerate(where.values()) if member.watched]
     if len(slots) == len(where):
         return None
-    return torch.tensor(slots, device=device) if unit_map is None else unit_map.indices(slots)
+    if unit_map is not None:
+        return unit_map.indices(slots)
+    return torch.tensor(slots, dtype=torch.int64, device=device)
 
 
 def _unit_dims(
@@ -218,7 +220,7 @@ def _rule(
     if depth == _UNIT and unit_map is not None:
         names = [f"{paths[i][-1]}[{row}]" for i in acts for row in range(unit_map.counts[i])]
         indices, units = unit_map.indices(acts), sum(unit_map.counts)
-        owner = torch.tensor([], device=device)
+        owner = torch.tensor([], dtype=torch.int64, device=device)
         return Rule(
             key, policy, tuple(names), tuple(acts), None, owner, unit_map.lengths, units, indices
         )
@@ -243,7 +245,7 @@ def _rule(
         tuple(path[-1] if depth else "global" for path in own),
         tuple(acts),
         None if same else _table(held, len(paths), device),
-        torch.tensor(owners, device=device),
+        torch.tensor(owners, dtype=torch.int64, device=device),
         None if unit_map is None else unit_map.lengths,
         0 if unit_map is None else sum(unit_map.counts),
         elementwise=policy if isinstance(policy, ElementPolicy) else None,
