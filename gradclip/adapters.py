@@ -21,7 +21,7 @@ from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
-from gradclip.plan.parameters import Named, configs_for
+from gradclip.plan.parameters import Named, as_pairs, configs_for
 from gradclip.records.record import ClipRecord
 
 __all__ = [
@@ -80,7 +80,7 @@ class ClipperSet(Sequence[GradientClipper]):
         """
         config, named = as_config(policy), named_parameters
         if not isinstance(named, Module):
-            named = list(named)
+            named = as_pairs(named)
         configs = [config] if len(optimizers) == 1 else configs_for(config, named, optimizers)
         pairs = zip(configs, optimizers, strict=True)
         return cls(GradientClipper(own, named, opt, scaler=scaler) for own, opt in pairs)

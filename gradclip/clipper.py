@@ -27,7 +27,7 @@ from gradclip.errors import ConfigError
 from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
 from gradclip.layouts.deepspeed import DeepSpeedLayout
-from gradclip.plan.parameters import Named
+from gradclip.plan.parameters import Named, as_pairs, told_apart
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
 from gradclip.state import pack, unpack
@@ -100,8 +100,9 @@ class GradientClipper:
         if self._engine_layout is not None:
             layout, optimizer = self._engine_layout, self._engine_layout.groups
             named_parameters = named_parameters or self._engine_layout.engine.module
-        if not (named_parameters is None or isinstance(named_parameters, Module)):
-            named_parameters = list(named_parameters)
+        named_parameters, optimizer = told_apart(named_parameters, optimizer)
+        if not isinstance(named_parameters, Module | None):
+            named_parameters = as_pairs(named_parameters)
         sources = Sources(named_parameters, optimizer, process_group, layout, kernel)
         self._scaler = None
         if scaler is not None:

@@ -230,6 +230,34 @@ SETTINGS = {
 """What a script may set for its own tensors, around some of our calls and not around others."""
 
 
+def lazy_or_not(first, policy):
+    """Records and parameters of a run whose first layer may have no shape before it begins."""
+    params = torch.nn.ModuleDict({"first": first, "last": torch.nn.Linear(4, 2)})
+    optimizer = optimizer_for(dict(params.named_parameters()))
+    groups = [{"match": "first.bias", "counted": False}]
+    policy = policy.model_copy(update={"exclude": ["last.bias"]}) if policy.excluded else policy
+    clipper = GradientClipper(ClipConfig(policies=[policy], groups=groups), params, optimizer)
+    clipper.attach(optimizer)
+    first(torch.ones(1, 3))  # gives a lazy layer its shape
+    for parameter in params.parameters():
+        torch.nn.init.ones_(parameter)
+    found = []
+    for step, size in enumerate(SIZES):
+        fill(dict(params.named_parameters()), step, size)
+        clipper.observe_loss(size)
+        optimizer.step()
+        found += clipper.last_record.as_metrics().values()
+        found += grads(dict(params.named_parameters())).values()
+    return found
+
+
+@every_policy
+def test_a_lazy_model_is_clipped_as_any_other_from_the_first_step(policy):
+    lazy = lazy_or_not(torch.nn.LazyLinear(4), policy)
+    ordinary = lazy_or_not(torch.nn.Linear(3, 4), policy)
+    torch.testing.assert_close(lazy, ordinary, rtol=0, atol=0, equal_nan=True)
+
+
 def seen_under(policy, kernel, setting):
     """Everything a run shows: records, gradients, metrics and state."""
     log = LogConfig(per_parameter=policy.measured[0] != "global", per_group=True, histograms=True)
