@@ -21,7 +21,7 @@ from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
-from gradclip.plan.parameters import Named, as_pairs, configs_for
+from gradclip.plan.parameters import Named, as_pairs, configs_for, group_names
 from gradclip.records.record import ClipRecord
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "OncePerStep",
     "Patches",
     "changes_gradients",
+    "group_names",
     "window_share",
 ]
 

@@ -84,7 +84,8 @@ class GroupConfig(BaseModel):
     match: Annotated[str, Field(min_length=1)] | None = None
     """Shell-style pattern on parameter names: `*` any text, `?` one character, `[ab]` a choice."""
     optimizer_group: Annotated[str, Field(min_length=1)] | None = None
-    """Pattern on the `name` of the optimizer's parameter group (`group0` ... where it has none)."""
+    """Pattern on the `name` of the optimizer's parameter group: `group0` ... where it has none, and
+    `<name>.<index>` where several have the same."""
     optimizer: Annotated[str, Field(min_length=1)] | None = None
     """Pattern on the class name of the optimizer that steps them, such as `Muon`."""
     policies: PolicyList | None = None

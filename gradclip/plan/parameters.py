@@ -23,6 +23,7 @@ __all__ = [
     "configs_for",
     "facts_of",
     "grad_dtype",
+    "group_names",
     "refuse_differentiable",
     "told_apart",
 ]
@@ -203,6 +204,18 @@ def _inside(name: str, outer: Iterable[str]) -> str:
     return name
 
 
+def group_names(optimizer: Optimizer) -> list[str]:
+    """What an optimizer's parameter groups are called: by their `name`, else `group<i>`.
+
+    Groups that share a name are told apart by their index: `decay.0` and `decay.2`.
+    """
+    names = [str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups)]
+    unique = [n if names.count(n) == 1 else f"{n}.{i}" for i, n in enumerate(names)]
+    if len(set(unique)) == len(unique):
+        return unique
+    return [f"{name}.{i}" for i, name in enumerate(names)]
+
+
 def facts_of(
     parameters: Mapping[str, Parameter],
     optimizer: Optimizer | None,
@@ -215,11 +228,11 @@ def facts_of(
         optimizer: What steps them, if known.
         shapes: Of whole parameters, where units are measured; else empty.
 
-    A parameter's optimizer group is named by its `name`, else `group<i>`.
     """
     groups: dict[Parameter, str] = {}
-    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
-        groups |= dict.fromkeys(group["params"], str(group.get("name", f"group{index}")))
+    if optimizer is not None:
+        for group, label in zip(optimizer.param_groups, group_names(optimizer), strict=True):
+            groups |= dict.fromkeys(group["params"], label)
     stepping = getattr(optimizer, "stepping", optimizer)
     kinds = tuple(c.__name__ for c in type(stepping).__mro__[:-1]) if optimizer else ()
     return {
