@@ -17,7 +17,7 @@ PACKAGES = ("gradclip", "lightning_clip", "accelerate_clip")
 PARTS = ("policies", "layouts", "kernels", "effect", "records")
 FLOORS = (  # a room imports from the floors below its own, and from its own
     {"errors", "private"},
-    {"patches", "tensors", "types", "norms"},
+    {"patches", "tensors", "types", "norms", "models"},
     {"policies", "layouts", "kernels", "changes"},
     {"config"},
     {"plan"},

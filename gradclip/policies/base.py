@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.model import STRICT
+from gradclip.models import Model
 from gradclip.policies.schedule import Limit, Schedule
 from gradclip.types import Decision, Scope, State, Stats
 
@@ -25,15 +25,13 @@ __all__ = [
 ]
 
 
-class Policy(BaseModel):
+class Policy(Model):
     """Pure mathematics: reduced statistics and state in, decision and state out.
 
     A field has the same name in Python and in YAML. The engine measures, reduces and applies, and
     it drops the new state of a step that is withheld or not finite, so a policy needs to know
     neither about ranks nor about NaN.
     """
-
-    model_config = STRICT
 
     counters: ClassVar[frozenset[str]] = frozenset()
     """State that also moves on a step that is withheld or not finite: counts of such steps."""
@@ -150,9 +148,9 @@ def after(step: int, policy: Policy) -> Policy:
     """The same policy, which neither clips nor learns before that many optimizer steps.
 
     Raises:
-        pydantic.ValidationError: If `step` isn't an integer of at least 0.
+        ConfigError: If `step` isn't an integer of at least 0.
     """
-    return type(policy).model_validate({**dict(policy), "after": step})
+    return type(policy)(**{**dict(policy), "after": step})
 
 
 def coefficient(norms: Tensor, limit: Tensor, eps: float) -> Tensor:
