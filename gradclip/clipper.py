@@ -85,7 +85,7 @@ class GradientClipper:
     @_outside_inference
     def __init__(
         self,
-        policy: PolicyLike,
+        policy: PolicyLike | None = None,
         named_parameters: Named | None = None,
         optimizer: Optimizer | Any | None = None,
         *,

@@ -22,7 +22,7 @@ def as_written(value: Any, refuse: Refuse) -> tuple[Any, KeyPath]:
     """What stands for a configuration, as the mapping that `ClipConfig` validates.
 
     Args:
-        value: A mapping, a list of policies, or a class with arguments, at any depth.
+        value: A mapping, one policy or a list of them, or a class with arguments, at any depth.
         refuse: Raises the error of a fault at a key path.
 
     Returns:
@@ -34,7 +34,7 @@ def as_written(value: Any, refuse: Refuse) -> tuple[Any, KeyPath]:
     fields = _fields(value, (), refuse)
     if isinstance(value, list | tuple):
         return {"policies": fields}, ("policies",)
-    if _has_class_path(value) and value["class_path"].rpartition(".")[2] in _names(POLICIES):
+    if isinstance(fields, Mapping) and "type" in fields and "policies" not in fields:
         return {"policies": [fields]}, ("policies", 0)
     return fields, ()
 
@@ -68,10 +68,6 @@ def _has_class_path(value: Any) -> bool:
         and set(value) <= {"class_path", *PARTS}
         and all(isinstance(value.get(part) or {}, Mapping) for part in PARTS)
     )
-
-
-def _names(models: Mapping[str, type[BaseModel]]) -> set[str]:
-    return {model.__name__ for model in models.values()}
 
 
 def _known_classes() -> dict[str, type[BaseModel]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from gradclip.models import Model
@@ -17,12 +18,23 @@ from gradclip.types import Decision, Scope, State, Stats
 __all__ = [
     "AdaptivePolicy",
     "NormPolicy",
+    "NormType",
     "Policy",
     "after",
     "coefficient",
     "filled",
     "refuse_endless_warmup",
 ]
+
+
+def _read(norm_type: Any) -> Any:
+    """The number that a word such as "inf" stands for, which torch takes too."""
+    word = norm_type.lower().lstrip("+.") if isinstance(norm_type, str) else None
+    return math.inf if word in ("inf", "infinity") else norm_type
+
+
+NormType = Annotated[float, BeforeValidator(_read), Field(gt=0)]
+"""The p of a p-norm."""
 
 
 class Policy(Model):
@@ -94,7 +106,7 @@ class NormPolicy(Policy):
     scope: Scope = "global"
     """What one coefficient covers: all parameters, an optimizer's group, one parameter, or one unit
     (a row of a matrix, a filter of a convolution, a whole vector)."""
-    norm_type: Annotated[float, Field(gt=0)] = 2.0
+    norm_type: NormType = 2.0
     """p of the p-norm, above 0; inf is the largest magnitude."""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
     """Added to the norm when dividing by it, as torch does."""
