@@ -63,7 +63,7 @@ class AcceleratorClip:
         LayoutError: As `enable`.
     """
 
-    def __init__(self, accelerator: Accelerator, policy: PolicyLike) -> None:
+    def __init__(self, accelerator: Accelerator, policy: PolicyLike | None) -> None:
         self.config = as_config(policy)
         check_accelerator(accelerator)
         self.divided_by: Callable[[], int] = lambda: 1

@@ -204,13 +204,13 @@ def accumulated_norm(accelerator: Accelerator, clipped: Sequence[Clipped]) -> Te
         Always NaN under DeepSpeed, which shows none at all.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return torch.tensor(math.nan)
+        return torch.tensor(math.nan, dtype=torch.float32, device=accelerator.device)
     norm_type = clipped[0].clipper.norm_type
     parameters = [p for one in clipped for p in one.parameters]
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         norm = clip_grad_norm_(parameters, math.inf, norm_type)
     elif accelerator.is_fsdp2:
-        norm = torch.tensor(math.nan)
+        norm = torch.tensor(math.nan, dtype=torch.float32, device=accelerator.device)
     else:
         # FSDP1 holds whole gradients now, whatever its parameters are: no sum over ranks.
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)

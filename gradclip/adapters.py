@@ -21,7 +21,7 @@ from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
-from gradclip.plan.parameters import Named, configs_for
+from gradclip.plan.parameters import Named, as_pairs, configs_for, group_names
 from gradclip.records.record import ClipRecord
 from gradclip.saved import read_list, read_mapping, read_whole, refuse_saved
 from gradclip.steps import claim_steps, closure_place, follow_steps
@@ -35,6 +35,7 @@ __all__ = [
     "claim_steps",
     "closure_place",
     "follow_steps",
+    "group_names",
     "window_share",
 ]
 
@@ -85,7 +86,7 @@ class ClipperSet(Sequence[GradientClipper]):
         """
         config, named = as_config(policy), named_parameters
         if not isinstance(named, Module):
-            named = list(named)
+            named = as_pairs(named)
         configs = [config] if len(optimizers) == 1 else configs_for(config, named, optimizers)
         pairs = zip(configs, optimizers, strict=True)
         return cls(GradientClipper(own, named, opt, scaler=scaler) for own, opt in pairs)
@@ -131,7 +132,7 @@ class ClipperSet(Sequence[GradientClipper]):
         norms = self[index].recorder.norms
         key = f"clip/grad_norm_histogram{self.suffix(index)}"
         if norms and hasattr(writer, "add_histogram"):
-            writer.add_histogram(key, torch.tensor(norms), step)
+            writer.add_histogram(key, torch.tensor(norms, dtype=torch.float64, device="cpu"), step)
         elif norms and type(writer).__module__.startswith("wandb"):
             import wandb
 

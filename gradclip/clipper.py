@@ -29,7 +29,7 @@ from gradclip.errors import ConfigError
 from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
 from gradclip.layouts.deepspeed import DeepSpeedLayout
-from gradclip.plan.parameters import Named
+from gradclip.plan.parameters import Named, as_pairs, told_apart
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
 from gradclip.state import pack, unpack
@@ -38,6 +38,9 @@ from gradclip.types import Given, Handle, Layout
 __all__ = ["GradientClipper"]
 
 _logger = logging.getLogger("gradclip")
+# Validation runs in it, and a checkpoint or a log entry may be due there: what is kept from one
+# step to the next must not become a tensor that no later step may write to.
+_outside_inference = torch.inference_mode(mode=False)
 
 
 class GradientClipper:
@@ -82,9 +85,10 @@ class GradientClipper:
         (True, 1.0)
     """
 
+    @_outside_inference
     def __init__(
         self,
-        policy: PolicyLike,
+        policy: PolicyLike | None = None,
         named_parameters: Named | None = None,
         optimizer: Optimizer | Any | None = None,
         *,
@@ -99,8 +103,9 @@ class GradientClipper:
         if self._engine_layout is not None:
             layout, optimizer = self._engine_layout, self._engine_layout.groups
             named_parameters = named_parameters or self._engine_layout.engine.module
-        if not (named_parameters is None or isinstance(named_parameters, Module)):
-            named_parameters = list(named_parameters)
+        named_parameters, optimizer = told_apart(named_parameters, optimizer)
+        if not isinstance(named_parameters, Module | None):
+            named_parameters = as_pairs(named_parameters)
         sources = Sources(named_parameters, optimizer, process_group, layout, kernel)
         self._scaler = None
         if scaler is not None:
@@ -128,6 +133,7 @@ class GradientClipper:
         is_attached = attached is not None and attached.is_on
         return _copied, (type(self), self.config, how, self.state_dict(), is_attached)
 
+    @_outside_inference
     @torch.no_grad()
     def clip(
         self,
@@ -240,6 +246,7 @@ class GradientClipper:
             mean = self._losses.mean(self._core.machinery.device)
         return replace(given, grad_scale=grad_scale, loss=mean)
 
+    @_outside_inference
     def flush(self) -> dict[str, float]:
         """What to log of the steps since the last call, in one copy to the host.
 
@@ -368,6 +375,7 @@ class GradientClipper:
         self._beginning = self._core.begin()
         return None if last is None else cores[last]
 
+    @_outside_inference
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.
 
@@ -376,6 +384,7 @@ class GradientClipper:
         on, core = self._core.current(), self._core
         return pack(on.plan.rules, core.states, on.memory, core.recorder.tally)
 
+    @_outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`, saved at any world size.
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
 
 from gradclip.config import ClipConfig
 from gradclip.decide import decide_all
@@ -89,6 +90,7 @@ class Machinery:
         effect: How a verdict is carried out.
         stepped: The optimizer's parameters that it was built for.
         lies: How the first parameter lay.
+        lazy: Those that had no shape yet (`torch.nn.LazyLinear`), which a first forward gives.
     """
 
     device: torch.device
@@ -99,6 +101,7 @@ class Machinery:
     effect: Effect
     stepped: Sequence[Parameter]
     lies: tuple[object, ...]
+    lazy: Sequence[Parameter]
 
     def fits(self, sources: Sources) -> bool:
         """Whether the parameters are still those it was built for, each the same object."""
@@ -107,6 +110,7 @@ class Machinery:
             len(stepped) == len(self.stepped)
             and all(map(is_, stepped, self.stepped))
             and self.lies == _how_it_lies(self.plan)
+            and all(map(is_lazy, self.lazy))
         )
 
 
@@ -147,7 +151,7 @@ class Core:
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
 
     def current(self) -> Machinery:
-        """The machinery, built anew if parameters were added, replaced or moved.
+        """The machinery, built anew if parameters were added, replaced, moved or given a shape.
 
         What is kept by name goes on: states, memory of elements, records.
         """
@@ -344,12 +348,13 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
     parameters = collect_parameters(sources.named_parameters, optimizer)
     model = sources.named_parameters if isinstance(sources.named_parameters, Module) else None
     refuse_taken(parameters, optimizer, model)
-    layout = sources.layout or detect(parameters, group, model)
+    shaped = {name: p for name, p in parameters.items() if not is_lazy(p)}
+    layout = sources.layout or detect(shaped, group, model)
     kernel = kernel_for(layout.devices, sources.kernel)
     regions: dict[str, Region] = {}
     if needs_regions(config):
         refuse_shared_names(parameters, group)
-        regions = {name: layout.region(name, p) for name, p in parameters.items()}
+        regions = {name: layout.region(name, p) for name, p in shaped.items()}
     shapes = {name: region.shape for name, region in regions.items()}
     facts = gathered(facts_of(parameters, optimizer, shapes), group)
     # Where a host read waits, the recorder can't ask on the host when it needs each norm.
@@ -379,6 +384,7 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         effect=effect,
         stepped=sources.stepped,
         lies=_how_it_lies(plan),
+        lazy=[p for p in parameters.values() if is_lazy(p)],
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
@@ -50,7 +51,7 @@ class CheckedCore(Core):
         super().__init__(config, sources)
         self._stepper = sources.optimizer
         self._seen: dict[Tensor, tuple[TensorWeakRef, int]] = {}
-        self._norms = torch.zeros(0)
+        self._norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._folded: Step | None = None
         if isinstance(self._stepper, Optimizer):
             known = weakref.ref(self)  # an optimizer may outlive its clipper
@@ -176,7 +177,8 @@ def _tolerance(parameters: Iterable[Tensor], norm_type: float) -> tuple[float, f
     kinds = [torch.finfo(dtype) for dtype in {p.dtype for p in held}]
     rough = max(1e-5, *(kind.eps for kind in kinds))
     tiny = max(kind.smallest_normal * kind.eps for kind in kinds)
-    return rough, tiny * sum(p.numel() for p in held) ** (1 / norm_type)
+    elements = sum(p.numel() for p in held if not is_lazy(p))
+    return rough, tiny * elements ** (1 / norm_type)
 
 
 def _fail(name: str, found: Tensor, bound: Tensor, verdict: Verdict, done: str) -> None:

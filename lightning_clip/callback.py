@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, as_config
+from gradclip import (
+    ClipConfig,
+    ClipRecord,
+    ConfigError,
+    GradientClipper,
+    PolicyLike,
+    as_config,
+)
 from gradclip.adapters import ClipperSet, Patches, window_share
 from lightning_clip.framework import (
     Callback,
@@ -32,6 +39,13 @@ from lightning_clip.schedule import hold_schedule
 from lightning_clip.steps import Steps
 
 __all__ = ["GradientClip"]
+
+AsWritten = PolicyLike | None
+if not TYPE_CHECKING:
+    # So that LightningCLI hands the value over as written. Of Any it would build whatever class a
+    # `class_path` names; as_config builds ours alone, its errors name the key and the nearest right
+    # word, and --print_config prints the value back.
+    AsWritten = dict | list | str | bool | int | float | None
 
 
 class GradientClip(Callback):
@@ -77,9 +91,9 @@ class GradientClip(Callback):
         1.0
     """
 
-    # Any, so that LightningCLI hands the value over as written: as_config's errors name the key
-    # and the nearest right word, and --print_config prints it back.
-    def __init__(self, policy: Any, *, progress_bar: bool = False, restore: bool = True) -> None:
+    def __init__(
+        self, policy: AsWritten = None, *, progress_bar: bool = False, restore: bool = True
+    ) -> None:
         self.config: ClipConfig = as_config(policy)
         self._reporter = Reporter(self.config.log, progress_bar=progress_bar)
         self._restore = restore

@@ -19,7 +19,7 @@ _clipped: WeakSet[Optimizer] = WeakSet()
 
 
 def enable(
-    fabric: Fabric, model: Module, optimizer: Optimizer, policy: PolicyLike
+    fabric: Fabric, model: Module, optimizer: Optimizer, policy: PolicyLike | None = None
 ) -> GradientClipper:
     """Clip before every `optimizer.step()` of a Fabric program.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from gradclip.models import MODELS, Model
 from gradclip.policies import AnyPolicy, ElementPolicy, Policy
-from gradclip.policies.model import STRICT
 
 __all__ = ["ClipConfig", "GroupConfig", "LogConfig", "RecorderConfig"]
 
@@ -36,10 +36,8 @@ def _elements_stand_last(policies: list[Policy]) -> list[Policy]:
 PolicyList = Annotated[list[AnyPolicy], AfterValidator(_elements_stand_last)]
 
 
-class LogConfig(BaseModel):
+class LogConfig(Model):
     """What is logged, and how often."""
-
-    model_config = STRICT
 
     every_n_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two log entries; null takes the trainer's own interval, or 10."""
@@ -56,10 +54,8 @@ class LogConfig(BaseModel):
     """Warn once when so many steps in a row were withheld; null never does."""
 
 
-class RecorderConfig(BaseModel):
+class RecorderConfig(Model):
     """The flight recorder: the last steps in a file, with who made the worst of them."""
-
-    model_config = STRICT
 
     steps: Annotated[int, Field(ge=1)] = 512
     """How many of the last steps the file holds; 112 bytes each on the device."""
@@ -71,7 +67,7 @@ class RecorderConfig(BaseModel):
     rather than replacing another run's. `.parquet` needs pyarrow."""
 
 
-class GroupConfig(BaseModel):
+class GroupConfig(Model):
     """Parameters that follow other rules. Every condition that is given has to hold.
 
     Example:
@@ -79,12 +75,11 @@ class GroupConfig(BaseModel):
         True
     """
 
-    model_config = STRICT
-
     match: Annotated[str, Field(min_length=1)] | None = None
     """Shell-style pattern on parameter names: `*` any text, `?` one character, `[ab]` a choice."""
     optimizer_group: Annotated[str, Field(min_length=1)] | None = None
-    """Pattern on the `name` of the optimizer's parameter group (`group0` ... where it has none)."""
+    """Pattern on the `name` of the optimizer's parameter group: `group0` ... where it has none, and
+    `<name>.<index>` where several have the same."""
     optimizer: Annotated[str, Field(min_length=1)] | None = None
     """Pattern on the class name of the optimizer that steps them, such as `Muon`."""
     policies: PolicyList | None = None
@@ -112,7 +107,7 @@ class GroupConfig(BaseModel):
         return self
 
 
-class ClipConfig(BaseModel):
+class ClipConfig(Model):
     """Policies, applied in order, and what goes with them.
 
     Example:
@@ -120,8 +115,6 @@ class ClipConfig(BaseModel):
         >>> config.policies[0].type
         'norm'
     """
-
-    model_config = STRICT
 
     policies: Annotated[PolicyList, Field(min_length=1)]
     """Applied in order, each to the gradients as those before it leave them."""
@@ -136,7 +129,7 @@ class ClipConfig(BaseModel):
     schedule_on_skip: Literal["advance", "hold"] | None = None
     """Whether the learning rate's schedule advances at a withheld step: null does as the trainer
     does by itself (Lightning's advances, Accelerate's waits); a plain loop decides by itself."""
-    groups: list[GroupConfig] = []
+    groups: list[GroupConfig] = []  # noqa: RUF012  pydantic copies it
     """First match wins; parameters that match none get `policies`."""
     log: LogConfig = LogConfig()
     """Logging."""
@@ -150,3 +143,6 @@ class ClipConfig(BaseModel):
     def lists(self) -> Sequence[Sequence[Policy]]:
         """The main list, then that of each group; empty for a group without one of its own."""
         return (self.policies, *(group.policies or () for group in self.groups))
+
+
+MODELS |= {"groups": GroupConfig, "log": LogConfig, "recorder": RecorderConfig}

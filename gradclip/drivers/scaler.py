@@ -52,7 +52,7 @@ class LossScale:
     @property
     def factor(self) -> Tensor:
         """What backward's gradients are multiplied by, 0-d float32, without a host read."""
-        return self.scaler.scale(torch.ones((), device=self._device))
+        return self.scaler.scale(torch.ones((), dtype=torch.float32, device=self._device))
 
     def settle(self, *, leave: bool) -> Tensor | None:
         """Unscale the gradients, unless that was done in this step.

@@ -195,7 +195,8 @@ class ElementMemory:
 
     def _whole(self, slot: int, part: Tensor | None) -> Tensor:
         name, layout = self._plan.slot_names[slot], self._layout
-        whole = torch.zeros(self._plan.shapes[name], device=layout.devices[0])
+        shape = self._plan.shapes[name]
+        whole = torch.zeros(shape, dtype=torch.float32, device=layout.devices[0])
         if part is not None and layout.weights([self._plan.slots[slot]]).counted[0]:
             target = self._plan.regions[name].of(whole)
             target.copy_(part.view(target.shape))

@@ -38,8 +38,8 @@ class Interval:
         self._keeps, self._drops = keeps, drops
         self.rows = 0
         self._counted = (*_COUNTS, "dropped") if drops else _COUNTS
-        self._counts = torch.zeros(len(self._counted), dtype=torch.float64)
-        self._means = torch.zeros(2, len(_MEANS), dtype=torch.float64)
+        self._counts = torch.zeros(len(self._counted), dtype=torch.float64, device="cpu")
+        self._means = torch.zeros(2, len(_MEANS), dtype=torch.float64, device="cpu")
         self._largest = math.nan
         self._clip_rate = 0.0
         self._earlier: dict[str, tuple[float, float]] = {}
@@ -52,7 +52,7 @@ class Interval:
         """
         self._earlier = self._totals() if self.rows else {}
         self._names = names
-        self._sums = torch.zeros(1 + len(names), dtype=torch.float64)
+        self._sums = torch.zeros(1 + len(names), dtype=torch.float64, device="cpu")
 
     def add(self, rows: Tensor, sums: Tensor) -> None:
         """Take in steps.

@@ -2,6 +2,7 @@
 
 import io
 import math
+from contextlib import contextmanager, nullcontext
 from typing import get_args
 
 import pytest
@@ -18,7 +19,7 @@ from support.gradients import (
 )
 from support.malformed import REFUSED, answer, malformed
 
-from gradclip import ClipConfig, GradientClipper
+from gradclip import ClipConfig, GradientClipper, LogConfig
 from gradclip.policies import AnyPolicy, ElementPolicy
 
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
@@ -296,3 +297,86 @@ def test_configuration_survives_json():
     for policy in POLICIES.values():
         config = ClipConfig(policies=[policy])
         assert ClipConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SETTINGS = {
+    "device": lambda: torch.device("meta"),  # whatever follows it loses its data
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "inference": torch.inference_mode,
+}
+"""What a script may set for its own tensors, around some of our calls and not around others."""
+
+
+def lazy_or_not(first, policy):
+    """Records and parameters of a run whose first layer may have no shape before it begins."""
+    params = torch.nn.ModuleDict({"first": first, "last": torch.nn.Linear(4, 2)})
+    optimizer = optimizer_for(dict(params.named_parameters()))
+    groups = [{"match": "first.bias", "counted": False}]
+    policy = policy.model_copy(update={"exclude": ["last.bias"]}) if policy.excluded else policy
+    clipper = GradientClipper(ClipConfig(policies=[policy], groups=groups), params, optimizer)
+    clipper.attach(optimizer)
+    first(torch.ones(1, 3))  # gives a lazy layer its shape
+    for parameter in params.parameters():
+        torch.nn.init.ones_(parameter)
+    found = []
+    for step, size in enumerate(SIZES):
+        fill(dict(params.named_parameters()), step, size)
+        clipper.observe_loss(size)
+        optimizer.step()
+        found += clipper.last_record.as_metrics().values()
+        found += grads(dict(params.named_parameters())).values()
+    return found
+
+
+@every_policy
+def test_a_lazy_model_is_clipped_as_any_other_from_the_first_step(policy):
+    lazy = lazy_or_not(torch.nn.LazyLinear(4), policy)
+    ordinary = lazy_or_not(torch.nn.Linear(3, 4), policy)
+    torch.testing.assert_close(lazy, ordinary, rtol=0, atol=0, equal_nan=True)
+
+
+def seen_under(policy, kernel, setting):
+    """Everything a run shows: records, gradients, metrics and state."""
+    log = LogConfig(per_parameter=policy.measured[0] != "global", per_group=True, histograms=True)
+    config = ClipConfig(policies=[policy], log=log)
+    params = parameters()
+    optimizer = optimizer_for(params)
+    with setting():
+        clipper = GradientClipper(config, params.items(), optimizer, kernel=kernel)
+    found = []
+    for step in range(12):
+        fill(params, step, SIZES[step])
+        around = setting if step % 3 else nullcontext
+        with around():
+            if clipper.watches_loss:
+                clipper.observe_loss(0.1 * step)
+            record = clipper.clip()
+        found += [*record.as_metrics().values(), *grads(params).values()]
+        if step in (4, 8):
+            with around():
+                found += clipper.flush().values()
+                state = clipper.state_dict()
+                clipper.load_state_dict(state)
+            for entry in state["policies"]:
+                found += entry["state"].values()
+    return found
+
+
+@every_policy
+def test_defaults_for_new_tensors_change_nothing(policy):
+    for kernel in FAST:
+        plain = seen_under(policy, kernel, nullcontext)
+        for name, setting in SETTINGS.items():
+            under = seen_under(policy, kernel, setting)
+            torch.testing.assert_close(under, plain, rtol=0, atol=0, equal_nan=True, msg=name)
