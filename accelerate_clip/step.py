@@ -133,8 +133,12 @@ class ClippedOptimizer:
                 return
             refuse_closure(prepared, *args, **kwargs)
             self._withheld = None
-            with self._in_step(self), self._once.in_step():
-                step(*args, **kwargs)
+            try:
+                with self._in_step(self), self._once.in_step():
+                    step(*args, **kwargs)
+            except BaseException:
+                self._backwards = 0  # as after a step that was made
+                raise
             if self._withheld is not None:
                 hold_schedule(prepared, self._withheld)
 

@@ -340,6 +340,9 @@ class OncePerStep:
         self._clips_in_step = 0
         try:
             yield
+        except BaseException:
+            self.expect_new()  # of a step that wasn't finished
+            raise
         finally:
             self._clips_in_step = None
         if self._is_done:  # an overflow
