@@ -30,14 +30,27 @@ class Calls(SGD):
 
 
 class Uninitialised(Optimizer):
-    """A wrapper as timm's Lookahead: torch's `__init__`, which makes hooks run, isn't called."""
+    """torch's `__init__`, which makes hooks run, isn't called, as timm's Lookahead does."""
 
     def __init__(self, params):
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
-        self.base = SGD(params, lr=1.0)
-        self.param_groups, self.defaults = self.base.param_groups, self.base.defaults
-        self.state = defaultdict(dict)
+        self.param_groups = [{"params": list(params), "lr": 1.0}]
+        self.defaults, self.state = {}, defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad)
+
+
+class Wraps(Uninitialised):
+    """The same around an optimizer."""
+
+    def __init__(self, params):
+        super().__init__(params)
+        self.base = SGD(self.param_groups, lr=1.0)
 
     def step(self, closure=None):
         return self.base.step(closure)
@@ -153,6 +166,7 @@ ONCE = {
     "the same, with a closure": (lambda p: Calls(p, lr=1.0), with_a_closure),
     "torch's __init__ not called": (Uninitialised, plainly),
     "the same, with a schedule": (Scheduled, plainly),
+    "the same, around an optimizer": (Wraps, plainly),
     "no optimizer of torch's": (NoOptimizer, plainly),
     "SAM in two calls": (Sam, in_two_calls),
     "SAM with a closure": (Sam, with_a_closure),
