@@ -12,7 +12,7 @@ from support.gradients import NORM, backward, small_model
 from support.program import Program, fused_adamw, sgd
 from support.sam import Sam
 from torch.nn.utils import parameters_to_vector
-from torch.optim import SGD, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gradclip import ClipByNorm, ConfigError, GradientClipper, SkipSpike, UClip
@@ -27,6 +27,19 @@ class Calls(SGD):
 
     def step(self, closure=None):
         return super().step(closure)
+
+
+class Decays(SGD):
+    """Writes to gradients before it steps, and must not see unclipped ones."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            grads = [p.grad for p in group["params"]]
+            assert torch.nn.utils.get_total_norm(grads) <= LIMIT * 1.0001
+            for grad in grads:
+                grad.mul_(0.5)
+        super().step(closure)
 
 
 class Uninitialised(Optimizer):
@@ -213,6 +226,44 @@ def _fresh(optimizer):
     if cls.__module__ == __name__:
         optimizer.__class__ = type(cls.__name__, (cls,), {"step": vars(cls).get("step", cls.step)})
     return optimizer
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_subclass_that_writes_to_gradients_sees_clipped_ones(attached, caplog):
+    """Also if it is fused, whose step could do the clipping; and its step isn't told as two."""
+    model = small_model()
+    optimizer = Decays(model.parameters(), lr=1.0, fused=True)
+    clipper = GradientClipper(POLICY, model, optimizer)
+    if attached:
+        clipper.attach(optimizer)
+    for _ in range(3):
+        before = parameters_to_vector(model.parameters()).detach()
+        optimizer.zero_grad()
+        backward(model, size=50)
+        if not attached:
+            clipper.clip()
+        optimizer.step()
+        moved = parameters_to_vector(model.parameters()).detach() - before
+        assert float(moved.norm()) == pytest.approx(LIMIT / 2, rel=1e-4)
+    assert not caplog.records
+
+
+def test_parameters_may_move_between_evaluations_that_clip_by_hand(caplog):
+    program = Program(NORM, lambda params: LBFGS(params, lr=1e-3, max_iter=4))
+    once = OncePerStep(program.clipper, program.optimizer)
+
+    def closure():
+        program.optimizer.zero_grad()
+        program.backward(0, 50)
+        once.clip()
+        program.clipper.flush()
+        return torch.tensor(1.0)
+
+    for _ in range(2):
+        with once.in_step():
+            program.optimizer.step(closure)
+    assert program.counts["steps"] == once.steps == 2
+    assert not caplog.records
 
 
 def test_a_wrapper_and_what_it_wraps_are_one():
