@@ -178,7 +178,8 @@ class Attached:
         def closure_then_clip() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            if loss is not None and self._losses is not None and not self._losses.any:
+            is_loss = isinstance(loss, Tensor | float | int)
+            if is_loss and self._losses is not None and not self._losses.any:
                 self._losses.observe(loss)
             self._clip(repeat=self._evaluations > 0)
             self._evaluations += 1
