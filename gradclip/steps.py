@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -131,16 +131,22 @@ def closure_place(
     for name, value in kwargs.items():
         if "closure" in name and callable(value):
             return name
+    place = _closure_index(step) if len(args) > 1 else None
+    if place is None or place >= len(args):
+        return None
+    return place if callable(args[place]) and not isinstance(args[place], Module) else None
+
+
+@cache
+def _closure_index(step: Callable[..., Any]) -> int | None:
+    """Where a function takes a closure by position: by its name, else first of any arguments."""
     named = unnamed = None
     for index, parameter in enumerate(inspect.signature(step).parameters.values()):
         if parameter.kind is parameter.VAR_POSITIONAL:
             unnamed = index
         elif parameter.kind is not parameter.KEYWORD_ONLY and "closure" in parameter.name:
             named = index
-    place = unnamed if named is None else named
-    if place is None or place >= len(args):
-        return None
-    return place if callable(args[place]) and not isinstance(args[place], Module) else None
+    return unnamed if named is None else named
 
 
 def _family(optimizer: Any) -> list[Any]:
