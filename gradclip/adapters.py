@@ -153,10 +153,13 @@ class ClipperSet(Sequence[GradientClipper]):
             clipper.load_state_dict(own)
 
     def place_records(self, folder: str | Path) -> None:
-        """Say where flight records with a relative path go; names hold the optimizer's index."""
+        """Say where flight records with a relative path go; names hold the optimizer's index.
+
+        Raises:
+            ConfigError: If they can't be written there.
+        """
         for index, clipper in enumerate(self):
-            clipper.recorder.folder = Path(folder).absolute()
-            clipper.recorder.tag = self.suffix(index).replace("/", ".")
+            clipper.recorder.place(folder, self.suffix(index).replace("/", "."))
 
     def close(self) -> None:
         """Write the flight records, also of a run that raised."""
