@@ -293,8 +293,10 @@ def test_links_and_leftovers_are_neither_followed_nor_in_the_way(tmp_path, suffi
     planted = [path, tmp_path / f".{path.name}.{os.getpid()}.tmp", tmp_path / f".{path.name}.tmp"]
     for link in planted:
         link.symlink_to(victim)
+    (tmp_path / f"run-1.{suffix}").symlink_to(tmp_path / "nowhere")
     before = set(tmp_path.iterdir())
     found = write_trace(path, TraceHeader(), [{"step": 0}], anew=True)
+    assert found.name == f"run-2.{suffix}"
     assert set(tmp_path.iterdir()) - before == {found}
     assert write_trace(path, TraceHeader(), [{"step": 0}]) == path
     with pytest.raises(ConfigError):
