@@ -296,6 +296,7 @@ class GradientClip(Callback):
     def _index(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> int:
         """Which clipper an optimizer has; they are built anew if the Trainer got new ones."""
         if not any(known is optimizer for known in self._optimizers):
+            self._reporter.end(trainer)  # the new clippers don't know the steps before
             self._saved = self.state_dict()
             self._build(trainer, module)
             self._take_in_saved(trainer)

@@ -159,7 +159,7 @@ def probe(path: Path) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    folder = next(folder for folder in path.parents if folder.exists())
+    folder = next((folder for folder in path.parents if folder.exists()), path.parent)
     with _temporary(folder / path.name) as (_, file):
         file.close()
 

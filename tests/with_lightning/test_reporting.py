@@ -199,6 +199,20 @@ def test_a_resumed_run_goes_on_with_clip_rate_and_interval(tmp_path):
     assert_same(rows, wanted)
 
 
+class NewOptimizer(Small):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+def test_no_step_before_a_new_optimizer_is_lost(tmp_path):
+    table = CSVLogger(tmp_path)
+    options = {"log": {"every_n_steps": 7}, "log_every_n_steps": 2, "max_epochs": 2}
+    _, before = run(table, module=NewOptimizer(), **options)
+    wanted = expected_entries(before.grads, [6, 11, 13, 20, 23], MAX_NORM)
+    assert_same(ours(table_entries(table.log_dir)), wanted)
+
+
 @pytest.mark.parametrize("every", [None, 5])
 def test_several_optimizers_have_keys_of_their_own(tmp_path, every):
     table = CSVLogger(tmp_path)
