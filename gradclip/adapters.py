@@ -218,10 +218,13 @@ class ClipperSet(Sequence[GradientClipper]):
         return counted
 
     def place_records(self, folder: str | Path) -> None:
-        """Say where flight records with a relative path go; names hold the optimizer's index."""
+        """Say where flight records with a relative path go; names hold the optimizer's index.
+
+        Raises:
+            ConfigError: If they can't be written there.
+        """
         for index, clipper in enumerate(self):
-            clipper.recorder.folder = Path(folder).absolute()
-            clipper.recorder.tag = self.suffix(index).replace("/", ".")
+            clipper.recorder.place(folder, self.suffix(index).replace("/", "."))
 
     def close(self) -> None:
         """End training, also where it raised: see `GradientClipper.close`."""

@@ -10,7 +10,6 @@ Who calls them, and when, is a driver: `GradientClipper.clip` for the plain step
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -143,8 +142,6 @@ class Core:
         self.states: Sequence[State] = fresh_states(on.plan.rules, on.device)
         self.recorder = Recorder(config, on.device, is_first=is_first_rank())
         self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
-        if config.recorder is not None:
-            weakref.finalize(self, self.recorder.close)
         self.last_record: ClipRecord | None = None
         self._stop = DeferredStop(config.log.every_n_steps or 10)
         self.watch = Watch()

@@ -133,9 +133,9 @@ def measure_step(
     holds, device = any(grads.all), layout.devices[0]
     if layout.reduces:
         flag = torch.full((1,), float(holds), dtype=torch.float64, device=device)
-        (norms, *more), flag = measure(sources, layout, kernel, flag)
-        assert flag is not None
-        has_gradient = flag.squeeze(0) > 0
+        (norms, *more), found = measure(sources, layout, kernel, flag)
+        assert found is not None
+        has_gradient = found.squeeze(0) > 0
     else:  # every rank holds every gradient
         (norms, *more), _ = measure(sources, layout, kernel)
         has_gradient = torch.full((), holds, dtype=torch.bool, device=device)

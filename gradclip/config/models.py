@@ -64,7 +64,8 @@ class RecorderConfig(Model):
     first 8 that weren't finite."""
     file: Annotated[str, Field(min_length=1)] = "gradclip.trace.jsonl"
     """Where, from the trainer's folder for logs, else the working directory; a number is added
-    rather than replacing another run's. `.parquet` needs pyarrow."""
+    rather than replacing another run's. `.parquet` needs pyarrow. A path that can't be written is
+    an error when the clipper is built."""
 
 
 class GroupConfig(Model):

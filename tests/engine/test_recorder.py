@@ -1,11 +1,17 @@
 """What is kept of the last steps: metrics between log entries, warnings, the flight record."""
 
+import copy
 import gc
 import json
 import logging
 import math
+import multiprocessing
+import os
+import resource
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ import torch
 from support.logged import expected_entries
 
 from gradclip import ConfigError, GradientClipper, NonFiniteError, SkipLimitError
+from gradclip.adapters import ClipperSet
 
 NAMES = ("a", "b", "c")
 FIXED = [{"type": "norm", "max_norm": 1.0}]
@@ -102,9 +109,8 @@ def test_a_gradient_of_zeros_is_a_step_and_no_gradient_is_none(kernel):
     limit = {"schedule": "linear", "start": 1.0, "end": 0.5, "steps": 5}
     policies = [{"type": "norm", "max_norm": limit}]
     clipper, params = made(policies=policies, recorder={"worst": 1}, kernel=kernel)
-    limits = []
-    for norms in ([2.0, 0.0, 0.0], NOTHING, [0.0, 0.0, None], [0.0, 4.0, 0.0]):
-        limits.append(float(step(clipper, params, norms).limit))
+    made_of = ([2.0, 0.0, 0.0], NOTHING, [0.0, 0.0, None], [0.0, 4.0, 0.0])
+    limits = [float(step(clipper, params, norms).limit) for norms in made_of]
     assert limits == pytest.approx([1.0, 0.9, 0.9, 0.8])  # a schedule over steps that were taken
     metrics = clipper.flush()
     assert metrics["clip/grad_norm"] == 2.0
@@ -282,6 +288,191 @@ def test_it_is_written_to_any_path_on_request_and_not_without_one(tmp_path):
     with pytest.raises(ConfigError, match=r"give a path, or add `recorder: \{\}`"):
         clipper.recorder.write()
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+PATHS = {
+    "a folder of that name": "folder",
+    "a file in the way": "file/deep/run.jsonl",
+    "a file in the way of a Parquet file": "file/run.parquet",
+    "a name that is too long": "n" * 300,
+    "a name that no file can have": "a\0b.jsonl",
+}
+
+
+@pytest.mark.parametrize("name", PATHS.values(), ids=PATHS)
+def test_a_path_that_cannot_be_written_is_refused_when_built(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for file in (name, str(tmp_path / name)):
+        with pytest.raises(ConfigError, match=r"^recorder\.file: .* can't be written") as info:
+            made(recorder={"file": file})
+        assert "allowed: a file in a folder that is there or can be made" in str(info.value)
+    clippers = ClipperSet([made(recorder={"file": "new/run.jsonl"})[0]])
+    with pytest.raises(ConfigError, match=r"^recorder\.file: .* can't be written"):
+        clippers.place_records(tmp_path / "file")
+    clippers.place_records(tmp_path / "elsewhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_parquet_without_pyarrow_is_refused_when_built(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pip install 'gradclip\[parquet\]'"):
+        made(recorder={"file": "run.parquet"})
+
+
+def test_what_cannot_be_written_later_is_one_warning_and_training_goes_on(tmp_path, caplog):
+    clipper, params = made(recorder={"file": "sub/run.jsonl"}, on_nonfinite="raise")
+    step(clipper, params, [3.0, 0.0, 4.0])
+    (tmp_path / "sub").touch()  # a file where the folder would be made
+    for _ in range(3):
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):  # not the file's error
+            step(clipper, params, [math.nan, 0.0, 0.0])
+    ClipperSet([clipper]).close()  # as adapters do, with an error of the user's on its way
+    assert float(step(clipper, params, [0.0, 3.0, 4.0]).clipped_norm) == pytest.approx(1.0)
+    [said] = caplog.records
+    assert said.levelname == "WARNING"
+    for part in ("wasn't written to", str(tmp_path / "sub/run.jsonl"), "Training goes on"):
+        assert part in said.getMessage()
+    for path in (None, "sub/x.jsonl"):  # who asks for it is told
+        with pytest.raises(OSError, match="sub"):
+            clipper.recorder.write(path)
+    (tmp_path / "sub").unlink()
+    clipper.recorder.close()
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["run.jsonl"]
+    assert len(lines(tmp_path / "sub" / "run.jsonl")[1]) == 5
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_a_nan_is_withheld_though_its_record_cannot_be_written(tmp_path, caplog, kernel):
+    clipper, params = made(recorder={"file": "sub/run.jsonl"}, kernel=kernel)
+    (tmp_path / "sub").touch()
+    for i in range(40):
+        record = step(clipper, params, [math.nan if i % 20 == 10 else 1.0, 0.0, 0.0])
+        assert bool(record.skipped) == (i % 20 == 10)
+    counts = clipper.state_dict()["counts"]
+    clipper.load_state_dict(clipper.state_dict())  # writes the file of the steps before
+    assert counts["skipped"] == counts["nonfinite"] == 2
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+
+
+def in_a_worker(work):
+    """Run this in a forked worker of multiprocessing, which ends by os._exit; its exit code."""
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join()
+    return worker.exitcode
+
+
+def test_a_full_disk_ends_no_run_and_leaves_nothing_behind(tmp_path):
+    def fills_it():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+        clipper, params = made(recorder={})
+        for i in range(20):
+            record = step(clipper, params, [math.nan if i == 10 else 1.0, 0.0, 0.0])
+            assert bool(record.skipped) == (i == 10)
+
+    assert in_a_worker(fills_it) == 0
+    assert not list(tmp_path.iterdir())
+
+
+ALIVE = []
+
+
+def five_steps():
+    clipper, params = made(recorder={})
+    ALIVE.append(clipper)  # so that only the end of its process ends it
+    for _ in range(5):
+        step(clipper, params, [1.0, 0.0, 0.0])
+    return clipper, params
+
+
+def returns():
+    five_steps()
+
+
+def raises():
+    five_steps()
+    raise RuntimeError
+
+
+def is_terminated():
+    five_steps()
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("work", "code"), [(returns, 0), (raises, 1), (is_terminated, -signal.SIGTERM)]
+)
+def test_it_is_written_however_a_worker_process_ends(tmp_path, work, code):
+    clipper, params = made(recorder={})
+    step(clipper, params, [1.0, 0.0, 0.0])  # the parent's own, which stays with it
+    assert in_a_worker(work) == code
+    [file] = tmp_path.iterdir()
+    assert len(lines(file)[1]) == 5
+
+
+def test_a_forked_process_and_a_copy_have_files_of_their_own(tmp_path):
+    clipper, params = made(recorder={})
+    step(clipper, params, [1.0, 0.0, 0.0])
+    assert in_a_worker(lambda: None) == 0
+    assert not list(tmp_path.iterdir())
+    first = clipper.recorder.write()
+
+    def goes_on():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        step(clipper, params, [2.0, 0.0, 0.0])
+
+    assert in_a_worker(goes_on) == 0
+    copied = copy.deepcopy(clipper.recorder)
+    copied.close()
+    assert [row["grad_norm"] for row in lines(first)[1]] == [1.0]
+    [second] = set(tmp_path.iterdir()) - {first}
+    assert [row["grad_norm"] for row in lines(second)[1]] == [1.0, 2.0]
+    third = copied.write()
+    assert third not in (first, second)
+
+
+def mine(*_):
+    os._exit(7)
+
+
+def test_sigterm_is_left_to_whoever_waits_for_it(tmp_path):
+    def before():
+        signal.signal(signal.SIGTERM, mine)
+        five_steps()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_and_chained():
+        kept = five_steps()
+        ours = signal.getsignal(signal.SIGTERM)
+
+        def theirs(*args):
+            ours(*args)  # as Lightning calls the handlers that it finds
+            step(*kept, [1.0, 0.0, 0.0])
+            mine()
+
+        signal.signal(signal.SIGTERM, theirs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def in_a_thread():
+        thread = threading.Thread(target=five_steps)
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def without_a_recorder():
+        clipper, params = made()
+        step(clipper, params, [1.0, 0.0, 0.0])
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    assert [in_a_worker(work) for work in (before, in_a_thread, without_a_recorder)] == [7, 0, 0]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert in_a_worker(after_and_chained) == 7
+    [file] = tmp_path.iterdir()
+    assert len(lines(file)[1]) == 5
 
 
 def test_its_name_has_the_folder_and_the_tag(tmp_path):
