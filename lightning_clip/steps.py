@@ -35,6 +35,11 @@ class Steps:
                 patches.callback(optimizer.register_step_pre_hook(begin).remove)
                 patches.callback(optimizer.register_step_post_hook(end).remove)
 
+    @property
+    def is_in_batch(self) -> bool:
+        """Whether each step has to be announced now."""
+        return self._is_in_batch
+
     def begin_batch(self) -> None:
         """From now on each step has to be announced."""
         self._announced.clear()
