@@ -39,8 +39,8 @@ def load_state(into: Stateful, folder: str) -> None:
     file = Path(folder) / _FILE
     if not file.exists():
         _logger.warning(
-            "%s has no %s: it was saved without gradclip. Clipping starts with fresh state, or goes "
-            "on with the state that it has.",
+            "%s has no %s: it was saved without gradclip. Clipping starts with fresh state, or "
+            "goes on with the state that it has.",
             folder,
             _FILE,
         )
@@ -49,8 +49,8 @@ def load_state(into: Stateful, folder: str) -> None:
         state = load(file, map_location="cpu")
     except Exception as error:  # torch.load raises what its parts do
         msg = (
-            f"{file} can't be read ({type(error).__name__}: {error}). Put back the file that was "
-            "saved, or delete this one to start with fresh state."
+            f"{file} can't be read ({type(error).__name__}). Put back the file that was saved, "
+            "or delete this one to start with fresh state."
         )
         raise ConfigError(msg) from error
     try:

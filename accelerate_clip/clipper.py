@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -70,6 +70,7 @@ class AcceleratorClip:
         self.owner: object | None = None
         self._accelerator = accelerator
         self._clipped: list[Clipped] = []
+        self._gone: list[Clipped] = []  # until others are prepared, which may go on from them
         self._set = ClipperSet()
         self._reporter = Reporter(accelerator, self.config.log, lambda: self.steps)
         self._last_record: ClipRecord | None = None
@@ -268,9 +269,9 @@ class AcceleratorClip:
         ]
         optimizers = prepared_optimizers(self._accelerator)
         known = {one.prepared: one for one in self._clipped}
-        gone = [known.pop(prepared) for prepared in known.keys() - set(optimizers)]
-        for one in gone:
-            one.detach()  # first, as the same optimizer may be prepared anew
+        for prepared in [prepared for prepared in known if prepared not in optimizers]:
+            self._gone.append(known.pop(prepared))
+            self._gone[-1].detach()  # first, as the same optimizer may be prepared anew
         self._clipped = list(known.values())
         configs = configs_of(self.config, models, [unwrapped(o) for o in optimizers])
         now: list[Clipped] = []
@@ -287,18 +288,20 @@ class AcceleratorClip:
                 if one not in self._clipped:
                     one.detach()
             raise
-        for one in now:
-            if one not in self._clipped:
-                self._go_on(one, [*gone, *self._clipped])
+        new = [one for one in now if one not in self._clipped]
+        for one in new:
+            self._go_on(one)
+        self._gone = [] if new else self._gone
         self._clipped, self._set = now, clippers
         self._reporter.follow(clippers)
 
-    def _go_on(self, one: Clipped, earlier: Sequence[Clipped]) -> None:
+    def _go_on(self, one: Clipped) -> None:
         """Let a new optimizer go on from those whose parameters, the very same, it has now.
 
         Those of another model, of the same names, are trained from the beginning.
         """
         mine = set(one.parameters)
+        earlier = [*self._gone, *self._clipped]
         before = [other for other in earlier if not mine.isdisjoint(other.parameters)]
         clippers = [other.clipper for other in before]
         (steps,) = ClipperSet([one.clipper]).go_on_from(clippers, [o.steps for o in before])

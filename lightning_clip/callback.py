@@ -332,7 +332,10 @@ class GradientClip(Callback):
         if len(now) == len(self._optimizers) and all(map(is_, now, self._optimizers)):
             return
         before, steps = self._clippers, self._reporter.steps
+        is_in_batch = self._steps.is_in_batch
         self._build(trainer, module)
+        if is_in_batch:
+            self._steps.begin_batch()
         self._reporter.resume(self._clippers.go_on_from(before, steps))
 
     def _share(self, trainer: Trainer) -> float:

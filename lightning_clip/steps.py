@@ -35,6 +35,11 @@ class Steps:
                 begin, end = partial(self._begin, index), partial(self._end, index)
                 follow_steps(optimizer, patches, before=begin, after=end)
 
+    @property
+    def is_in_batch(self) -> bool:
+        """Whether each step has to be announced now."""
+        return self._is_in_batch
+
     def begin_batch(self) -> None:
         """From now on each step has to be announced."""
         self._announced.clear()

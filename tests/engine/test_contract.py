@@ -19,7 +19,8 @@ from support.gradients import (
 )
 from support.malformed import REFUSED, answer, malformed
 
-from gradclip import ClipConfig, GradientClipper, LogConfig
+from gradclip import ClipConfig, GradientClipper, LogConfig, ZClip
+from gradclip.adapters import ClipperSet
 from gradclip.policies import AnyPolicy, ElementPolicy
 
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
@@ -62,6 +63,21 @@ def test_state_round_trip_is_bitwise(policy):
                 again.as_metrics()[key], value, rtol=0, atol=0, equal_nan=True
             )
         assert_same_grads(grads(params), grads(others))
+
+
+@every_policy
+def test_the_clipper_of_a_new_optimizer_goes_on_as_if_it_were_the_same(policy):
+    params, clipper = make(policy)
+    run(params, clipper, 7)
+    again = GradientClipper(policy, params.items(), optimizer_for(params))
+    assert again.go_on_from([clipper]) is clipper
+    whole, expected = make(policy)
+    run(whole, expected, 7)
+    for step in range(7, 19):
+        [record], [wanted] = run(params, again, 1, step), run(whole, expected, 1, step)
+        assert repr(record.as_metrics()) == repr(wanted.as_metrics())
+        assert_same_grads(grads(params), grads(whole))
+    assert repr(again.state_dict()) == repr(expected.state_dict())
 
 
 @every_policy
@@ -116,6 +132,29 @@ def test_a_state_whose_entries_contradict_each_other_is_refused():
         where[entry] = torch.full_like(where[entry], number)
         found = answer(clipper.load_state_dict, state)
         assert found.startswith(REFUSED), (name, entry, found)
+
+
+def test_of_several_clippers_all_states_are_taken_in_or_none():
+    policy = ZClip(warmup_steps=3)
+
+    def made():
+        params = parameters()
+        optimizers = [torch.optim.SGD([p], lr=0.1) for p in list(params.values())[:2]]
+        return params, ClipperSet.build(policy, params.items(), optimizers)
+
+    params, clippers = made()
+    for clipper in clippers:
+        run(params, clipper, 5)
+    saved = clippers.state_dict([5, 5])
+    _, other = made()
+    before = repr(other.state_dict([0, 0]))
+    for where, state in malformed(saved):
+        found = answer(lambda s: other.checked(s, with_steps=True)(), state)
+        assert found.startswith((REFUSED, "ConfigError: The saved clip state")), (where, found)
+        assert ("clippers[1]" in found) or not where.startswith(".clippers[1]."), found
+    assert repr(other.state_dict([0, 0])) == before
+    assert other.checked(saved, with_steps=True)() == [5, 5]
+    assert repr(other.state_dict([5, 5])) == repr(saved)
 
 
 CONTRADICTIONS = (

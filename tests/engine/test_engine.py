@@ -21,9 +21,11 @@ from gradclip import (
     ClipConfig,
     ConfigError,
     GradientClipper,
+    Spam,
     ZClip,
     load_yaml,
 )
+from gradclip.adapters import ClipperSet
 from gradclip.layouts import LocalLayout
 
 
@@ -111,6 +113,47 @@ class TestWhatIsClipped:
         assert before["slots"] == ["2.weight", "2.bias"]
         assert record.clipped
 
+    def test_clippers_of_new_optimizers_go_on_by_name(self, subtests):
+        """With more parameters, with fewer, and with those of several before or after."""
+        policies = [ZClip(warmup_steps=3, scope="parameter"), Spam(warmup_steps=2, moment="own")]
+        for before, after in NEW_OPTIMIZERS:
+            with subtests.test(f"{before} to {after}"):
+                model = small_model()
+                earlier = ClipperSet.build(policies, model, sgds(model, before))
+                for step in range(5):
+                    backward(model, step)
+                    for clipper in earlier:
+                        clipper.clip()
+                known = learnt(earlier)
+                now = ClipperSet.build(policies, model, sgds(model, after))
+                assert now.go_on_from(earlier, [5] * len(before)) == [5] * len(after)
+                wanted = {name for names in after for name in names}
+                assert learnt(now) == {
+                    name: known.get(name, (0.0, 0.0, None)) for name in sorted(wanted)
+                }
+                for clipper in now:
+                    state = clipper.state_dict()
+                    assert state["counts"]["steps"] == state["step"] == 5
+                    assert state["policies"][1]["state"]["seen"] == 5
+                backward(model, 5, size=1e6)
+                for clipper in now:
+                    assert clipper.clip().clipped
+
+    def test_a_clipper_of_another_model_or_policy_starts_fresh(self):
+        model, policy = small_model(), ZClip(warmup_steps=3, max_norm=None)
+        clipper = GradientClipper(policy, model)
+        for step in range(5):
+            backward(model, step)
+            clipper.clip()
+        other = GradientClipper(policy, {"far.away": torch.nn.Parameter(torch.ones(2))}.items())
+        assert other.go_on_from([clipper]) is None
+        assert other.state_dict()["counts"]["steps"] == 0
+        wider = GradientClipper(ZClip(warmup_steps=3, z_threshold=9.0), model)
+        assert wider.go_on_from([clipper]) is clipper
+        state = wider.state_dict()
+        assert state["counts"]["steps"] == 5
+        assert state["policies"][0]["state"]["seen"] == 0
+
     def test_names_without_a_model(self):
         model = small_model()
         plain = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -135,6 +178,36 @@ class TestWhatIsClipped:
             torch.testing.assert_close(metrics[key], norm, rtol=1e-6, atol=0)
         others = ("grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "clip_rate")
         assert set(metrics) - set(expected) == {f"clip/{key}" for key in others}
+
+
+FIRST, LAST = ("0.weight", "0.bias"), ("2.weight", "2.bias")
+NEW_OPTIMIZERS = (  # the names in each of the optimizers before, and after
+    ([FIRST + LAST], [FIRST + LAST]),
+    ([LAST], [FIRST + LAST]),
+    ([FIRST + LAST], [LAST + FIRST[:1]]),
+    ([FIRST + LAST], [FIRST, LAST]),
+    ([FIRST, LAST], [LAST + FIRST]),
+    ([FIRST, LAST], [LAST, FIRST]),
+    ([FIRST + LAST[:1], LAST[1:]], [FIRST, LAST]),
+)
+
+
+def sgds(model, names):
+    named = dict(model.named_parameters())
+    return [torch.optim.SGD([named[name] for name in own], lr=0.1) for own in names]
+
+
+def learnt(clippers):
+    """What is remembered of each parameter: norms seen, their mean, and the squares of elements."""
+    found = {}
+    for clipper in clippers:
+        norms, elements = clipper.state_dict()["policies"]
+        squares = elements.get("elements", {})
+        for i, name in enumerate(norms["slots"]):
+            of_name = squares[name]["square"].tolist() if name in squares else None
+            mean, seen = (float(norms["state"][key][i]) for key in ("mean", "seen"))
+            found[name] = seen, mean, of_name
+    return dict(sorted(found.items()))
 
 
 class TestRefused:

@@ -251,6 +251,25 @@ def test_it_is_written_before_another_runs_state_is_taken_in(tmp_path):
     assert (row["step"], row["grad_norm"]) == (1, 7.0)
 
 
+@pytest.mark.parametrize("same_run", [True, False])
+def test_the_clipper_of_a_new_optimizer_goes_on_in_the_file_of_its_run(tmp_path, same_run):
+    clipper, params = made(recorder={})
+    step(clipper, params, [3.0, 0.0, 0.0])
+    again, params = made(recorder={})
+    again.go_on_from([clipper], same_run=same_run)
+    del clipper
+    gc.collect()
+    step(again, params, [0.0, 5.0, 0.0])
+    del again
+    gc.collect()
+    found = {}
+    for file in tmp_path.iterdir():
+        found[file.name] = [(row["step"], row["grad_norm"]) for row in lines(file)[1]]
+    first, second = (0, 3.0), (1, 5.0)
+    apart = {"gradclip.trace.jsonl": [first], "gradclip-1.trace.jsonl": [second]}
+    assert found == ({"gradclip.trace.jsonl": [first, second]} if same_run else apart)
+
+
 def test_a_resumed_run_that_made_no_step_writes_no_file(tmp_path):
     before, params = made(recorder=None)
     step(before, params, [3.0, 0.0, 0.0])

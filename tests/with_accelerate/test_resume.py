@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from support.accelerate_cpu import fresh
 from support.logged import board_entries
+from support.malformed import REFUSED, answer, malformed
 from torch import nn
 
 import accelerate_clip
@@ -101,3 +102,88 @@ def test_state_of_other_policies_or_optimizers_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is of 1 optimizers, this run has 2"):
         clip.load_state_dict(ours[1].state_dict())
     shutil.rmtree(tmp_path)
+
+
+def test_a_state_that_is_not_as_it_was_saved_names_file_and_key_and_changes_nothing(tmp_path):
+    """Nor are trackers told anything, or model and optimizer loaded."""
+    ours = start(ClipConfig(policies=[POLICY]), log_with="tensorboard", project_dir=tmp_path)
+    accelerator, clip, model, _ = ours
+    other = nn.Linear(4, 1)
+    accelerator.prepare(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    accelerator.init_trackers("run")
+    train(*ours, range(7))
+    accelerator.save_state(tmp_path / "saved")
+    train(*ours, range(7, 9))
+    before = repr(clip.state_dict())
+    for where, state in malformed(clip.state_dict()):
+        found = answer(clip.load_state_dict, state)
+        assert found.startswith((REFUSED, "ConfigError: The saved clip state")), (where, found)
+    file = tmp_path / "saved" / "gradient_clip.bin"
+    saved, weights = torch.load(file, weights_only=True), [p.clone() for p in model.parameters()]
+    saved["clippers"][1]["counts"]["steps"].fill_(-1.0)
+    torch.save(saved, file)
+    way_out = rf"counts\.steps is -1; allowed: .*clippers\[1\].* Delete {file} to start with fresh"
+    with pytest.raises(ConfigError, match=way_out):
+        accelerator.load_state(tmp_path / "saved")
+    whole = file.read_bytes()
+    for content in (b"", b"{}", whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{file} can't be read .*delete this one to start"):
+            accelerator.load_state(tmp_path / "saved")
+    assert repr(clip.state_dict()) == before
+    assert clip.steps == [9, 0]
+    assert all(map(torch.equal, weights, model.parameters()))
+    train(*ours, range(9, 11))
+    accelerator.end_training()
+    assert list(board_entries(tmp_path / "run")[0]) == [10, 11]
+
+
+def seen_by_name(clipper):
+    entry = clipper.state_dict()["policies"][0]
+    return dict(zip(entry["slots"], entry["state"]["seen"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("lets_go", [True, False], ids=["free_memory", "beside the other"])
+@pytest.mark.parametrize("parts", [(0, 1), (1, 0), (1, 1)], ids=["more", "fewer", "as many"])
+def test_an_optimizer_prepared_anew_goes_on_by_name(parts, lets_go):
+    """As after unfreezing; the script asks for the norm of all parameters."""
+    fresh()
+    accelerator = Accelerator(cpu=True)
+    policy = ZClip(warmup_steps=3, scope="parameter", max_norm=None)
+    clip = accelerate_clip.enable(accelerator, policy)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+
+    def run(trains_first, steps):
+        free = [p for p in model.parameters() if p is not model[0].bias or trains_first]
+        opt = accelerator.prepare(torch.optim.SGD(free, lr=0.0))
+        for _ in range(steps):
+            accelerator.backward(model(torch.ones(2, 4)).square().mean())
+            held = torch.cat([p.grad.flatten() for p in free])
+            norm = accelerator.clip_grad_norm_(free, float("inf"))
+            torch.testing.assert_close(float(norm), float(held.norm()), rtol=1e-6, atol=0)
+            opt.step()
+            model.zero_grad()
+
+    accelerator.prepare(model)
+    run(parts[0], 5)
+    if lets_go:
+        accelerator.free_memory()
+        accelerator.prepare(model)
+    run(parts[1], 4)
+    new = clip.clippers[-1]
+    assert len(clip.clippers) == (1 if lets_go else 2)
+    assert clip.steps[-1] == new.state_dict()["counts"]["steps"] == 9
+    always = dict.fromkeys(["0.weight", "1.weight", "1.bias"], 9)
+    assert seen_by_name(new) == always | ({"0.bias": 4 + 5 * parts[0]} if parts[1] else {})
+
+
+def test_another_model_that_is_prepared_starts_fresh():
+    """Its parameters have the same names, as in the next fold of a cross-validation."""
+    ours = start()
+    train(*ours, range(5))
+    accelerator, clip = ours[:2]
+    accelerator.free_memory()
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    assert clip.steps == [0]
+    assert seen_by_name(clip.clippers[0]) == {"global": 0}

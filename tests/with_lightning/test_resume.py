@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning
-from support.lit import After, Pair, Small, trainer_of
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder
+from support.lit import After, Pair, Small, inputs, trainer_of
+from support.malformed import REFUSED, answer, malformed
 
-from gradclip import ClipByNorm, ConfigError, ZClip
+from gradclip import ClipByNorm, ConfigError, SkipSpike, ZClip
 from lightning_clip import GradientClip
 
 pytestmark = pytest.mark.filterwarnings(
@@ -154,3 +156,212 @@ def test_state_loaded_to_validate_or_by_a_fit_without_a_step_is_no_start_for_oth
     clip.load_state_dict(done.callbacks[0].state_dict())  # by hand: it is what the next fit gets
     trainer_of(clip).fit(Small(), range(3))
     assert steps_of(clip) == 13
+
+
+class At(Callback):
+    """Does something at the start of the second epoch."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.do(trainer, pl_module)
+
+
+def in_mid_fit(do, clip, module, epochs=3, after=False):
+    callbacks = [clip, At(do)] if after else [At(do), clip]
+    trainer = trainer_of(*callbacks, max_epochs=epochs)
+    trainer.fit(module, range(10))
+    return trainer
+
+
+def test_a_search_for_a_learning_rate_in_mid_fit_leaves_no_stale_state(tmp_path):
+    """It saves a checkpoint, trains, and loads the checkpoint."""
+
+    class Finder(LearningRateFinder):
+        def on_fit_start(self, *_):
+            pass
+
+    finder = Finder(num_training_steps=4, update_attr=False)
+    clip, module = GradientClip(POLICY), Small()
+    module.lr = 0.01
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=module.lr)
+    module.train_dataloader = lambda: range(10)
+    at = At(finder.lr_find)
+    trainer = trainer_of(at, clip, max_epochs=3, default_root_dir=tmp_path)
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["callbacks"]["GradientClip"]
+    assert steps_of(clip) == 30
+    assert repr(saved) == repr(clip.state_dict())
+    assert (saved["steps"], saved["clippers"][0]["counts"]["steps"]) == ([30], 30)
+
+
+def test_state_loaded_in_mid_fit_is_gone_on_from_at_once():
+    """A rollback: everything after is as after the state that was loaded."""
+    earlier = GradientClip(POLICY)
+    trainer_of(earlier).fit(Small(), range(4))
+    saved, seen = earlier.state_dict(), []
+
+    def roll_back(trainer, module):
+        clip.load_state_dict(saved)
+        seen.append(repr(clip.state_dict()) == repr(saved))
+
+    clip = GradientClip(POLICY)
+    in_mid_fit(roll_back, clip, Small())
+    assert seen == [True]
+    assert steps_of(clip) == 4 + 20
+    assert clip.state_dict()["steps"] == [24]
+    clip = GradientClip(POLICY, restore=False)
+    in_mid_fit(lambda *_: clip.load_state_dict(saved), clip, Small())
+    assert steps_of(clip) == 30
+
+
+def test_a_malformed_state_is_refused_in_mid_fit_and_changes_nothing():
+    """In none of two optimizers."""
+    found = {}
+
+    def load(trainer, module):
+        before = repr(clip.state_dict())
+        for where, state in malformed(clip.state_dict()):
+            found[where] = answer(clip.load_state_dict, state)
+        for state in (None, [], 3, torch.nn.Identity()):
+            assert answer(clip.load_state_dict, state).startswith("ConfigError: GradientClip.load")
+        assert repr(clip.state_dict()) == before
+
+    clip = GradientClip(POLICY)
+    in_mid_fit(load, clip, Pair())
+    top = {": list", ": none", ": object", ": module"}  # what isn't a mapping at all
+    for where, said in found.items():
+        if where not in top:
+            assert said.startswith((REFUSED, "ConfigError: The saved clip state")), (where, said)
+            assert said.endswith("restore=False)."), said
+    assert len(found) > 200
+    assert steps_of(clip) == 30
+
+
+class Halves(Small):
+    """Its first half is frozen at first; two optimizers, or one, as told."""
+
+    def __init__(self, count=1):
+        super().__init__()
+        self.count = count
+        self.net[0].requires_grad_(False)
+
+    def configure_optimizers(self):
+        halves = [list(self.net[0].parameters()), list(self.net[2].parameters())]
+        free = [[p for p in half if p.requires_grad] for half in halves]
+        if self.count == 1:
+            free = [free[0] + free[1]]
+        else:
+            self.automatic_optimization = False
+        return [torch.optim.AdamW(own, lr=0.01) for own in free if own]
+
+    def training_step(self, batch, index):
+        if self.automatic_optimization:
+            return super().training_step(batch, index)
+        return Pair.training_step(self, batch, index)
+
+
+SLOTS = ("net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias")
+
+
+def seen_by_name(clip):
+    found = {}
+    for clipper in clip.clippers:
+        entry = clipper.state_dict()["policies"][0]
+        found |= dict(zip(entry["slots"], entry["state"]["seen"].tolist(), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the clipper", "after it"])
+@pytest.mark.parametrize("restore", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_optimizers_made_anew_in_mid_fit_go_on_by_name(count, restore, after):
+    """As after unfreezing: with more parameters, and with one optimizer in place of another."""
+
+    def unfreeze(trainer, module):
+        module.net[0].requires_grad_(True)
+        module.count = count
+        trainer.strategy.setup_optimizers(trainer)
+
+    clip = GradientClip(ZClip(scope="parameter", warmup_steps=3), restore=restore)
+    in_mid_fit(unfreeze, clip, Halves(), after=after)
+    assert len(clip.clippers) == count
+    assert seen_by_name(clip) == dict(zip(SLOTS, (20, 20, 30, 30), strict=True))
+    # The clipper that shares no parameter with an earlier one begins to count.
+    assert clip.state_dict()["steps"] == ([30] if count == 1 else [20, 30])
+
+
+def test_a_rollback_finds_the_clipper_of_the_optimizer_that_was_just_made_anew():
+    """To a state of fewer parameters, beside an optimizer that has as many."""
+    policy = ZClip(scope="parameter", warmup_steps=3)
+    earlier = GradientClip(policy)
+    trainer_of(earlier).fit(Halves(), range(4))
+    saved = earlier.state_dict()
+
+    def roll_back(trainer, module):
+        module.net[0].requires_grad_(False)
+        trainer.strategy.setup_optimizers(trainer)
+        clip.load_state_dict(saved)
+        assert repr(clip.state_dict()) == repr(saved)
+
+    module, clip = Halves(), GradientClip(policy)
+    module.net[0].requires_grad_(True)
+    in_mid_fit(roll_back, clip, module)
+    assert seen_by_name(clip) == dict.fromkeys(SLOTS[2:], 24)
+
+
+def test_optimizers_made_anew_with_fewer_parameters_go_on_by_name():
+    def freeze(trainer, module):
+        module.net[0].requires_grad_(False)
+        trainer.strategy.setup_optimizers(trainer)
+
+    module = Halves()
+    module.net[0].requires_grad_(True)
+    clip = GradientClip(ZClip(scope="parameter", warmup_steps=3))
+    in_mid_fit(freeze, clip, module)
+    assert seen_by_name(clip) == dict.fromkeys(SLOTS[2:], 30)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_raw_step_of_an_optimizer_made_anew_is_noticed_at_once(late):
+    class Raw(Small):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, index):
+            if late and (self.trainer.current_epoch, index) == (1, 0):
+                self.trainer.strategy.setup_optimizers(self.trainer)
+            self.at = self.trainer.current_epoch, index
+            loss = self.loss(inputs(batch))
+            self.manual_backward(loss) if late else loss.backward()
+            anew = self.trainer.current_epoch == 1
+            self.optimizers(use_pl_optimizer=not anew).step()
+
+    clip, module = GradientClip(POLICY), Raw()
+    with pytest.raises(ConfigError, match="makes a step without"):
+        in_mid_fit(lambda t, _: late or t.strategy.setup_optimizers(t), clip, module)
+    assert module.at == (1, 0)
+
+
+def test_an_optimizer_made_anew_after_the_clipper_s_hook_finds_the_loss():
+    class Late(Callback):
+        def on_train_batch_start(self, trainer, *given):
+            if (trainer.current_epoch, given[-1]) == (1, 3):
+                trainer.strategy.setup_optimizers(trainer)
+
+    clip = GradientClip(SkipSpike(watch="loss", window=8))
+    trainer_of(clip, Late(), max_epochs=2).fit(Small(), range(10))
+    assert steps_of(clip) == 20
+
+
+def test_a_second_fit_after_unfreezing_goes_on_by_name():
+    clip, module = GradientClip(ZClip(scope="parameter", warmup_steps=3)), Halves()
+    trainer_of(clip).fit(module, range(10))
+    module.net[0].requires_grad_(True)
+    trainer_of(clip).fit(module, range(5))
+    assert seen_by_name(clip) == dict(zip(SLOTS, (5, 5, 15, 15), strict=True))
+    assert clip.state_dict()["steps"] == [15]
