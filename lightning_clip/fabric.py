@@ -57,12 +57,12 @@ def enable(
         >>> bool(clipper.last_record.clipped), round(float(clipper.last_record.clipped_norm), 4)
         (True, 1.0)
     """
-    for what, found in (("model", model), ("optimizer", optimizer)):
-        if not is_set_up(fabric, found):
+    for what, found, kind in (("model", model, Module), ("optimizer", optimizer, Optimizer)):
+        if not is_set_up(fabric, found) or not isinstance(found, kind):
             msg = (
                 f"lightning_clip.enable: the {what} ({type(found).__name__}) isn't set up by "
                 "Fabric; allowed: what fabric.setup (or setup_module, setup_optimizers) returned. "
-                "Call enable after it."
+                "Call enable(fabric, model, optimizer, policy) after it."
             )
             raise ConfigError(msg)
     if steps_by_engine(fabric):

@@ -155,6 +155,11 @@ def test_what_is_refused():
     with pytest.raises(ConfigError, match=r"the model \(Sequential\) isn't set up by Fabric"):
         lightning_clip.enable(fabric, net, optimizer, NORM)
     model = fabric.setup_module(net)
+    stepped = fabric.setup_optimizers(torch.optim.SGD(small_net().parameters(), lr=0.01))
+    with pytest.raises(ConfigError, match=r"the model \(FabricSGD\) .*\(fabric, model, optimizer"):
+        lightning_clip.enable(fabric, stepped, model, NORM)
+    with pytest.raises(ConfigError, match="policy is None; allowed: a policy such as"):
+        lightning_clip.enable(fabric, model, stepped)
     with pytest.raises(ConfigError, match=r"the optimizer \(SGD\) isn't set up by Fabric"):
         lightning_clip.enable(fabric, model, optimizer, NORM)
     optimizer = fabric.setup_optimizers(optimizer)
