@@ -354,6 +354,6 @@ class GradientClip(Callback):
 class _ForFinder(GradientClip):
     """Stands in for a `GradientClip` while a finder trains."""
 
-    def on_train_end(self, trainer: Trainer, *args: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, *_: object) -> None:
         """The finder is done."""
-        self.teardown(trainer, *args, stage="fit")
+        self.teardown(trainer, trainer.lightning_module, "fit")
