@@ -51,7 +51,8 @@ class GradientClipper:
             path of a YAML file.
         named_parameters: The model, or names for the parameters as from
             `model.named_parameters()`, where wrappers (DDP, FSDP1, `torch.compile`) leave no
-            trace; without an optimizer, also which parameters to clip.
+            trace; without an optimizer, also which parameters to clip. The optimizer may stand
+            here if there is no model.
         optimizer: Whose parameters to clip, and whose parameter groups scope "group" means. A
             DeepSpeed engine stands for its optimizer; it then has to be attached.
         process_group: One more group of ranks to reduce over, which hold other parameters of the

@@ -42,17 +42,18 @@ class _PlainErrors(ModelMetaclass):
 
     def __call__(cls, *given: Any, **fields: Any) -> Any:
         """Build one; nested models are built without this, and report to the outermost."""
-        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        model: Any = cls
+        required = [name for name, field in model.model_fields.items() if field.is_required()]
         if len(given) > len(required):
             msg = (
                 f"{cls.__name__} got {given[len(required)]!r:.80} without a name; allowed: "
-                f"{', '.join(f'{name}=...' for name in cls.model_fields)}. Write the name."
+                f"{', '.join(f'{name}=...' for name in model.model_fields)}. Write the name."
             )
             raise ConfigError(msg)
         try:
             return super().__call__(**dict(zip(required, given, strict=False)), **fields)
         except ValidationError as error:
-            raise ConfigError(explain(error, cls, cls.__name__)) from None
+            raise ConfigError(explain(error, model, cls.__name__)) from None
 
 
 class Model(BaseModel, metaclass=_PlainErrors):

@@ -72,8 +72,9 @@ def _has_class_path(value: Any) -> bool:
 
 def _known_classes() -> dict[str, type[BaseModel]]:
     """The models of a configuration, by every path they can be imported from."""
+    models: list[type[BaseModel]] = [*POLICIES.values(), *MODELS.values(), ClipConfig]
     found: dict[str, type[BaseModel]] = {}
-    for model in [*POLICIES.values(), *MODELS.values(), ClipConfig]:
+    for model in models:
         module = model.__module__
         while module:
             found[f"{module}.{model.__name__}"] = model

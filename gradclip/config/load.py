@@ -25,6 +25,9 @@ PolicyLike = (
 """What a clipper can be built from: policies, a configuration, a mapping, or a YAML file."""
 
 
+_MOST_BYTES, _MOST_VALUES = 1 << 20, 20_000  # of a file, so that none takes all memory
+
+
 # ruamel.yaml was tried: 22 lines fewer, but 8 tests of tests/config fail (errors lose their line),
 # and it reads `yes` as text where Lightning and Accelerate, by YAML 1.1, read true.
 class _Loader(yaml.SafeLoader):
@@ -60,7 +63,11 @@ def as_config(policy: PolicyLike | None) -> ClipConfig:
     items: Any = policy if isinstance(policy, list | tuple) else [policy]
     if all(isinstance(item, Policy | Mapping) for item in items):
         given = [policy] if isinstance(policy, Policy) else policy
-        return parse_mapping(as_written(given, _refuse)[0])
+        try:
+            return parse_mapping(as_written(given, _refuse)[0])
+        except RecursionError:
+            msg = "policy is nested too deeply, or contains itself. Write it out."
+            raise ConfigError(msg) from None
     msg = (
         f"policy is {policy!r:.80}; allowed: a policy such as ZClip(), a list of them, a "
         "ClipConfig, a mapping with the key 'policies', or the path of a YAML file. Write, for "
@@ -119,7 +126,14 @@ def read_yaml(path: str | Path) -> tuple[Any, Lines]:
     where = f"{path}"
     lines: dict[KeyPath, int] = {}
     try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            msg = (
+                f"{path}: the file has more than 1 MiB; a configuration is a few lines. Shorten it."
+            )
+            raise ConfigError(msg)
+        loader = _Loader(text.decode("utf-8"))
         node = loader.get_single_node()
         if node is None:
             return None, lines
@@ -168,6 +182,12 @@ def _collect_lines(
     node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], where: str | Path
 ) -> None:
     lines.setdefault(at, node.start_mark.line + 1)
+    if len(lines) > _MOST_VALUES:
+        msg = (
+            f"{where}, line {node.start_mark.line + 1}: the file stands for more than "
+            f"{_MOST_VALUES:,} values, as aliases of aliases do. Write out what is needed."
+        )
+        raise ConfigError(msg)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here, line = (*at, str(key.value)), key.start_mark.line + 1

@@ -57,7 +57,7 @@ def _read(norm_type: Any) -> Any:
     return math.inf if word in ("inf", "infinity") else norm_type
 
 
-NormType = Annotated[float, BeforeValidator(_read), Field(gt=0)]
+NormType = Annotated[float, Field(gt=0), BeforeValidator(_read)]
 """The p of a p-norm."""
 
 

@@ -1,6 +1,7 @@
 """A faulty file is answered with where, what was found, and what is allowed."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -147,6 +148,19 @@ UNREADABLE = {
     ),
     "alias": ("policies: &a [*a]\n", ": values are nested too deeply, or an alias contains itself"),
     "depth": ("policies: " + "[" * 3000, ": values are nested too deeply"),
+    "aliases": (
+        "a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{y}: &{y} [{','.join(['*' + x] * 9)}]\n" for x, y in pairwise("abcdefghi")),
+        r", line \d: the file stands for more than 20,000 values",
+    ),
+    "merges": (
+        "a: &a {x: 1}\n"
+        + "".join(
+            f"{y}: &{y} {{<<: [{','.join(['*' + x] * 9)}]}}\n" for x, y in pairwise("abcdefghi")
+        ),
+        r", line \d: the file stands for more than 20,000 values",
+    ),
+    "size": (GOOD + "#" * (1 << 20), ": the file has more than 1 MiB"),
     "documents": (GOOD + "---\n" + GOOD, ", line 9: the file holds several documents; keep one"),
 }
 
@@ -157,6 +171,13 @@ def test_what_yaml_cannot_hold_is_named(tmp_path, subtests):
         path.write_text(text)
         with subtests.test(name), pytest.raises(ConfigError, match=rf"run\.yaml{message}"):
             load_yaml(path)
+
+
+def test_a_mapping_that_contains_itself():
+    policies = []
+    policies.append({"type": "norm", "max_norm": policies})
+    with pytest.raises(ConfigError, match="nested too deeply, or contains itself"):
+        as_config(policies)
 
 
 def test_a_missing_file():

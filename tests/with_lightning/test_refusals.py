@@ -301,6 +301,18 @@ def test_no_optimizer_at_all():
     refused("holds no parameters.*configure_optimizers returns None", module=Small(lambda _: None))
 
 
+def test_an_empty_list_of_optimizers():
+    class Manual(Small):
+        def __init__(self):
+            super().__init__(lambda _: [])
+            self.automatic_optimization = False
+
+        def training_step(self, batch):
+            del batch
+
+    refused("returned no optimizer, so there is nothing to clip", module=Manual())
+
+
 def test_two_of_them():
     trainer = trainer_of(GradientClip(NORM))
     trainer.callbacks.append(GradientClip(NORM))
