@@ -331,13 +331,20 @@ class GradientClipper:
         return pack(on.plan.rules, core.states, on.memory, core.recorder.tally)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`, saved at any world size.
+        """Continue from a `state_dict`, saved at any world size. Every rank must call it.
 
         Raises:
-            ConfigError: If policies or parameters are others; nothing is changed then.
+            ConfigError: If policies or parameters are others, or ranks that share a model load
+                different states; nothing is changed then.
         """
         on, core = self._core.current(), self._core
-        states, counts, elements = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+        try:
+            loaded = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+        except Exception:
+            core.compare_loaded(None)  # other ranks wait for this one
+            raise
+        states, counts, elements = loaded
+        core.compare_loaded((states, counts), int(state.get("step", counts[0])))
         core.recorder.restart(int(state.get("step", counts[0])), counts)
         core.states = states
         if on.memory is not None:

@@ -22,7 +22,7 @@ from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.meshes import axis_of, root_of, sharding_over
 from gradclip.layouts.sharded import ShardedLayout
 
-__all__ = ["Groups", "detect", "gathered"]
+__all__ = ["Groups", "detect", "gathered", "shardings_of"]
 
 Groups = ProcessGroup | Mapping[str, ProcessGroup | None]
 """Which ranks hold other parameters: a group for all, or by pattern of the parameter's name."""
@@ -60,7 +60,7 @@ def detect(
             "it: GradientClipper(policy, optimizer=engine).attach(engine)."
         )
         raise LayoutError(msg)
-    shardings = _shardings(parameters, model)
+    shardings = shardings_of(parameters, model)
     if groups is None:
         _refuse_marked(parameters)
         _warn_of_forgotten_axes(parameters, shardings.values())
@@ -106,7 +106,7 @@ def refuse_shared_names(parameters: Mapping[str, Tensor], groups: Groups | None)
         shared = [name for name in mine if seen.count(name) > 1]
         if shared:
             raise LayoutError(_shared(shared[0]))
-    shardings = _shardings(parameters)
+    shardings = shardings_of(parameters)
     for axis in reduction_axes(shardings.values()):
         for name, sharding in shardings.items():
             within = [own for own in (*sharding.split, *sharding.copied) if own.within(axis)]
@@ -124,7 +124,7 @@ def _shared(name: str) -> str:
     )
 
 
-def _shardings(
+def shardings_of(
     parameters: Mapping[str, Tensor], model: nn.Module | None = None
 ) -> dict[str, Sharding]:
     """How each parameter lies over ranks; a plain tensor is the same on every rank."""

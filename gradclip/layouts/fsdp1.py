@@ -150,7 +150,8 @@ def _held_by(handle: FlatParamHandle) -> Sequence[Tensor]:
 def _shardings_by(handle: FlatParamHandle) -> Iterator[tuple[Tensor, Sharding]]:
     """The parameters of one handle; tensor parallelism may have sharded them before FSDP1."""
     flat = handle.flat_param
-    split = (axis_of(handle.process_group),) if handle.uses_sharded_strategy else ()
+    own = (axis_of(handle.process_group),)
+    split, copied = (own, ()) if handle.uses_sharded_strategy else ((), own)
     before = [
         Sharding() if spec is None else sharding_over(spec.mesh, spec.placements)
         for spec in flat._param_extensions
@@ -165,7 +166,7 @@ def _shardings_by(handle: FlatParamHandle) -> Iterator[tuple[Tensor, Sharding]]:
             raise LayoutError(msg)
         before = [Sharding()]
     for p, sharding in zip(_held_by(handle), before, strict=True):
-        yield p, Sharding((*split, *sharding.split), sharding.copied)
+        yield p, Sharding((*split, *sharding.split), (*copied, *sharding.copied))
 
 
 def _lost(names: Sequence[str]) -> str:
