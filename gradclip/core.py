@@ -146,6 +146,7 @@ class Core:
         if config.recorder is not None:
             weakref.finalize(self, self.recorder.close)
         self.last_record: ClipRecord | None = None
+        self._has_met = False
         self._by_steps = any(self.states) or config.follows_steps
         self._stop = DeferredStop(config.log.every_n_steps or 10)
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
@@ -156,11 +157,34 @@ class Core:
         What is kept by name goes on: states, memory of elements, records.
         """
         if not self.machinery.fits(self._sources):
-            before, on = self.machinery, _build(self.config, self._sources, self.machinery)
-            self.states = carry_over(before.plan.rules, self.states, on.plan.rules, on.device)
-            self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
-            self.machinery = on
+            self._renew(self.machinery)
         return self.machinery
+
+    def _renew(self, before: Machinery) -> None:
+        on = _build(self.config, self._sources, before)
+        self.states = carry_over(before.plan.rules, self.states, on.plan.rules, on.device)
+        self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
+        self.machinery = on
+
+    def _meet(self) -> bool:
+        """Whether ranks are known now that weren't when the clipper was built, before DDP was.
+
+        Raises:
+            ConfigError: If they differ from this one.
+        """
+        self._has_met, before, given = True, self.machinery, self._sources
+        if before.agreement.knows_ranks:
+            return False
+        agreement = Agreement.of(
+            given.layout,
+            before.plan.parameters,
+            given.process_group,
+            None,
+            self.config.verify_every,
+        )
+        if agreement.knows_ranks:
+            self._renew(replace(before, agreement=agreement))
+        return agreement.knows_ranks
 
     def begin(self) -> Beginning:
         """What the next step begins with, for the parameters as they are now."""
@@ -180,6 +204,8 @@ class Core:
                 to stop then.
             ConfigError: If gradients were lost, or used, before a clip could see them.
         """
+        if not self._has_met and self._meet():
+            since = None  # its states may be in another order now
         states, taken = since or self.begin()
         on = self.machinery
         on.agreement.refuse_unreduced(by_steps=self._by_steps)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradclip.errors import ConfigError, LayoutError
 from gradclip.layouts.deepspeed import DeepSpeedLayout
 from gradclip.layouts.detect import Groups, shardings_of
-from gradclip.layouts.fsdp1 import is_flattened
+from gradclip.layouts.fsdp1 import is_flattened, unflattened_shape
 from gradclip.layouts.geometry import Axis, Sharding, distinct, reduction_axes
 from gradclip.layouts.local import device_of
 from gradclip.layouts.meshes import axis_of, is_joining
@@ -33,6 +33,13 @@ _CPU = torch.device("cpu")
 _FIRST, _AGAIN = timedelta(seconds=1), timedelta(milliseconds=250)
 """How long a step waits for ranks that are late to a comparison: at first, and in later steps."""
 _FAILED = 0
+_WAYS_OUT = {
+    "configuration": "Read it from one file, or from values that don't depend on the rank.",
+    "parameters": "Give every rank names that mean the same on all of them: "
+    "GradientClipper(policy, named_parameters=model, ...).",
+    "state": "Load the same state on every rank.",
+    "counts": "Load the same state on every rank.",
+}
 
 Facts = Mapping[str, Mapping[str, object]]
 """What is compared: for each part, named as in an error, its values by name."""
@@ -173,6 +180,9 @@ class Agreement:
                 return  # its own error says why
             msg = f"{where}: failed on {_shown(failed)}, whose own error says why; nothing changed."
             raise ConfigError(msg)
+        # All ranks are here, so nobody is late any more to a comparison of earlier steps.
+        self._aside, self._steps = None, 0
+        self._pending.clear()
         self._in_order = self._in_order and len(set(table[:, 3].tolist())) == 1
         if facts is not None and len(set(map(tuple, rows.values()))) > 1:
             raise ConfigError(self._difference(where, facts, rows))
@@ -192,10 +202,9 @@ class Agreement:
         if not self._every or not self._groups:
             return
         self._steps += 1
-        patience = _AGAIN
+        patience = _AGAIN if self._pending else _FIRST
         if self._steps % self._every == 0:
             self._send(facts())
-            patience = _FIRST
         while self._pending and self._is_there(self._pending[0], patience):
             self._refuse_difference(self._pending.popleft())
 
@@ -254,9 +263,10 @@ class Agreement:
                 f"{theirs.get(name, 'missing')} on rank {ranks[0]}, {ours.get(name, 'missing')} on "
                 f"rank {usual}" + (f" ({len(names) - 1} more differ)" if len(names) > 1 else "")
             )
+        ways_out = " ".join(dict.fromkeys(_WAYS_OUT[part] for part in parts))
         return (
-            f"{where}: {'; '.join(lines)}. Allowed: the same on all ranks that share a model; "
-            "nothing is changed. Use values that don't depend on the rank."
+            f"{where}: {'; '.join(lines)}; nothing is changed. Allowed: the same on all ranks that "
+            f"share a model. {ways_out}"
         )
 
     def _send(self, facts: Mapping[str, Tensor]) -> None:
@@ -315,7 +325,7 @@ def bits_of(values: Tensor) -> Tensor:
 def shape_of(parameter: Tensor) -> tuple[int, ...] | None:
     """The shape of a whole parameter; None where a rank doesn't know it."""
     if is_flattened(parameter):
-        return None
+        return unflattened_shape(parameter)
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 

@@ -23,7 +23,14 @@ from gradclip.layouts.geometry import Sharding
 from gradclip.layouts.meshes import axis_of, sharding_over
 from gradclip.types import Region
 
-__all__ = ["flat_region", "fsdp1_shardings", "is_flat", "is_flattened", "padding"]
+__all__ = [
+    "flat_region",
+    "fsdp1_shardings",
+    "is_flat",
+    "is_flattened",
+    "padding",
+    "unflattened_shape",
+]
 
 
 class _Known(NamedTuple):
@@ -50,6 +57,15 @@ def is_flat(parameter: Tensor) -> bool:
 def padding(parameter: Tensor) -> int:
     """How many elements of a flat parameter's shard only fill it up."""
     return getattr(parameter, "_shard_numel_padded", 0)
+
+
+def unflattened_shape(parameter: Tensor) -> tuple[int, ...] | None:
+    """The shape of a parameter before it was flattened; None for several in one."""
+    handle = _known[parameter].handle() if parameter in _known else None
+    if handle is None or handle.flat_param._params is None:
+        return None
+    held = zip(handle.flat_param._params, handle.flat_param._shapes, strict=True)
+    return next((tuple(shape) for own, shape in held if own is parameter), None)
 
 
 def fsdp1_shardings(

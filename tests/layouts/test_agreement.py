@@ -148,6 +148,7 @@ def built(rank, world):
             {"params": [p for _, p in named[: 2 + rank]], "name": "a"},
             {"params": [p for _, p in named[2 + rank :]], "name": "b"},
         ]
+        ordered = list(net.parameters())[:: -1 if rank else 1]
         groups = {"policies": [ClipByNorm(max_norm=1.0, scope="group")]}
         limit = {"policies": [ClipByNorm(max_norm=1.0 + rank)]}
         files = ADAPTIVE | {"recorder": {"file": f"rank{rank}.jsonl"}}
@@ -159,8 +160,14 @@ def built(rank, world):
             "groups": (groups, net, torch.optim.SGD(options, lr=0.1)),
             "no scope group": (ADAPTIVE, net, torch.optim.SGD(options, lr=0.1)),
             "file of the record": (files, named),
+            "numbers for names": (ADAPTIVE, None, torch.optim.SGD(ordered, lr=0.1)),
         }
         found |= {(kind, case): said(GradientClipper, *args) for case, args in cases.items()}
+    net = uneven_net(1)
+    clipper = GradientClipper(ClipByNorm(max_norm=1.0 + rank), net)
+    later = DistributedDataParallel(net)
+    backward(later, 0, rank)
+    found["ddp afterwards", "limit"] = said(clipper.clip)
     return found
 
 
@@ -171,6 +178,7 @@ SAID = {
     "fewer": "rank 1 and rank 0 differ in parameters: ",
     "names": "rank 1 and rank 0 differ in parameters: 0.",
     "groups": "differ in parameters: ",
+    "numbers for names": "differ in parameters: group0.0 is torch.float32 of shape (1,) on rank 1",
 }
 
 
@@ -279,8 +287,10 @@ def told_at_once(rank, world):
         texts.append(said(clipper.clip))
     warned = []
     logging.getLogger("gradclip").addFilter(lambda record: warned.append(record.getMessage()))
-    for config in (ClipByNorm(max_norm=1.0), ADAPTIVE, ADAPTIVE | {"verify_every": 1}):
-        clipper, text = GradientClipper(config, net.named_parameters()), ""
+    verified = ADAPTIVE | {"verify_every": 1}
+    for config in (ClipByNorm(max_norm=1.0), ADAPTIVE, verified, "in line"):
+        one = verified if config == "in line" else config
+        clipper, text = GradientClipper(one, net.named_parameters()), ""
         for epoch in range(2):
             with net.join():
                 for step in range(5 if rank else 3):
@@ -289,6 +299,10 @@ def told_at_once(rank, world):
                         break
             if text:
                 break
+            if config == "in line":  # as docs/layouts.md says
+                states = [None] * dist.get_world_size()
+                dist.all_gather_object(states, clipper.state_dict())
+                clipper.load_state_dict(max(states, key=lambda state: state["step"]))
         texts.append(text)
     return texts, steps, warned
 
@@ -299,8 +313,9 @@ def test_unreduced_gradients_and_uneven_data_are_told():
             assert "clip: called within no_sync() of DistributedDataParallel" in text
         assert texts[1] == texts[3] == texts[4] == texts[5] == ""
         assert "rank 1 in state" in texts[6]
+        assert texts[7] == ""
         assert steps == 0
-        assert [line[:40] for line in warned] == ["gradclip: clip: within join() of Distrib"] * 2
+        assert [line[:40] for line in warned] == ["gradclip: clip: within join() of Distrib"] * 3
 
 
 def messages(rank, world):
