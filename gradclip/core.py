@@ -375,7 +375,9 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         if before is None
         else before.agreement
     )
-    parameters = agreement.settle(parameters, lambda: _given_to(config, parameters, sources))
+    parameters = agreement.settle(
+        parameters, lambda: _given_to(config, parameters, optimizer, agreement)
+    )
     kernel = kernel_for(layout.devices, sources.kernel)
     regions: dict[str, Region] = {}
     if needs_regions(config):
@@ -415,15 +417,18 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
 
 
 def _given_to(
-    config: ClipConfig, parameters: Mapping[str, Parameter], sources: Sources
+    config: ClipConfig,
+    parameters: Mapping[str, Parameter],
+    optimizer: Any | None,
+    agreement: Agreement,
 ) -> dict[str, dict[str, object]]:
     """What a clipper was built from, to compare over ranks."""
-    facts = facts_of(parameters, sources.optimizer, {})
+    facts = facts_of(parameters, optimizer, {})
     known: dict[str, object] = {
         name: f"{fact.dtype} of shape {shape_of(parameters[name])}"
         + (f" in group {fact.group!r}" if config.names_groups else "")
         for name, fact in facts.items()
-        if sources.process_group is None  # else ranks hold different ones
+        if agreement.same_names
     }
     return {"configuration": config.shared(), "parameters": known}
 

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import logging
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradclip.errors import ConfigError, LayoutError
 from gradclip.layouts.deepspeed import DeepSpeedLayout
-from gradclip.layouts.detect import Groups, shardings_of
+from gradclip.layouts.detect import Groups, distinct_groups, shardings_of
 from gradclip.layouts.fsdp1 import is_flattened, unflattened_shape
 from gradclip.layouts.geometry import Axis, Sharding, distinct, reduction_axes
 from gradclip.layouts.local import device_of
@@ -62,6 +63,9 @@ class Agreement:
         wrappers: The DDP modules that reduce the gradients, if any.
         every: Steps between two comparisons while training; 0 for none.
         same_names: Every rank has the same parameters, or parts of them.
+
+    Attributes:
+        same_names: As given.
     """
 
     def __init__(
@@ -76,15 +80,15 @@ class Agreement:
         self._groups: list[ProcessGroup] = [axis.group for axis in axes]
         if len(axes) > 1 and whole == dist.get_world_size() and dist.group.WORLD is not None:
             self._groups = [dist.group.WORLD]
-        self._wrappers = wrappers
+        self._wrappers = [weakref.ref(ddp) for ddp in wrappers]
         self._every = every
         self._steps = 0
         self._aside: ProcessGroup | None = None
         self._ranks: list[int] = []
         self._pending: deque[_Exchange] = deque()
         self._warned = False
-        self._same_names = same_names
-        self._in_order = True
+        self.same_names = same_names
+        self._in_order = same_names
         self._setup = 0
 
     @classmethod
@@ -112,18 +116,17 @@ class Agreement:
             return cls([] if own is None else _lasting([axis_of(own)]), (), every)
         shardings = distinct(shardings_of(parameters, model).values())
         lines = [axis for own in shardings for axis in (*own.split, *own.copied)]
-        if groups is not None:
+        apart = distinct_groups(groups)
+        if apart:
             # Other parameters on other ranks: only the ranks of the sums are sure to take part.
-            named = groups.values() if isinstance(groups, Mapping) else [groups]
-            lines = [axis for own in shardings for axis in own.split]
-            lines += [axis_of(group) for group in named if group is not None]
+            lines = [axis for own in shardings for axis in own.split] + list(map(axis_of, apart))
         axes = _lasting(lines)
         wrappers: list[DistributedDataParallel] = []
         if math.prod(len(axis.ranks) for axis in axes) < dist.get_world_size():
             wrappers = _wrappers_of(parameters.values())
-            if groups is None:
+            if not apart:
                 axes = _lasting([*lines, *(axis_of(ddp.process_group) for ddp in wrappers)])
-        return cls(axes, wrappers, every, same_names=groups is None)
+        return cls(axes, wrappers, every, same_names=not apart)
 
     def __reduce__(self) -> tuple[type[Agreement], tuple[()]]:
         """A copy belongs to no ranks: process groups can't be copied."""
@@ -144,16 +147,18 @@ class Agreement:
             facts: Gives the configuration and what is known of the parameters.
 
         Returns:
-            The parameters in the order that ranks share: by name, where they list them in several.
+            The parameters in the order that ranks share: by name, where ranks list them in several
+            orders or have different ones.
 
         Raises:
             ConfigError: As `compare`.
         """
         if self.knows_ranks:
             found = facts()
-            first, self._setup = self._setup == 0, _number(found)
+            first = self._setup == 0
+            self._setup = _number([sorted(own.items()) for own in found.values()])
             if first:
-                self.compare("GradientClipper", found, parameters if self._same_names else ())
+                self.compare("GradientClipper", found, parameters if self.same_names else ())
         return parameters if self._in_order else dict(sorted(parameters.items()))
 
     def compare(self, where: str, facts: Facts | None, order: Iterable[str] = ()) -> None:
@@ -180,12 +185,20 @@ class Agreement:
                 return  # its own error says why
             msg = f"{where}: failed on {_shown(failed)}, whose own error says why; nothing changed."
             raise ConfigError(msg)
-        # All ranks are here, so nobody is late any more to a comparison of earlier steps.
-        self._aside, self._steps = None, 0
-        self._pending.clear()
         self._in_order = self._in_order and len(set(table[:, 3].tolist())) == 1
         if facts is not None and len(set(map(tuple, rows.values()))) > 1:
             raise ConfigError(self._difference(where, facts, rows))
+        if self._every:
+            # All ranks are here, so nobody is late any more to a comparison of earlier steps. A
+            # group of its own: one that is late later must not shift the messages of others.
+            self._steps = 0
+            self._pending.clear()
+            self._aside = dist.new_group(
+                self._ranks,
+                timeout=timedelta(days=365),
+                backend="gloo",
+                use_local_synchronization=True,
+            )
 
     def follow(self, facts: Callable[[], Mapping[str, Tensor]]) -> None:
         """Compare what a step was decided by, every so many steps: one message of 32 bytes.
@@ -199,7 +212,7 @@ class Agreement:
         Raises:
             ConfigError: On every rank, if they differ; names ranks, and what differs.
         """
-        if not self._every or not self._groups:
+        if self._aside is None:
             return
         self._steps += 1
         patience = _AGAIN if self._pending else _FIRST
@@ -217,7 +230,7 @@ class Agreement:
         Raises:
             ConfigError: If this is within `no_sync`.
         """
-        for ddp in self._wrappers:
+        for ddp in filter(None, (known() for known in self._wrappers)):
             if not ddp.require_backward_grad_sync:
                 msg = (
                     "clip: called within no_sync() of DistributedDataParallel, where gradients are "
@@ -270,14 +283,6 @@ class Agreement:
         )
 
     def _send(self, facts: Mapping[str, Tensor]) -> None:
-        if self._aside is None:
-            # A group of its own: a rank that is late must not shift the messages of the others.
-            self._aside = dist.new_group(
-                self._ranks,
-                timeout=timedelta(days=365),
-                backend="gloo",
-                use_local_synchronization=True,
-            )
         mine = torch.stack([bits_of(value) for value in facts.values()]).to(_CPU)
         mine = torch.cat([torch.tensor([self._setup], dtype=torch.int64, device=_CPU), mine])
         table = [torch.empty_like(mine) for _ in self._ranks]

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from support.comms import CountComms
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -91,6 +92,7 @@ def orders(rank, world):
                 config = {
                     "policies": [ClipByNorm(max_norm=0.01, scope=scope)],
                     "log": {"per_parameter": True},
+                    "verify_every": 1,
                 }
                 clipper = GradientClipper(config, **given)
                 backward(net, 0, rank)
@@ -189,6 +191,28 @@ def test_ranks_that_are_given_other_things_are_told_when_built(subtests):
         with subtests.test(f"{kind}-{case}"):
             assert SAID.get(case, "") in text
             assert bool(text) == (case in SAID)
+
+
+def on_a_mesh(rank, world):
+    """HSDP on four ranks, of which the last is given another limit; in another order too."""
+    del world
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    net = fully_shard(uneven_net(1), mesh=mesh)
+    named = list(net.named_parameters())[:: -1 if rank == 2 else 1]
+    config = {"policies": [{"type": "norm", "max_norm": 1.0, "scope": "parameter"}]}
+    config |= {"verify_every": 1, "log": {"per_parameter": True}}
+    clipper = GradientClipper(config, named)
+    backward(net, 0, rank)
+    true = {name: float(whole(p).norm()) for name, p in net.named_parameters()}
+    logged = {name: float(norm) for name, norm in clipper.clip().per_parameter.items()}
+    limit = ClipByNorm(max_norm=2.0 if rank == 3 else 1.0)
+    return said(GradientClipper, limit, named), logged, true
+
+
+def test_copies_on_a_mesh_are_compared_too():
+    for text, logged, true in run_on_ranks(on_a_mesh, 4):
+        assert "rank 3 and rank 0 differ in configuration: policies[0].max_norm is 2.0" in text
+        assert logged == pytest.approx(true, rel=1e-5)
 
 
 def loaded(rank, world):
