@@ -172,8 +172,9 @@ class Core:
         Raises:
             ConfigError: If they differ from this one.
         """
-        self._has_met, before, given = True, self.machinery, self._sources
+        before, given = self.machinery, self._sources
         if before.agreement.knows_ranks:
+            self._has_met = True
             return False
         agreement = Agreement.of(
             given.layout,
@@ -184,6 +185,9 @@ class Core:
         )
         if agreement.knows_ranks:
             self._renew(replace(before, agreement=agreement))
+            tally = self.recorder.tally
+            self.compare_loaded((self.states, tally.counts), tally.first, "clip")
+        self._has_met = True
         return agreement.knows_ranks
 
     def begin(self) -> Beginning:
@@ -263,12 +267,18 @@ class Core:
             self._stop.check(step.verdict, self.machinery.plan.rules)
         self.states = step.states
 
-    def compare_loaded(self, loaded: tuple[Sequence[State], Tensor] | None, step: int = 0) -> None:
+    def compare_loaded(
+        self,
+        loaded: tuple[Sequence[State], Tensor] | None,
+        step: int = 0,
+        where: str = "load_state_dict",
+    ) -> None:
         """Compare state that is about to be taken over; every rank must call.
 
         Args:
             loaded: States and counts; None if they couldn't be read, which is an error by itself.
             step: Number of the next step.
+            where: What the user called.
 
         Raises:
             ConfigError: If ranks loaded other ones, or a rank could not.
@@ -284,7 +294,7 @@ class Core:
             }
             counted = dict(zip(Tally.NAMES, counts.tolist(), strict=True))
             facts = {"state": numbers, "counts": {**counted, "step": step}}
-        agreement.compare("load_state_dict", facts)
+        agreement.compare(where, facts)
 
     def amend(self, step: Step) -> ClipRecord:
         """Join what one more look at the same step found to its record: withheld, or not finite.

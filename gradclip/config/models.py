@@ -35,6 +35,9 @@ def _elements_stand_last(policies: list[Policy]) -> list[Policy]:
 
 PolicyList = Annotated[list[AnyPolicy], AfterValidator(_elements_stand_last)]
 
+_OF_FIRST_RANK = ("recorder.file", "log.histograms", "log.warn_after", "log.warn_skips")
+"""What may differ by rank: what only the first one writes, shows or says."""
+
 
 class LogConfig(BaseModel):
     """What is logged, and how often."""
@@ -164,9 +167,8 @@ class ClipConfig(BaseModel):
 
     def shared(self) -> dict[str, object]:
         """What has to be the same on every rank, by its place in a file."""
-        found = dict(_leaves("", self.model_dump(mode="json")))
-        found.pop("recorder.file", None)  # the first rank alone writes it
-        return found
+        found = _leaves("", self.model_dump(mode="json"))
+        return {place: value for place, value in found if place not in _OF_FIRST_RANK}
 
     @property
     def lists(self) -> Sequence[Sequence[Policy]]:

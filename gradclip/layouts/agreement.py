@@ -296,7 +296,13 @@ class Agreement:
             exchange.work.wait(patience)
         except RuntimeError:
             if exchange.work.is_completed():
-                raise  # a rank is gone
+                _logger.warning(
+                    "gradclip: clip: a rank has ended, so ranks are compared no more (comparison "
+                    "%d was the first without an answer).",
+                    exchange.step // self._every,
+                )
+                self._aside = None
+                self._pending.clear()
             return False
         return True
 

@@ -228,6 +228,13 @@ def loaded(rank, world):
             clipper.clip()
             states.append(clipper.state_dict())
         broken = {**states[4], "format": 1}
+        if kind == "ddp":  # loaded before anyone knows that ranks share the model
+            later = uneven_net(1)
+            alone = GradientClipper(ADAPTIVE, later)
+            alone.load_state_dict(states[3 + rank])
+            net = DistributedDataParallel(later)
+            backward(net, 0, rank)
+            found["later"] = said(alone.clip)
         broken = broken if rank else states[2]
         for case, state in (("other", states[3 + rank]), ("broken", broken), ("same", states[2])):
             text = said(clipper.load_state_dict, state)
@@ -237,6 +244,8 @@ def loaded(rank, world):
 
 def test_ranks_that_load_other_states_are_told_and_nothing_is_changed():
     first, second = run_on_ranks(loaded, 2)
+    assert first["later"] == second["later"]
+    assert first["later"].startswith("clip: rank 1 and rank 0 differ in state: ")
     for kind in ("ddp", "fsdp2"):
         text, steps = first[kind, "other"]
         assert text.startswith("load_state_dict: rank 1 and rank 0 differ in state: ")
