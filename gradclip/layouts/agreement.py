@@ -153,13 +153,16 @@ class Agreement:
         Raises:
             ConfigError: As `compare`.
         """
-        if self.knows_ranks:
-            found = facts()
-            first = self._setup == 0
-            self._setup = _number([sorted(own.items()) for own in found.values()])
-            if first:
-                self.compare("GradientClipper", found, parameters if self.same_names else ())
-        return parameters if self._in_order else dict(sorted(parameters.items()))
+        if not self.knows_ranks:
+            return parameters
+        found = facts()
+        if not self._setup:
+            self.compare("GradientClipper", found, parameters if self.same_names else ())
+        if not self._in_order:
+            parameters = dict(sorted(parameters.items()))
+        order = list(parameters) if self.same_names else []
+        self._setup = _number([order, *(sorted(own.items()) for own in found.values())])
+        return parameters
 
     def compare(self, where: str, facts: Facts | None, order: Iterable[str] = ()) -> None:
         """Compare facts over ranks, which must all call: one message of 32 bytes.
