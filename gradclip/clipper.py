@@ -387,17 +387,19 @@ class GradientClipper:
 
     @_outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`, saved at any world size.
+        """Continue from a `state_dict`, saved at any world size. Every rank must call it.
 
         Raises:
-            ConfigError: If policies or parameters are others, or it holds what no steps lead to;
-                nothing is changed then.
+            ConfigError: If policies or parameters are others, or it holds what no steps lead to,
+                or ranks that share a model load different states; nothing is changed then.
         """
         self.checked(state)()
 
     @torch.no_grad()
     def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Check a `state_dict` and change nothing, as where one of several may be refused.
+
+        Every rank must call it.
 
         Returns:
             What continues from it.
@@ -406,7 +408,12 @@ class GradientClipper:
             ConfigError: As `load_state_dict`.
         """
         on, core = self._core.current(), self._core
-        found = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+        try:
+            found = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+        except Exception:
+            core.compare_loaded(None)  # other ranks wait for this one
+            raise
+        core.compare_loaded((found.states, found.counts), found.step)
 
         def take_in() -> None:
             core.recorder.restart(found.step, found.counts)

@@ -10,7 +10,8 @@ Who calls them, and when, is a driver: `GradientClipper.clip` for the plain step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -29,13 +30,16 @@ from gradclip.effect.elements import ElementMemory
 from gradclip.errors import ClipError, ConfigError
 from gradclip.kernels import KernelName, kernel_for
 from gradclip.layouts import (
+    Agreement,
     Groups,
+    bits_of,
     detect,
     gathered,
     is_first_rank,
     is_flat,
     is_flattened,
     refuse_shared_names,
+    shape_of,
 )
 from gradclip.measure import measure_each, measure_step
 from gradclip.plan.build import build_plan, needs_regions
@@ -43,7 +47,7 @@ from gradclip.plan.in_backward import BackwardWatch, refuse_taken
 from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
 from gradclip.records.record import ClipRecord
-from gradclip.records.recorder import TAKEN, Recorder
+from gradclip.records.recorder import TAKEN, Recorder, Tally
 from gradclip.state import carry_over, fresh_states
 from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
 from gradclip.types import Beginning, Given, Grads, Kernel, Layout, Region, State, Step
@@ -83,6 +87,7 @@ class Machinery:
     Attributes:
         device: Where measures, decisions and records live.
         layout: Which ranks hold what.
+        agreement: Whether ranks that share the parameters have and decide the same.
         plan: What policies decide on.
         kernel: What measures and scales.
         memory: What element policies remember; None where no policy works on elements or units.
@@ -94,6 +99,7 @@ class Machinery:
 
     device: torch.device
     layout: Layout
+    agreement: Agreement
     plan: Plan
     kernel: Kernel
     memory: ElementMemory | None
@@ -143,6 +149,8 @@ class Core:
         self.recorder = Recorder(config, on.device, is_first=is_first_rank())
         self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
         self.last_record: ClipRecord | None = None
+        self._has_met = False
+        self._by_steps = any(self.states) or config.follows_steps
         self._stop = DeferredStop(config.log.every_n_steps or 10)
         self.watch = Watch()
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
@@ -153,12 +161,39 @@ class Core:
         What is kept by name goes on: states, memory of elements, records.
         """
         if not self.machinery.fits(self.sources):
-            before, on = self.machinery, _build(self.config, self.sources, self.machinery)
-            fresh = fresh_states(on.plan.rules, on.device)
-            self.states = carry_over(before.plan.rules, self.states, on.plan.rules, fresh)
-            self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
-            self.machinery = on
+            self._renew(self.machinery)
         return self.machinery
+
+    def _renew(self, before: Machinery) -> None:
+        on = _build(self.config, self.sources, before)
+        fresh = fresh_states(on.plan.rules, on.device)
+        self.states = carry_over(before.plan.rules, self.states, on.plan.rules, fresh)
+        self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
+        self.machinery = on
+
+    def _meet(self) -> bool:
+        """Whether ranks are known now that weren't when the clipper was built, before DDP was.
+
+        Raises:
+            ConfigError: If they differ from this one.
+        """
+        before, given = self.machinery, self.sources
+        if before.agreement.knows_ranks:
+            self._has_met = True
+            return False
+        agreement = Agreement.of(
+            given.layout,
+            before.plan.parameters,
+            given.process_group,
+            None,
+            self.config.verify_every,
+        )
+        if agreement.knows_ranks:
+            self._renew(replace(before, agreement=agreement))
+            tally = self.recorder.tally
+            self.compare_loaded((self.states, tally.counts), tally.first, "clip")
+        self._has_met = True
+        return agreement.knows_ranks
 
     def go_on_from(self, before: Sequence[Core], *, same_run: bool) -> Core | None:
         """Take over, by name, what others remember of the parameters that are now in this one.
@@ -212,8 +247,11 @@ class Core:
                 to stop then.
             ConfigError: If gradients were lost, or used, before a clip could see them.
         """
+        if not self._has_met and self._meet():
+            since = None  # its states may be in another order now
         states, taken = since or self.begin()
         on = self.machinery
+        on.agreement.refuse_unreduced(by_steps=self._by_steps)
         grads = on.layout.collect(on.plan.slots)
         # Only until every parameter had a gradient: then no optimizer steps in backward.
         watch = self._backward_watch
@@ -252,6 +290,7 @@ class Core:
             NonFiniteError: If steps that aren't finite reached a policy's bound, on a device,
                 within the last `log.every_n_steps` steps; all of them were withheld.
             SkipLimitError: The same for other withheld steps.
+            ConfigError: If ranks differ, where that is compared (`verify_every`).
         """
         self.adopt(step)
         self.last_record = self.recorder.record(step)
@@ -263,10 +302,41 @@ class Core:
         Raises:
             NonFiniteError: As `commit`.
             SkipLimitError: As `commit`.
+            ConfigError: As `commit`.
         """
+        self.machinery.agreement.follow(lambda: self._decided(step))
         if self._stays_on_device(step.given):  # else the error was raised while looking
             self._stop.check(step.verdict, self.machinery.plan.rules)
         self.states = step.states
+
+    def compare_loaded(
+        self,
+        loaded: tuple[Sequence[State], Tensor] | None,
+        step: int = 0,
+        where: str = "load_state_dict",
+    ) -> None:
+        """Compare state that is about to be taken over; every rank must call.
+
+        Args:
+            loaded: States and counts; None if they couldn't be read, which is an error by itself.
+            step: Number of the next step.
+            where: What the user called.
+
+        Raises:
+            ConfigError: If ranks loaded other ones, or a rank could not.
+        """
+        facts: dict[str, dict[str, object]] | None = None
+        agreement = self.machinery.agreement
+        if loaded is not None and agreement.knows_ranks:
+            states, counts = loaded
+            numbers: dict[str, object] = {
+                f"{name} of policy {index} ({rule.policy.type})": f"bits {int(bits_of(value)):x}"
+                for index, rule in enumerate(self.machinery.plan.rules, 1)
+                for name, value in states[index - 1].items()
+            }
+            counted = dict(zip(Tally.NAMES, counts.tolist(), strict=True))
+            facts = {"state": numbers, "counts": {**counted, "step": step}}
+        agreement.compare(where, facts)
 
     def amend(self, step: Step) -> ClipRecord:
         """Join what one more look at the same step found to its record: withheld, or not finite.
@@ -310,6 +380,15 @@ class Core:
     def refuse_stale(self) -> None:
         """With `debug: true`: refuse gradients that are left from an earlier step."""
 
+    def _decided(self, step: Step) -> dict[str, Tensor]:
+        """What ranks have to agree on bitwise after a step."""
+        verdict, counts = step.verdict, self.recorder.tally.counts
+        return {
+            "state": _joined(step.states, counts),
+            "norms": torch.cat([step.norms, verdict.coef, verdict.limit.reshape(1)]),
+            "steps": counts.select(0, TAKEN),
+        }
+
     def _stays_on_device(self, given: Given) -> bool:
         """Whether the host needs not know what was decided."""
         return self.machinery.effect.withholds_on_device and given.on_nonfinite != "raise"
@@ -347,6 +426,14 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
     refuse_taken(parameters, optimizer, model)
     shaped = {name: p for name, p in parameters.items() if not is_lazy(p)}
     layout = sources.layout or detect(shaped, group, model)
+    agreement = (
+        Agreement.of(sources.layout, shaped, group, model, config.verify_every)
+        if before is None
+        else before.agreement
+    )
+    parameters = agreement.settle(
+        parameters, lambda: _given_to(config, parameters, optimizer, agreement)
+    )
     kernel = kernel_for(layout.devices, sources.kernel)
     regions: dict[str, Region] = {}
     if needs_regions(config):
@@ -375,6 +462,7 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
     return Machinery(
         device=layout.devices[0],
         layout=layout,
+        agreement=agreement,
         plan=plan,
         kernel=kernel,
         memory=memory,
@@ -383,6 +471,29 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         lies=_how_it_lies(plan),
         lazy=[p for p in parameters.values() if is_lazy(p)],
     )
+
+
+def _given_to(
+    config: ClipConfig,
+    parameters: Mapping[str, Parameter],
+    optimizer: Any | None,
+    agreement: Agreement,
+) -> dict[str, dict[str, object]]:
+    """What a clipper was built from, to compare over ranks."""
+    facts = facts_of(parameters, optimizer, {})
+    known: dict[str, object] = {
+        name: f"{fact.dtype} of shape {shape_of(parameters[name])}"
+        + (f" in group {fact.group!r}" if config.names_groups else "")
+        for name, fact in facts.items()
+        if agreement.same_names
+    }
+    return {"configuration": config.shared(), "parameters": known}
+
+
+def _joined(states: Sequence[State], like: Tensor) -> Tensor:
+    """All values of states in one."""
+    values = [value.flatten() for state in states for value in state.values()]
+    return torch.cat(values) if values else like.new_zeros(1)
 
 
 def _how_it_lies(plan: Plan) -> tuple[object, ...]:

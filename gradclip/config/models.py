@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -34,6 +34,9 @@ def _elements_stand_last(policies: list[Policy]) -> list[Policy]:
 
 
 PolicyList = Annotated[list[AnyPolicy], AfterValidator(_elements_stand_last)]
+
+_OF_FIRST_RANK = ("recorder.file", "log.histograms", "log.warn_after", "log.warn_skips")
+"""What may differ by rank: what only the first one writes, shows or says."""
 
 
 class LogConfig(Model):
@@ -136,14 +139,46 @@ class ClipConfig(Model):
     """Logging."""
     recorder: RecorderConfig | None = None
     """The flight recorder; null, the default, writes no file."""
+    verify_every: Annotated[int, Field(ge=0)] = 0
+    """Compare configuration, parameters, state and norms over ranks every so many steps, in one
+    message of 32 bytes and with a read on the host; 0, the default, when built and loaded alone."""
     debug: bool = False
     """Check before and after each step that gradients are fresh, and within the limit once clipped.
     Costs two reads of the gradients, a message more for each, and reads on the host."""
 
     @property
+    def names_groups(self) -> bool:
+        """Whether anything depends on the optimizer's parameter groups."""
+        scopes = {policy.measured[0] for chain in self.lists for policy in chain}
+        by_pattern = any(group.optimizer_group is not None for group in self.groups)
+        return "group" in scopes or by_pattern or self.log.per_group
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether a limit depends on how many steps were taken."""
+        places = (".after", ".schedule")
+        return any(value and name.endswith(places) for name, value in self.shared().items())
+
+    def shared(self) -> dict[str, object]:
+        """What has to be the same on every rank, by its place in a file."""
+        found = _leaves("", self.model_dump(mode="json"))
+        return {place: value for place, value in found if place not in _OF_FIRST_RANK}
+
+    @property
     def lists(self) -> Sequence[Sequence[Policy]]:
         """The main list, then that of each group; empty for a group without one of its own."""
         return (self.policies, *(group.policies or () for group in self.groups))
+
+
+def _leaves(place: str, value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for name, own in value.items():
+            yield from _leaves(f"{place}.{name}" if place else name, own)
+    elif isinstance(value, list):
+        for index, own in enumerate(value):
+            yield from _leaves(f"{place}[{index}]", own)
+    else:
+        yield place, value
 
 
 MODELS |= {"groups": GroupConfig, "log": LogConfig, "recorder": RecorderConfig}
