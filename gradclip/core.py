@@ -10,7 +10,6 @@ Who calls them, and when, is a driver: `GradientClipper.clip` for the plain step
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -225,8 +224,6 @@ class Core:
                 there = core.machinery
                 reads_block = there.kernel.reads_block
                 core.recorder.follow(there.plan, there.device, reads_block=reads_block)
-            if self.config.recorder is not None:
-                weakref.finalize(self, self.recorder.close)
         return last
 
     def begin(self) -> Beginning:

@@ -19,7 +19,7 @@ from gradclip import (
     PolicyLike,
     as_config,
 )
-from gradclip.adapters import ClipperSet, Patches, window_share
+from gradclip.adapters import ClipperSet, Patches, claim_steps, window_share
 from lightning_clip.framework import (
     Callback,
     LightningModule,
@@ -329,6 +329,7 @@ class GradientClip(Callback):
         if self._engine is None:
             scaler = live_scaler(trainer.precision_plugin)
             self._clippers = ClipperSet.build(self.config, module, self._optimizers, scaler=scaler)
+            self._claim_steps()
             self._steps = Steps(self._optimizers, self._patches)
         else:
             clipper = GradientClipper(self.config, module, self._engine)
@@ -345,6 +346,10 @@ class GradientClip(Callback):
         if self.config.schedule_on_skip == "hold":
             hold_schedule(trainer, module, self._is_withheld, self._patches)
         self._reporter.begin(trainer, self._clippers)
+
+    def _claim_steps(self) -> None:
+        for optimizer in self._optimizers:
+            claim_steps(optimizer, self._patches, "GradientClip")
 
     def _take_in(self, state: Mapping[str, Any]) -> None:
         try:
@@ -398,6 +403,9 @@ class GradientClip(Callback):
 
 class _ForFinder(GradientClip):
     """Stands in for a `GradientClip` while a finder trains."""
+
+    def _claim_steps(self) -> None:
+        """They are those of the fit, whose callback has claimed them."""
 
     def on_train_end(self, trainer: Trainer, *_: object) -> None:
         """The finder is done."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from gradclip import ConfigError
-from gradclip.adapters import Patches, claim_steps, closure_place, follow_steps
+from gradclip.adapters import Patches, closure_place, follow_steps
 
 __all__ = ["Steps"]
 
@@ -31,7 +31,6 @@ class Steps:
         self._is_in_batch = False
         for index, optimizer in enumerate(optimizers):
             if isinstance(optimizer, Optimizer):
-                claim_steps(optimizer, patches, "GradientClip")
                 begin, end = partial(self._begin, index), partial(self._end, index)
                 follow_steps(optimizer, patches, before=begin, after=end)
 

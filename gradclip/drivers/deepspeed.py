@@ -99,6 +99,7 @@ class _EngineStep:
                 "gradclip clips inside engine.step().",
                 own,
             )
+        self._patches.callback(self._core.watch.end)
         self._patches.put(self._engine._config, "gradient_clipping", 0.0)
         self._patches.put(self._engine, "gradclip_attached", True)
         if hasattr(self._optimizer, "clip_grad"):

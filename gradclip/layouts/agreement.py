@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -180,7 +181,8 @@ class Agreement:
         hashes = [_FAILED] * 3
         if facts is not None:
             hashes = [*(_number(sorted(own.items())) for own in facts.values()), _number([*order])]
-        table = self._gathered(torch.tensor([[dist.get_rank(), *hashes]], dtype=torch.int64))
+        row = [[dist.get_rank(), *hashes]]
+        table = self._gathered(torch.tensor(row, dtype=torch.int64, device=_CPU))
         self._ranks = sorted(table[:, 0].tolist())
         rows = {rank: row[:2] for rank, *row in sorted(table.tolist())}
         if failed := [rank for rank, row in rows.items() if _FAILED in row]:

@@ -80,9 +80,10 @@ def end(model, clipper, reached, faults):
 
 
 def plain(rank, planned, folder):
-    model = DistributedDataParallel(net())
+    own = net()
+    model = DistributedDataParallel(own)
     optimizer = memoryless(model.parameters())
-    clipper = GradientClipper(CLIP, model, optimizer)
+    clipper = GradientClipper(CLIP, own, optimizer)
     clipper.recorder.folder = Path(folder)
     clipper.attach(optimizer)
     reached = Reached(optimizer, lambda: clipper.last_record)
@@ -93,8 +94,8 @@ def plain(rank, planned, folder):
                 model(rows(rank, number)).square().mean().backward()
                 optimizer.step()
             except InjectedError:
-                model = DistributedDataParallel(model.module)  # as its reducer waits for the rest
-    return end(model.module, clipper, reached, faults)
+                model = DistributedDataParallel(own)  # the one before waits for the rest
+    return end(own, clipper, reached, faults)
 
 
 def lightning(rank, planned, folder):

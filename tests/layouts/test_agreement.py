@@ -375,7 +375,7 @@ def messages(rank, world):
 def test_a_comparison_is_one_message_and_none_is_sent_between():
     for found in run_on_ranks(messages, 2):
         for (kind, every), (built, steps) in found.items():
-            own = [] if kind == "ddp" else [8]
+            own = [] if kind == "ddp" else [16]  # a sum, and whether there are gradients
             assert built == [2 * 32], kind  # what two ranks sent arrives
             compared = [every and step % every == 0 for step in range(1, 7)]
             assert steps == [[*own, 64] if due else own for due in compared], kind

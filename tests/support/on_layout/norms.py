@@ -61,7 +61,9 @@ def check(built, name):
             total, coef, clipped = oracle(whole, second, scope, norm_type, limit)
             for key, want in clipped.items():
                 tolerance = 8e-3 if "mixed" in name else 1e-6
-                torch.testing.assert_close(after[key], want, rtol=tolerance, atol=1e-12)
+                # Parts that cancel out leave the rounding of the largest.
+                near = 1e-6 * float(want.abs().max())
+                torch.testing.assert_close(after[key], want, rtol=tolerance, atol=near)
             assert float(record.grad_norm) == pytest.approx(float(total), rel=1e-6), case
             assert float(record.coef) == pytest.approx(coef, rel=1e-6), case
             assert bool(record.clipped) == (coef < 1), case
