@@ -63,7 +63,7 @@ class AcceleratorClip:
         LayoutError: As `enable`.
     """
 
-    def __init__(self, accelerator: Accelerator, policy: PolicyLike) -> None:
+    def __init__(self, accelerator: Accelerator, policy: PolicyLike | None) -> None:
         self.config = as_config(policy)
         check_accelerator(accelerator)
         self.divided_by: Callable[[], int] = lambda: 1
@@ -119,10 +119,12 @@ class AcceleratorClip:
             norm_type: The same.
 
         Returns:
-            The norm before clipping, of all gradients of those optimizers; a plain 0-d tensor.
+            The norm before clipping, of all gradients of those optimizers; a plain 0-d tensor. 0
+            without parameters that require gradients, as Accelerate's own: each optimizer is then
+            clipped before its step.
 
         Raises:
-            ConfigError: If no prepared optimizer owns any of the parameters.
+            ConfigError: If there are such parameters, and no prepared optimizer owns any of them.
         """
         # Without a limit the call asks for the norm alone, as the Trainer's with max_grad_norm=0.
         asks = max_norm == math.inf and norm_type == 2
@@ -222,6 +224,8 @@ class AcceleratorClip:
 
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)
+        if not owners:
+            return torch.zeros((), dtype=torch.float32, device=self._accelerator.device)
         if not self._accelerator.sync_gradients:
             norm = accumulated_norm(self._accelerator, owners)
             if bool(norm.isnan()) and self._accelerator.is_fsdp2:
@@ -243,7 +247,10 @@ class AcceleratorClip:
         return torch.linalg.vector_norm(norms, records[0].norm_type)
 
     def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[Clipped]:
-        asked = set([parameters] if isinstance(parameters, Tensor) else parameters)
+        given = [parameters] if isinstance(parameters, Tensor) else parameters
+        asked = {p for p in given if p.requires_grad}
+        if not asked:  # an iterator that was used up, or a frozen model: stock clips nothing then
+            return []
         count = len(asked)
         owners: list[Clipped] = []
         for one in reversed(self._clipped):  # the latest that was prepared with a parameter

@@ -12,7 +12,7 @@ from gradclip import PolicyLike
 __all__ = ["enable"]
 
 
-def enable(accelerator: Accelerator, policy: PolicyLike) -> AcceleratorClip:
+def enable(accelerator: Accelerator, policy: PolicyLike | None = None) -> AcceleratorClip:
     """Clip the gradients of everything this accelerator prepares.
 
     `accelerator.clip_grad_norm_` and `clip_grad_value_` then apply `policy` instead of their own

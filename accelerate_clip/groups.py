@@ -9,6 +9,7 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from gradclip import ClipConfig, GroupConfig
+from gradclip.adapters import group_names
 
 __all__ = ["configs_of", "named_parameters"]
 
@@ -71,9 +72,8 @@ def _as_seen_by(
     group: GroupConfig, models: Sequence[Module], optimizer: Optimizer
 ) -> GroupConfig | None:
     """The group in the names of this optimizer's parameters; None if it is another's."""
-    labels = [str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups)]
     kinds = [kind.__name__ for kind in type(optimizer).__mro__]
-    if not _any(group.optimizer_group, labels) or not _any(group.optimizer, kinds):
+    if not _any(group.optimizer_group, group_names(optimizer)) or not _any(group.optimizer, kinds):
         return None
     own = [name for name, _ in named_parameters(models, optimizer)]
     if _any(group.match, own) or not own:

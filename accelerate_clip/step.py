@@ -20,7 +20,7 @@ from accelerate_clip.engine import ClippedEngine
 from accelerate_clip.private import hold_schedule
 from accelerate_clip.refuse import refuse_closure, refuse_unreduced
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
-from gradclip.adapters import GradientSnapshot, OncePerStep, Patches, window_share
+from gradclip.adapters import GradientSnapshot, OncePerStep, Patches, follow_steps, window_share
 
 __all__ = ["Clipped", "ClippedOptimizer", "accumulated_norm", "micro_batch_contexts", "unwrapped"]
 
@@ -64,7 +64,7 @@ class ClippedOptimizer:
         self._withheld: Tensor | bool | None = None
         self._patches = Patches()
         # First, to see what a fused step was told before that is taken back.
-        self._patches.callback(self._raw.register_step_post_hook(self._see_withheld).remove)
+        follow_steps(self._raw, self._patches, after=self._see_withheld)
         self._once = OncePerStep(
             self.clipper, self._raw, share=self._share, after_step=self._end_step
         )
@@ -133,8 +133,12 @@ class ClippedOptimizer:
                 return
             refuse_closure(prepared, *args, **kwargs)
             self._withheld = None
-            with self._in_step(self), self._once.in_step():
-                step(*args, **kwargs)
+            try:
+                with self._in_step(self), self._once.in_step():
+                    step(*args, **kwargs)
+            except BaseException:
+                self._backwards = 0  # as after a step that was made
+                raise
             if self._withheld is not None:
                 hold_schedule(prepared, self._withheld)
 
@@ -204,13 +208,13 @@ def accumulated_norm(accelerator: Accelerator, clipped: Sequence[Clipped]) -> Te
         Always NaN under DeepSpeed, which shows none at all.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return torch.tensor(math.nan)
+        return torch.tensor(math.nan, dtype=torch.float32, device=accelerator.device)
     norm_type = clipped[0].clipper.norm_type
     parameters = [p for one in clipped for p in one.parameters]
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         norm = clip_grad_norm_(parameters, math.inf, norm_type)
     elif accelerator.is_fsdp2:
-        norm = torch.tensor(math.nan)
+        norm = torch.tensor(math.nan, dtype=torch.float32, device=accelerator.device)
     else:
         # FSDP1 holds whole gradients now, whatever its parameters are: no sum over ranks.
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None], norm_type)

@@ -45,7 +45,7 @@ class GradientClipCallback(TrainerCallback):
             already.
     """
 
-    def __init__(self, policy: PolicyLike) -> None:
+    def __init__(self, policy: PolicyLike | None = None) -> None:
         self.config = as_config(policy)
         self.clip: AcceleratorClip | None = None
         weakref.finalize(self, follow_trainers())

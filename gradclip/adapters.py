@@ -21,9 +21,10 @@ from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
-from gradclip.plan.parameters import Named, configs_for
+from gradclip.plan.parameters import Named, as_pairs, configs_for, group_names
 from gradclip.records.record import ClipRecord
 from gradclip.saved import read_list, read_mapping, read_whole, refuse_saved
+from gradclip.steps import claim_steps, closure_place, follow_steps
 
 __all__ = [
     "ClipperSet",
@@ -31,6 +32,10 @@ __all__ = [
     "OncePerStep",
     "Patches",
     "changes_gradients",
+    "claim_steps",
+    "closure_place",
+    "follow_steps",
+    "group_names",
     "window_share",
 ]
 
@@ -81,7 +86,7 @@ class ClipperSet(Sequence[GradientClipper]):
         """
         config, named = as_config(policy), named_parameters
         if not isinstance(named, Module):
-            named = list(named)
+            named = as_pairs(named)
         configs = [config] if len(optimizers) == 1 else configs_for(config, named, optimizers)
         pairs = zip(configs, optimizers, strict=True)
         return cls(GradientClipper(own, named, opt, scaler=scaler) for own, opt in pairs)
@@ -127,7 +132,7 @@ class ClipperSet(Sequence[GradientClipper]):
         norms = self[index].recorder.norms
         key = f"clip/grad_norm_histogram{self.suffix(index)}"
         if norms and hasattr(writer, "add_histogram"):
-            writer.add_histogram(key, torch.tensor(norms), step)
+            writer.add_histogram(key, torch.tensor(norms, dtype=torch.float64, device="cpu"), step)
         elif norms and type(writer).__module__.startswith("wandb"):
             import wandb
 
@@ -213,15 +218,18 @@ class ClipperSet(Sequence[GradientClipper]):
         return counted
 
     def place_records(self, folder: str | Path) -> None:
-        """Say where flight records with a relative path go; names hold the optimizer's index."""
+        """Say where flight records with a relative path go; names hold the optimizer's index.
+
+        Raises:
+            ConfigError: If they can't be written there.
+        """
         for index, clipper in enumerate(self):
-            clipper.recorder.folder = Path(folder).absolute()
-            clipper.recorder.tag = self.suffix(index).replace("/", ".")
+            clipper.recorder.place(folder, self.suffix(index).replace("/", "."))
 
     def close(self) -> None:
-        """Write the flight records, also of a run that raised."""
+        """End training, also where it raised: see `GradientClipper.close`."""
         for clipper in self:
-            clipper.recorder.close()
+            clipper.close()
 
     def refuse_shared_backward(self, who: str, way_out: str) -> None:
         """Refuse what needs a backward of its own where several optimizers share one.
@@ -279,13 +287,12 @@ class OncePerStep:
         self.steps = 0
         self._share = share
         self._after_step = after_step
-        self._is_done = False
+        self._is_done = self._is_done_in_step = False
         self._clips_in_step: int | None = None
+        self._patches = Patches()
         # The post-hook first: it has to see the flag of a fused step before the flag is taken back.
-        self._handles = [
-            optimizer.register_step_post_hook(self._end_made_step),
-            clipper.attach(optimizer, clip=self.clip),
-        ]
+        follow_steps(optimizer, self._patches, after=self._end_made_step)
+        self._patches.callback(clipper.attach(optimizer, clip=self._clip_in_step).remove)
 
     @property
     def is_done(self) -> bool:
@@ -312,9 +319,19 @@ class OncePerStep:
         assert self.clipper.last_record is not None
         return self.clipper.last_record
 
+    def _clip_in_step(
+        self, *, grad_scale: Tensor | None = None, repeat: bool = False
+    ) -> ClipRecord:
+        """Clip from within the step, so also if the step before raised after it had clipped."""
+        if self._is_done_in_step and not repeat:
+            self.expect_new()
+        record = self.clip(grad_scale=grad_scale, repeat=repeat)
+        self._is_done_in_step = True
+        return record
+
     def expect_new(self) -> None:
         """Say that other gradients are in place, or will be, than those that were clipped."""
-        self._is_done = False
+        self._is_done = self._is_done_in_step = False
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -326,6 +343,9 @@ class OncePerStep:
         self._clips_in_step = 0
         try:
             yield
+        except BaseException:
+            self.expect_new()  # of a step that wasn't finished
+            raise
         finally:
             self._clips_in_step = None
         if self._is_done:  # an overflow
@@ -334,13 +354,12 @@ class OncePerStep:
     def end_step(self) -> None:
         """Say that the step is over; called by itself after each step that the optimizer makes."""
         self.steps += 1
-        self._is_done = False
+        self.expect_new()
         self._after_step()
 
     def remove(self) -> None:
         """Clip no more."""
-        for handle in self._handles:
-            handle.remove()
+        self._patches.undo()
 
     def _end_made_step(self, *_: object) -> None:
         self.end_step()

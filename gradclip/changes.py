@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import TensorWeakRef
 
 from gradclip.private import writes
 
@@ -19,28 +20,35 @@ __all__ = ["GradientSnapshot", "changes_gradients"]
 class GradientSnapshot:
     """The gradients that are in place now, to tell later whether they are others.
 
-    torch counts the writes to each tensor, so nothing is read. A write through `.data`, and a
-    `torch._foreach_*` operation on a DTensor, aren't counted.
+    torch counts the writes to each tensor, so nothing is read, and no gradient is kept alive. A
+    write through `.data`, and a `torch._foreach_*` operation on a DTensor, aren't counted.
 
     Args:
         parameters: Whose gradients.
     """
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
-        self._seen = [(p, p.grad, 0 if p.grad is None else writes(p.grad)) for p in parameters]
+        self._seen = [
+            (p, None if p.grad is None else (TensorWeakRef(p.grad), writes(p.grad)))
+            for p in parameters
+        ]
 
     @property
     def gradients(self) -> list[Tensor]:
-        """Those that were there."""
-        return [grad for _, grad, _ in self._seen if grad is not None]
+        """Those that were there and still are alive."""
+        found = [seen[0]() for _, seen in self._seen if seen is not None]
+        return [grad for grad in found if grad is not None]
 
     @property
     def is_changed(self) -> bool:
         """Whether a gradient is another tensor now, was written to, or came or went."""
-        return any(
-            p.grad is not grad or (grad is not None and writes(grad) != before)
-            for p, grad, before in self._seen
-        )
+        return any(_is_changed(p.grad, seen) for p, seen in self._seen)
+
+
+def _is_changed(grad: Tensor | None, seen: tuple[TensorWeakRef, int] | None) -> bool:
+    if grad is None or seen is None:
+        return grad is not None or seen is not None
+    return seen[0]() is not grad or writes(grad) != seen[1]
 
 
 def changes_gradients(run: Callable[[], Any], parameters: Iterable[Parameter]) -> tuple[Any, bool]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +29,18 @@ from gradclip.errors import ConfigError
 from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
 from gradclip.layouts.deepspeed import DeepSpeedLayout
-from gradclip.plan.parameters import Named
+from gradclip.plan.parameters import Named, as_pairs, told_apart
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
 from gradclip.state import pack, unpack
 from gradclip.types import Given, Handle, Layout
 
 __all__ = ["GradientClipper"]
+
+_logger = logging.getLogger("gradclip")
+# Validation runs in it, and a checkpoint or a log entry may be due there: what is kept from one
+# step to the next must not become a tensor that no later step may write to.
+_outside_inference = torch.inference_mode(mode=False)
 
 
 class GradientClipper:
@@ -44,7 +51,8 @@ class GradientClipper:
             path of a YAML file.
         named_parameters: The model, or names for the parameters as from
             `model.named_parameters()`, where wrappers (DDP, FSDP1, `torch.compile`) leave no
-            trace; without an optimizer, also which parameters to clip.
+            trace; without an optimizer, also which parameters to clip. The optimizer may stand
+            here if there is no model.
         optimizer: Whose parameters to clip, and whose parameter groups scope "group" means. A
             DeepSpeed engine stands for its optimizer; it then has to be attached.
         process_group: One more group of ranks to reduce over, which hold other parameters of the
@@ -78,9 +86,10 @@ class GradientClipper:
         (True, 1.0)
     """
 
+    @_outside_inference
     def __init__(
         self,
-        policy: PolicyLike,
+        policy: PolicyLike | None = None,
         named_parameters: Named | None = None,
         optimizer: Optimizer | Any | None = None,
         *,
@@ -95,8 +104,9 @@ class GradientClipper:
         if self._engine_layout is not None:
             layout, optimizer = self._engine_layout, self._engine_layout.groups
             named_parameters = named_parameters or self._engine_layout.engine.module
-        if not (named_parameters is None or isinstance(named_parameters, Module)):
-            named_parameters = list(named_parameters)
+        named_parameters, optimizer = told_apart(named_parameters, optimizer)
+        if not isinstance(named_parameters, Module | None):
+            named_parameters = as_pairs(named_parameters)
         sources = Sources(named_parameters, optimizer, process_group, layout, kernel)
         self._scaler = None
         if scaler is not None:
@@ -116,6 +126,15 @@ class GradientClipper:
         self._beginning = self._core.begin()
         self.batch: int | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is built anew, with this one's adaptive state and counts; it isn't attached."""
+        attached = None if self._attached is None else self._attached()
+        scaler = None if self._scaler is None else self._scaler.scaler
+        how = {**self._core.sources._asdict(), "scaler": scaler}
+        is_attached = attached is not None and attached.is_on
+        return _copied, (type(self), self.config, how, self.state_dict(), is_attached)
+
+    @_outside_inference
     @torch.no_grad()
     def clip(
         self,
@@ -157,6 +176,8 @@ class GradientClipper:
                 policy watches the loss and no rank has one.
         """
         given = self._given("clip", share)
+        if not given.in_step:
+            self._core.watch.check(in_clip=True)
         if self._micro_batches is not None:  # stage: after_backward
             return self._micro_batches.end_step(given, grad_scale, loss, repeat=repeat)
         given = self._completed(given, grad_scale, loss)
@@ -226,6 +247,7 @@ class GradientClipper:
             mean = self._losses.mean(self._core.machinery.device)
         return replace(given, grad_scale=grad_scale, loss=mean)
 
+    @_outside_inference
     def flush(self) -> dict[str, float]:
         """What to log of the steps since the last call, in one copy to the host.
 
@@ -236,7 +258,16 @@ class GradientClipper:
             `clip/clip_rate_window` of these; `clip/grad_norms/<parameter>` and
             `clip/grad_norms/group/<name>`: means, where configured. Empty without a step.
         """
+        self._core.watch.check(in_clip=False)
         return self.recorder.flush()
+
+    def close(self) -> None:
+        """End training: write the flight record, and expect no clip before a step any more.
+
+        The next `clip` begins anew.
+        """
+        self._core.watch.end()
+        self.recorder.close()
 
     @property
     def recorder(self) -> Recorder:
@@ -311,6 +342,7 @@ class GradientClipper:
             self._core,
             optimizer,
             clip or self.clip,
+            partial(self._given, "clip", 1.0),
             losses=self._losses,
             scaler=self._scaler,
             once=clip is not None,
@@ -344,6 +376,7 @@ class GradientClipper:
         self._beginning = self._core.begin()
         return None if last is None else cores[last]
 
+    @_outside_inference
     def state_dict(self) -> dict[str, Any]:
         """Adaptive state and counts: plain tensors, numbers, strings, lists and dicts.
 
@@ -352,18 +385,21 @@ class GradientClipper:
         on, core = self._core.current(), self._core
         return pack(on.plan.rules, core.states, on.memory, core.recorder.tally)
 
+    @_outside_inference
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`, saved at any world size.
+        """Continue from a `state_dict`, saved at any world size. Every rank must call it.
 
         Raises:
-            ConfigError: If policies or parameters are others, or it holds what no steps lead to;
-                nothing is changed then.
+            ConfigError: If policies or parameters are others, or it holds what no steps lead to,
+                or ranks that share a model load different states; nothing is changed then.
         """
         self.checked(state)()
 
     @torch.no_grad()
     def checked(self, state: Mapping[str, Any]) -> Callable[[], None]:
         """Check a `state_dict` and change nothing, as where one of several may be refused.
+
+        Every rank must call it.
 
         Returns:
             What continues from it.
@@ -372,7 +408,12 @@ class GradientClipper:
             ConfigError: As `load_state_dict`.
         """
         on, core = self._core.current(), self._core
-        found = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+        try:
+            found = unpack(state, on.plan.rules, core.states, on.memory, on.device)
+        except Exception:
+            core.compare_loaded(None)  # other ranks wait for this one
+            raise
+        core.compare_loaded((found.states, found.counts), found.step)
 
         def take_in() -> None:
             core.recorder.restart(found.step, found.counts)
@@ -381,3 +422,21 @@ class GradientClipper:
                 on.memory.replace(found.elements)
 
         return take_in
+
+
+def _copied(
+    cls: type[GradientClipper],
+    config: ClipConfig,
+    how: dict[str, Any],
+    state: dict[str, Any],
+    was_attached: bool,
+) -> GradientClipper:
+    """What copies and unpickles a clipper: hooks stay with the optimizer that they are on."""
+    clipper = cls(config, **how)
+    clipper.load_state_dict(state)
+    if was_attached:
+        _logger.warning(
+            "gradclip: a clipper that is attached was copied, and its copy isn't attached, so "
+            "steps of the copied optimizer aren't clipped. Call attach() of the copy."
+        )
+    return clipper

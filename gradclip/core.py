@@ -11,7 +11,7 @@ Who calls them, and when, is a driver: `GradientClipper.clip` for the plain step
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
 
 from gradclip.config import ClipConfig
 from gradclip.decide import decide_all
@@ -29,24 +30,28 @@ from gradclip.effect.elements import ElementMemory
 from gradclip.errors import ClipError, ConfigError
 from gradclip.kernels import KernelName, kernel_for
 from gradclip.layouts import (
+    Agreement,
     Groups,
+    bits_of,
     detect,
     gathered,
     is_first_rank,
     is_flat,
     is_flattened,
     refuse_shared_names,
+    shape_of,
 )
 from gradclip.measure import measure_each, measure_step
 from gradclip.plan.build import build_plan, needs_regions
-from gradclip.plan.in_backward import BackwardWatch
+from gradclip.plan.in_backward import BackwardWatch, refuse_taken
 from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
 from gradclip.records.record import ClipRecord
-from gradclip.records.recorder import TAKEN, Recorder
+from gradclip.records.recorder import TAKEN, Recorder, Tally
 from gradclip.state import carry_over, fresh_states
 from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
 from gradclip.types import Beginning, Given, Grads, Kernel, Layout, Region, State, Step
+from gradclip.watch import Watch
 
 __all__ = ["Core", "Machinery", "Sources"]
 
@@ -55,14 +60,14 @@ class Sources(NamedTuple):
     """What a clipper was built from, and is built from again when parameters change.
 
     Attributes:
-        named: The model, or names of its parameters.
+        named_parameters: The model, or names of its parameters.
         optimizer: Whose parameters; None for all that are named.
         process_group: One more group of ranks that hold other parameters, or one by pattern.
         layout: Found out from the parameters if None.
         kernel: By name; chosen by the device if None.
     """
 
-    named: Module | Sequence[tuple[str, Parameter]] | None
+    named_parameters: Module | Sequence[tuple[str, Parameter]] | None
     optimizer: Any | None
     process_group: Groups | None
     layout: Layout | None
@@ -82,22 +87,26 @@ class Machinery:
     Attributes:
         device: Where measures, decisions and records live.
         layout: Which ranks hold what.
+        agreement: Whether ranks that share the parameters have and decide the same.
         plan: What policies decide on.
         kernel: What measures and scales.
         memory: What element policies remember; None where no policy works on elements or units.
         effect: How a verdict is carried out.
         stepped: The optimizer's parameters that it was built for.
         lies: How the first parameter lay.
+        lazy: Those that had no shape yet (`torch.nn.LazyLinear`), which a first forward gives.
     """
 
     device: torch.device
     layout: Layout
+    agreement: Agreement
     plan: Plan
     kernel: Kernel
     memory: ElementMemory | None
     effect: Effect
     stepped: Sequence[Parameter]
     lies: tuple[object, ...]
+    lazy: Sequence[Parameter]
 
     def fits(self, sources: Sources) -> bool:
         """Whether the parameters are still those it was built for, each the same object."""
@@ -106,6 +115,7 @@ class Machinery:
             len(stepped) == len(self.stepped)
             and all(map(is_, stepped, self.stepped))
             and self.lies == _how_it_lies(self.plan)
+            and all(map(is_lazy, self.lazy))
         )
 
 
@@ -118,10 +128,12 @@ class Core:
 
     Attributes:
         config: The validated configuration.
+        sources: As given.
         machinery: What the verbs work with; `current` brings it up to date.
         states: Of the policies, in the order of the plan's rules.
         recorder: What happened.
         last_record: What the last `commit` returned; None before it.
+        watch: Sees steps that nobody clipped.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters, or a layout and a
@@ -131,29 +143,57 @@ class Core:
 
     def __init__(self, config: ClipConfig, sources: Sources) -> None:
         self.config = config
-        self._sources = sources
+        self.sources = sources
         self.machinery = on = _build(config, sources)
         self.states: Sequence[State] = fresh_states(on.plan.rules, on.device)
         self.recorder = Recorder(config, on.device, is_first=is_first_rank())
         self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
-        if config.recorder is not None:
-            weakref.finalize(self, self.recorder.close)
         self.last_record: ClipRecord | None = None
+        self._has_met = False
+        self._by_steps = any(self.states) or config.follows_steps
         self._stop = DeferredStop(config.log.every_n_steps or 10)
+        self.watch = Watch()
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
 
     def current(self) -> Machinery:
-        """The machinery, built anew if parameters were added, replaced or moved.
+        """The machinery, built anew if parameters were added, replaced, moved or given a shape.
 
         What is kept by name goes on: states, memory of elements, records.
         """
-        if not self.machinery.fits(self._sources):
-            before, on = self.machinery, _build(self.config, self._sources, self.machinery)
-            fresh = fresh_states(on.plan.rules, on.device)
-            self.states = carry_over(before.plan.rules, self.states, on.plan.rules, fresh)
-            self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
-            self.machinery = on
+        if not self.machinery.fits(self.sources):
+            self._renew(self.machinery)
         return self.machinery
+
+    def _renew(self, before: Machinery) -> None:
+        on = _build(self.config, self.sources, before)
+        fresh = fresh_states(on.plan.rules, on.device)
+        self.states = carry_over(before.plan.rules, self.states, on.plan.rules, fresh)
+        self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
+        self.machinery = on
+
+    def _meet(self) -> bool:
+        """Whether ranks are known now that weren't when the clipper was built, before DDP was.
+
+        Raises:
+            ConfigError: If they differ from this one.
+        """
+        before, given = self.machinery, self.sources
+        if before.agreement.knows_ranks:
+            self._has_met = True
+            return False
+        agreement = Agreement.of(
+            given.layout,
+            before.plan.parameters,
+            given.process_group,
+            None,
+            self.config.verify_every,
+        )
+        if agreement.knows_ranks:
+            self._renew(replace(before, agreement=agreement))
+            tally = self.recorder.tally
+            self.compare_loaded((self.states, tally.counts), tally.first, "clip")
+        self._has_met = True
+        return agreement.knows_ranks
 
     def go_on_from(self, before: Sequence[Core], *, same_run: bool) -> Core | None:
         """Take over, by name, what others remember of the parameters that are now in this one.
@@ -207,8 +247,11 @@ class Core:
                 to stop then.
             ConfigError: If gradients were lost, or used, before a clip could see them.
         """
+        if not self._has_met and self._meet():
+            since = None  # its states may be in another order now
         states, taken = since or self.begin()
         on = self.machinery
+        on.agreement.refuse_unreduced(by_steps=self._by_steps)
         grads = on.layout.collect(on.plan.slots)
         # Only until every parameter had a gradient: then no optimizer steps in backward.
         watch = self._backward_watch
@@ -216,7 +259,9 @@ class Core:
             self._backward_watch = None
         scale, memory = given.grad_scale, on.memory
         probes = {} if memory is None else memory.probes(grads.counted, scale)
-        norms, probed, weights = measure_step(on.plan, grads, probes, on.layout, on.kernel)
+        norms, probed, weights, has_gradient = measure_step(
+            on.plan, grads, probes, on.layout, on.kernel
+        )
         if scale is not None:  # policies think in gradients without a loss scale
             norms = {p: norm / scale for p, norm in norms.items()}
         verdict, states = decide_all(
@@ -233,7 +278,8 @@ class Core:
             share=given.share,
         )
         each = partial(measure_each, on.plan, on.layout, on.kernel, scale)
-        step = Step(given, grads, norms[on.plan.recorded], verdict, states, each)
+        recorded = norms[on.plan.recorded]
+        step = Step(given, grads, recorded, verdict, states, has_gradient, each)
         # On a CPU a read costs nothing, and lets `write` drop gradients of a withheld step.
         return step if self._stays_on_device(given) else self._read_on_host(step)
 
@@ -244,6 +290,7 @@ class Core:
             NonFiniteError: If steps that aren't finite reached a policy's bound, on a device,
                 within the last `log.every_n_steps` steps; all of them were withheld.
             SkipLimitError: The same for other withheld steps.
+            ConfigError: If ranks differ, where that is compared (`verify_every`).
         """
         self.adopt(step)
         self.last_record = self.recorder.record(step)
@@ -255,10 +302,41 @@ class Core:
         Raises:
             NonFiniteError: As `commit`.
             SkipLimitError: As `commit`.
+            ConfigError: As `commit`.
         """
+        self.machinery.agreement.follow(lambda: self._decided(step))
         if self._stays_on_device(step.given):  # else the error was raised while looking
             self._stop.check(step.verdict, self.machinery.plan.rules)
         self.states = step.states
+
+    def compare_loaded(
+        self,
+        loaded: tuple[Sequence[State], Tensor] | None,
+        step: int = 0,
+        where: str = "load_state_dict",
+    ) -> None:
+        """Compare state that is about to be taken over; every rank must call.
+
+        Args:
+            loaded: States and counts; None if they couldn't be read, which is an error by itself.
+            step: Number of the next step.
+            where: What the user called.
+
+        Raises:
+            ConfigError: If ranks loaded other ones, or a rank could not.
+        """
+        facts: dict[str, dict[str, object]] | None = None
+        agreement = self.machinery.agreement
+        if loaded is not None and agreement.knows_ranks:
+            states, counts = loaded
+            numbers: dict[str, object] = {
+                f"{name} of policy {index} ({rule.policy.type})": f"bits {int(bits_of(value)):x}"
+                for index, rule in enumerate(self.machinery.plan.rules, 1)
+                for name, value in states[index - 1].items()
+            }
+            counted = dict(zip(Tally.NAMES, counts.tolist(), strict=True))
+            facts = {"state": numbers, "counts": {**counted, "step": step}}
+        agreement.compare(where, facts)
 
     def amend(self, step: Step) -> ClipRecord:
         """Join what one more look at the same step found to its record: withheld, or not finite.
@@ -292,13 +370,24 @@ class Core:
             on.effect.write(step.verdict, step.grads.all, on.kernel, on.memory, step.given)
         else:
             apply(step.verdict, grads, on.plan, on.kernel, on.memory)
+        self.watch.clipped(on.plan.parameters)
 
     def withhold(self, skip: Tensor | None, given: Given) -> None:
         """Withhold the step if `skip`, 0-d bool, says so, whose gradients are written already."""
         self.machinery.effect.withhold(skip, given)
+        self.watch.clipped(self.machinery.plan.parameters)
 
     def refuse_stale(self) -> None:
         """With `debug: true`: refuse gradients that are left from an earlier step."""
+
+    def _decided(self, step: Step) -> dict[str, Tensor]:
+        """What ranks have to agree on bitwise after a step."""
+        verdict, counts = step.verdict, self.recorder.tally.counts
+        return {
+            "state": _joined(step.states, counts),
+            "norms": torch.cat([step.norms, verdict.coef, verdict.limit.reshape(1)]),
+            "steps": counts.select(0, TAKEN),
+        }
 
     def _stays_on_device(self, given: Given) -> bool:
         """Whether the host needs not know what was decided."""
@@ -332,14 +421,24 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         )
         raise ConfigError(msg)
     optimizer, group = sources.optimizer, sources.process_group
-    parameters = collect_parameters(sources.named, optimizer)
-    model = sources.named if isinstance(sources.named, Module) else None
-    layout = sources.layout or detect(parameters, group, model)
+    parameters = collect_parameters(sources.named_parameters, optimizer)
+    model = sources.named_parameters if isinstance(sources.named_parameters, Module) else None
+    refuse_taken(parameters, optimizer, model)
+    shaped = {name: p for name, p in parameters.items() if not is_lazy(p)}
+    layout = sources.layout or detect(shaped, group, model)
+    agreement = (
+        Agreement.of(sources.layout, shaped, group, model, config.verify_every)
+        if before is None
+        else before.agreement
+    )
+    parameters = agreement.settle(
+        parameters, lambda: _given_to(config, parameters, optimizer, agreement)
+    )
     kernel = kernel_for(layout.devices, sources.kernel)
     regions: dict[str, Region] = {}
     if needs_regions(config):
         refuse_shared_names(parameters, group)
-        regions = {name: layout.region(name, p) for name, p in parameters.items()}
+        regions = {name: layout.region(name, p) for name, p in shaped.items()}
     shapes = {name: region.shape for name, region in regions.items()}
     facts = gathered(facts_of(parameters, optimizer, shapes), group)
     # Where a host read waits, the recorder can't ask on the host when it needs each norm.
@@ -363,13 +462,38 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
     return Machinery(
         device=layout.devices[0],
         layout=layout,
+        agreement=agreement,
         plan=plan,
         kernel=kernel,
         memory=memory,
         effect=effect,
         stepped=sources.stepped,
         lies=_how_it_lies(plan),
+        lazy=[p for p in parameters.values() if is_lazy(p)],
     )
+
+
+def _given_to(
+    config: ClipConfig,
+    parameters: Mapping[str, Parameter],
+    optimizer: Any | None,
+    agreement: Agreement,
+) -> dict[str, dict[str, object]]:
+    """What a clipper was built from, to compare over ranks."""
+    facts = facts_of(parameters, optimizer, {})
+    known: dict[str, object] = {
+        name: f"{fact.dtype} of shape {shape_of(parameters[name])}"
+        + (f" in group {fact.group!r}" if config.names_groups else "")
+        for name, fact in facts.items()
+        if agreement.same_names
+    }
+    return {"configuration": config.shared(), "parameters": known}
+
+
+def _joined(states: Sequence[State], like: Tensor) -> Tensor:
+    """All values of states in one."""
+    values = [value.flatten() for state in states for value in state.values()]
+    return torch.cat(values) if values else like.new_zeros(1)
 
 
 def _how_it_lies(plan: Plan) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
@@ -16,8 +17,10 @@ from gradclip.errors import ConfigError, DebugError
 from gradclip.layouts.local import local_part
 from gradclip.measure import measure_recorded
 from gradclip.norms import combine
+from gradclip.patches import Patches
 from gradclip.policies import ElementPolicy
 from gradclip.private import writes
+from gradclip.steps import follow_steps
 from gradclip.types import Beginning, Given, Grads, Step, Verdict
 
 __all__ = ["CheckedCore"]
@@ -48,7 +51,7 @@ class CheckedCore(Core):
         super().__init__(config, sources)
         self._stepper = sources.optimizer
         self._seen: dict[Tensor, tuple[TensorWeakRef, int]] = {}
-        self._norms = torch.zeros(0)
+        self._norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._folded: Step | None = None
         if isinstance(self._stepper, Optimizer):
             known = weakref.ref(self)  # an optimizer may outlive its clipper
@@ -57,7 +60,9 @@ class CheckedCore(Core):
                 if (core := known()) is not None:
                     core._after_step()
 
-            self._stepper.register_step_post_hook(torch.compiler.disable(after_step))
+            patches = Patches()
+            follow_steps(self._stepper, patches, after=after_step)
+            weakref.finalize(self, patches.undo)
 
     def look(self, given: Given, since: Beginning | None = None) -> Step:
         """As `Core.look`, of gradients that are new.
@@ -172,7 +177,8 @@ def _tolerance(parameters: Iterable[Tensor], norm_type: float) -> tuple[float, f
     kinds = [torch.finfo(dtype) for dtype in {p.dtype for p in held}]
     rough = max(1e-5, *(kind.eps for kind in kinds))
     tiny = max(kind.smallest_normal * kind.eps for kind in kinds)
-    return rough, tiny * sum(p.numel() for p in held) ** (1 / norm_type)
+    elements = sum(p.numel() for p in held if not is_lazy(p))
+    return rough, tiny * elements ** (1 / norm_type)
 
 
 def _fail(name: str, found: Tensor, bound: Tensor, verdict: Verdict, done: str) -> None:

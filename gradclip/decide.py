@@ -34,7 +34,8 @@ def decide_all(
 
     Scaling a slot by c scales its p-norm by c, for every p, so gradients are read once whatever
     the number of policies. A step that isn't finite, or is withheld, changes no state but the
-    counters of such steps.
+    counters of such steps. Nor does one whose norm is exactly 0: zeros say nothing of how large
+    gradients are, and would pull limits towards 0, where nothing is trained.
 
     Args:
         rules: The policies in order.
@@ -62,7 +63,7 @@ def decide_all(
     skip = _either(finite.logical_not() if skip_nonfinite else None, held)
     stop: Tensor | None = None
     edits: list[Edit] = []
-    has_gradient = (every != 0).any()
+    has_size = (every != 0).any()  # else there is nothing to learn of how large gradients are
     learnt: list[State] = []
     for index, (rule, state) in enumerate(zip(rules, states, strict=True)):
         norm_type = rule.policy.measured[1] or next(iter(norms))
@@ -80,10 +81,10 @@ def decide_all(
             share=seen_share,
         )
         decision, new = rule.policy.decide(stats, state)
-        learns = has_gradient
+        learns = has_size
         if watched is not None:
             # NaN in a slot that isn't watched doesn't withhold the step, and may not reach a state.
-            learns = has_gradient & torch.isfinite(stats.norms).all()
+            learns = has_size & torch.isfinite(stats.norms).all()
             new = _select(learns, new, state)
         if rule.policy.after:
             starts = step >= rule.policy.after
@@ -91,7 +92,7 @@ def decide_all(
             decision, new = _from_start(starts, decision, new, state)
         if rule.elementwise is not None:
             new = _select(learns, new, state)
-            edits.append(_edit(rule.elementwise, rule, decision, has_gradient, learns))
+            edits.append(_edit(rule.elementwise, rule, decision, has_size, learns))
         learnt.append(new)
         coef = coef * (decision.coef if rule.same_slots else rule.spread(decision.coef))
         limit = torch.minimum(limit, decision.limit.min() * seen_share)
@@ -111,13 +112,13 @@ def _gathered(rule: Rule, norms: Tensor, norm_type: float) -> Tensor:
 
 
 def _edit(
-    policy: Elementwise, rule: Rule, decision: Decision, has_gradient: Tensor, learns: Tensor
+    policy: Elementwise, rule: Rule, decision: Decision, has_size: Tensor, learns: Tensor
 ) -> Edit:
     """A decision on elements, spread from the policy's slots to the plan's."""
     assert decision.changes is not None
     values = tuple(rule.by_slot(value) for value in decision.elements)
     return Edit(
-        policy, rule.key, rule.covers, values, rule.by_slot(decision.changes & has_gradient), learns
+        policy, rule.key, rule.covers, values, rule.by_slot(decision.changes & has_size), learns
     )
 
 

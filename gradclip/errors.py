@@ -1,5 +1,7 @@
 """What can be wrong: what was asked, what was found, what came out."""
 
+import logging
+
 __all__ = [
     "ClipError",
     "ConfigError",
@@ -7,11 +9,40 @@ __all__ = [
     "LayoutError",
     "NonFiniteError",
     "SkipLimitError",
+    "escaped",
 ]
+
+
+def escaped(text: str) -> str:
+    r"""The text with what isn't printable, such as codes that a terminal obeys, written out.
+
+    Names of parameters, files and keys come from whoever made a model or a log.
+
+    Example:
+        >>> escaped("layer\x1b[2J")
+        'layer\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def _escape_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = escaped(record.getMessage()), ()
+    return True
+
+
+logging.getLogger("gradclip").addFilter(_escape_record)
 
 
 class ClipError(Exception):
     """Base of every error raised by gradclip."""
+
+    def __str__(self) -> str:
+        """The message, safe to print."""
+        return escaped(super().__str__())
 
 
 class ConfigError(ClipError, ValueError):

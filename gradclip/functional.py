@@ -154,7 +154,8 @@ def _measure(
         raise ConfigError(msg)
     wide = {p: is_wide(p, map(grad_dtype, owners))}
     kernel = kernel_for(layout.devices)
-    return measure([(collected.counted, wide)], layout, kernel)[0][p].squeeze(0), kernel
+    [norms], _ = measure([(collected.counted, wide)], layout, kernel)
+    return norms[p].squeeze(0), kernel
 
 
 def _refuse_nonfinite(total: Tensor, norm_type: float) -> None:

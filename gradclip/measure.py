@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,8 +26,11 @@ Source = Grads | Units | Measurable
 
 
 def measure(
-    sources: Sequence[tuple[Source, Mapping[float, bool]]], layout: Layout, kernel: Kernel
-) -> list[dict[float, Tensor]]:
+    sources: Sequence[tuple[Source, Mapping[float, bool]]],
+    layout: Layout,
+    kernel: Kernel,
+    flag: Tensor | None = None,
+) -> tuple[list[dict[float, Tensor]], Tensor | None]:
     """The p-norm of each slot, for each p, over all ranks.
 
     Sums of powers are added over ranks in one message, and the root is taken after that. Maxima
@@ -39,17 +42,19 @@ def measure(
             wide (see `gradclip.norms.is_wide`). The same p on every rank.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
+        flag: Float64 of shape (1,), 0 or 1, that travels in the same messages; None for none.
 
     Returns:
-        For each source and p a float64 tensor of shape (slots,) on the layout's first device; NaN
-        or inf where an element is.
+        For each source and p a float64 tensor of shape (slots,) on the layout's first device, NaN
+        or inf where an element is; and the flag, above 0 if it was on any rank.
     """
     device = layout.devices[0]
     norms: list[dict[float, Tensor]] = [{} for _ in sources]
     ranged = [i for i, (_, p) in enumerate(sources) if math.inf in p or any(p.values())]
     if ranged:
         peaks = torch.stack([_peaks(sources[i][0], kernel).to(device) for i in ranged])
-        for i, peak in zip(ranged, layout.max(peaks.view(-1)).view_as(peaks), strict=True):
+        peaks, flag = _reduced(layout.max, peaks, flag)
+        for i, peak in zip(ranged, peaks, strict=True):
             norms[i][math.inf] = peak
     exponents = {i: _exponent(norms[i][math.inf]) for i in ranged}
     summed = [(i, p) for i, (_, types) in enumerate(sources) for p in types if p != math.inf]
@@ -60,11 +65,23 @@ def measure(
         for i, p in summed
     ]
     if local:
-        sums = layout.sum(torch.stack([values.to(device) for values in local]))
+        sums = torch.stack([values.to(device) for values in local])
+        sums, flag = _reduced(layout.sum, sums, flag)
         for (i, p), total in zip(summed, sums.unbind(), strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
             norms[i][p] = root * torch.exp2(exponents[i]) if sources[i][1][p] else root
-    return [{p: found[p] for p in types} for (_, types), found in zip(sources, norms, strict=True)]
+    asked = zip(sources, norms, strict=True)
+    return [{p: found[p] for p in types} for (_, types), found in asked], flag
+
+
+def _reduced(
+    reduce: Callable[[Tensor], Tensor], values: Tensor, flag: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Values over all ranks, and the flag that travels with them."""
+    if flag is None:
+        return reduce(values), None
+    message = reduce(torch.cat([values.view(-1), flag]))
+    return message[:-1].view_as(values), message[-1:]
 
 
 def _peaks(source: Source, kernel: Kernel) -> Tensor:
@@ -89,8 +106,10 @@ def measure_step(
     probes: Mapping[int, Measurable],
     layout: Layout,
     kernel: Kernel,
-) -> tuple[Norms, dict[int, Tensor], Norms | None]:
+) -> tuple[Norms, dict[int, Tensor], Norms | None, Tensor]:
     """Norms of gradients, of what element policies make of them, and of weights.
+
+    A gradient of zeros has the norm of none at all, so whether there is one is found out beside.
 
     Args:
         plan: Which norms are asked for.
@@ -101,7 +120,8 @@ def measure_step(
 
     Returns:
         For each p the norms of the measured slots; for each probe, by index of its rule, its
-        norms; for each p the norms of the weights, None where no policy asks.
+        norms; for each p the norms of the weights, None where no policy asks; and whether any
+        rank holds a gradient, 0-d bool.
     """
     sources: list[tuple[Source, Mapping[float, bool]]] = [
         (_as_measured(plan, grads.counted), plan.norm_types),
@@ -110,15 +130,23 @@ def measure_step(
     if plan.weight_types:
         weights = layout.weights(plan.slots).counted
         sources.append((_as_measured(plan, weights), plan.weight_types))
-    norms, *more = measure(sources, layout, kernel)
+    holds, device = any(grads.all), layout.devices[0]
+    if layout.reduces:
+        flag = torch.full((1,), float(holds), dtype=torch.float64, device=device)
+        (norms, *more), found = measure(sources, layout, kernel, flag)
+        assert found is not None
+        has_gradient = found.squeeze(0) > 0
+    else:  # every rank holds every gradient
+        (norms, *more), _ = measure(sources, layout, kernel)
+        has_gradient = torch.full((), holds, dtype=torch.bool, device=device)
     probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
-    return norms, probed, more[0] if more else None
+    return norms, probed, more[0] if more else None, has_gradient
 
 
 def measure_recorded(plan: Plan, grads: Collected, layout: Layout, kernel: Kernel) -> Tensor:
     """The recorded norm alone, of each measured slot or unit; arguments as for `measure_step`."""
     asked = {plan.recorded: plan.norm_types[plan.recorded]}
-    [norms] = measure([(_as_measured(plan, grads.counted), asked)], layout, kernel)
+    [norms], _ = measure([(_as_measured(plan, grads.counted), asked)], layout, kernel)
     return norms[plan.recorded]
 
 
@@ -140,7 +168,8 @@ def measure_each(
     """
     assert plan.each is not None
     grads = layout.collect(list(plan.each.values())).counted
-    [norms] = measure([(grads, {plan.recorded: plan.norm_types[plan.recorded]})], layout, kernel)
+    asked = {plan.recorded: plan.norm_types[plan.recorded]}
+    [norms], _ = measure([(grads, asked)], layout, kernel)
     found = norms[plan.recorded]
     return found if grad_scale is None else found / grad_scale
 

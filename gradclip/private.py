@@ -6,19 +6,31 @@ gradclip/layouts.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 __all__ = [
-    "has_gradient_hooks",
+    "all_writes",
+    "comm_hooks",
+    "gradient_hooks",
+    "has_step_hooks",
     "is_unscaled",
     "is_view",
+    "make_step_hooks_run",
     "optimizers_in_backward",
+    "steps_under_way",
     "takes_scale",
     "writes",
 ]
+
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__
+"""What torch puts around each class's `step` to run hooks; one code for all of them."""
 
 
 def writes(tensor: Tensor) -> int:
@@ -26,14 +38,44 @@ def writes(tensor: Tensor) -> int:
     return tensor._version
 
 
+def all_writes(tensors: Iterable[Tensor]) -> int:
+    """How often any of them was written to."""
+    return sum([tensor._version for tensor in tensors])
+
+
 def is_view(tensor: Tensor) -> bool:
     """Whether a tensor shares the memory of another one."""
     return tensor._is_view()
 
 
-def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Whether a hook runs on a parameter's gradient, before or after it is accumulated."""
-    return bool(parameter._post_accumulate_grad_hooks or parameter._backward_hooks)
+def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
+    """What runs on a parameter's gradient, before or after it is accumulated."""
+    found = (parameter._backward_hooks, parameter._post_accumulate_grad_hooks)
+    return [hook for hooks in found for hook in (hooks or {}).values()]
+
+
+def comm_hooks(model: DistributedDataParallel) -> list[Callable[..., Any]]:
+    """What DDP reduces gradients with, where that was replaced."""
+    return [hook for hook, _ in model._comm_hooks]
+
+
+def has_step_hooks(optimizer: Any) -> bool:
+    """Whether hooks can be registered on an optimizer, as its base class was initialised."""
+    return isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks")
+
+
+def make_step_hooks_run(optimizer: Optimizer) -> None:
+    """See to it that `step` runs hooks: torch does so only in `Optimizer.__init__`."""
+    optimizer._patch_step_function()
+
+
+def steps_under_way() -> Iterator[Optimizer]:
+    """The optimizers whose step runs hooks in this thread now, the innermost first."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP:
+            yield frame.f_locals["args"][0]
+        frame = frame.f_back
 
 
 def optimizers_in_backward(parameter: Tensor) -> list[Any]:

@@ -183,7 +183,7 @@ def carry_over(
         known = {name: index for index, name in enumerate(earlier.names if state else ())}
         kept = [(i, known[name]) for i, name in enumerate(rule.names) if name in known]
         if kept and earlier.policy == rule.policy:
-            here, there = torch.tensor(kept).unbind(1)
+            here, there = torch.tensor(kept, dtype=torch.int64, device="cpu").unbind(1)
             columns = {key: state[key][..., there.to(state[key].device)] for key in new}
             new = {
                 key: value.index_copy(-1, here.to(value.device), columns[key].to(value.device))

@@ -359,6 +359,7 @@ class Step:
             scale.
         verdict: What the policies decided.
         states: The states of the policies after it, in the order of the plan's rules.
+        has_gradient: 0-d bool, equal on every rank: some rank has a gradient, of zeros or not.
         measure_each: Gives the norm of each parameter, float64 of shape (parameters,): one more
             read of the gradients, and a message where ranks share them. Every rank calls it.
     """
@@ -368,6 +369,7 @@ class Step:
     norms: Tensor
     verdict: Verdict
     states: Sequence[State]
+    has_gradient: Tensor
     measure_each: Callable[[], Tensor]
 
 
@@ -389,6 +391,11 @@ class Layout(Protocol):
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """Where local gradients are; measures, decisions and records live on the first."""
+        ...
+
+    @property
+    def reduces(self) -> bool:
+        """Whether `sum` and `max` send messages: other ranks hold other gradients."""
         ...
 
     def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:

@@ -5,6 +5,6 @@
 """
 
 from lightning_clip.callback import GradientClip
-from lightning_clip.fabric import enable
+from lightning_clip.fabric import disable, enable
 
-__all__ = ["GradientClip", "enable"]
+__all__ = ["GradientClip", "disable", "enable"]

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradclip import ClipConfig, ClipRecord, ConfigError, GradientClipper, as_config
+from gradclip import (
+    ClipConfig,
+    ClipRecord,
+    ConfigError,
+    GradientClipper,
+    PolicyLike,
+    as_config,
+)
 from gradclip.adapters import ClipperSet, Patches, window_share
 from lightning_clip.framework import (
     Callback,
@@ -32,6 +40,13 @@ from lightning_clip.schedule import hold_schedule
 from lightning_clip.steps import Steps
 
 __all__ = ["GradientClip"]
+
+AsWritten = PolicyLike | None
+if not TYPE_CHECKING:
+    # So that LightningCLI hands the value over as written. Of Any it would build whatever class a
+    # `class_path` names; as_config builds ours alone, its errors name the key and the nearest right
+    # word, and --print_config prints the value back.
+    AsWritten = dict | list | str | bool | int | float | None
 
 
 class GradientClip(Callback):
@@ -77,9 +92,9 @@ class GradientClip(Callback):
         1.0
     """
 
-    # Any, so that LightningCLI hands the value over as written: as_config's errors name the key
-    # and the nearest right word, and --print_config prints it back.
-    def __init__(self, policy: Any, *, progress_bar: bool = False, restore: bool = True) -> None:
+    def __init__(
+        self, policy: AsWritten = None, *, progress_bar: bool = False, restore: bool = True
+    ) -> None:
         self.config: ClipConfig = as_config(policy)
         self._reporter = Reporter(self.config.log, progress_bar=progress_bar)
         self._restore = restore
@@ -88,6 +103,7 @@ class GradientClip(Callback):
         self._clippers = ClipperSet()
         self._engine: Any | None = None
         self._patches = Patches()
+        self._finder_patches = Patches()
         self._steps = Steps([], self._patches)
         self._micro_batch = ExitStack()
         self._last_record: ClipRecord | None = None
@@ -152,6 +168,11 @@ class GradientClip(Callback):
         if self._saved_for not in (None, pl_module):
             self._saved = {}
         self._saved_before, self._saved_for = self._saved, None
+        if stage == "fit":
+            self._finder_patches.undo()
+            self._finder_patches = Patches()
+            start = partial(self._join_finder, trainer, pl_module)
+            self._finder_patches.wrap(pl_module, "on_train_start", start)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the clippers; a second fit of the same module goes on with its state."""
@@ -260,12 +281,33 @@ class GradientClip(Callback):
         elif self._saved:
             self._saved_for = pl_module
         self._patches.undo()
+        self._finder_patches.undo()
         self._clippers.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """As at the end of fitting, which doesn't come then."""
         self._micro_batch = ExitStack()
         self.teardown(trainer, pl_module, trainer.state.fn or "fit")
+
+    def _join_finder(
+        self, trainer: Trainer, module: LightningModule, start: Callable[[], None]
+    ) -> None:
+        """Clip the steps of a finder too, which trains with callbacks of its own for a while.
+
+        Lightning's LearningRateFinder and BatchSizeFinder do. What another clips with begins with
+        this one's state and is thrown away, as the finder throws away parameters.
+        """
+        if self not in trainer.callbacks and self._engine is None:  # an engine clips inside a step
+            for known in [c for c in trainer.callbacks if isinstance(c, _ForFinder)]:
+                known.teardown(trainer, module, stage="fit")  # of an earlier trial
+                trainer.callbacks.remove(known)
+            stand_in = _ForFinder(self.config.model_copy(update={"recorder": None}))
+            if self._module in (None, module):
+                stand_in.load_state_dict(self.state_dict())
+            trainer.callbacks.append(stand_in)
+            stand_in.on_fit_start(trainer, module)
+            stand_in.on_train_start(trainer, module)
+        start()
 
     def _is_withheld(self) -> bool:
         """Whether this batch made a step that was withheld; read on the host."""
@@ -352,3 +394,11 @@ class GradientClip(Callback):
             "trainer.optimizers, so it has no clipper. Return it from configure_optimizers."
         )
         raise ConfigError(msg)
+
+
+class _ForFinder(GradientClip):
+    """Stands in for a `GradientClip` while a finder trains."""
+
+    def on_train_end(self, trainer: Trainer, *_: object) -> None:
+        """The finder is done."""
+        self.teardown(trainer, trainer.lightning_module, "fit")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -13,13 +12,13 @@ from gradclip import ConfigError, GradientClipper, PolicyLike
 from gradclip.adapters import Patches
 from lightning_clip.framework import Fabric, is_set_up, live_scaler, steps_by_engine
 
-__all__ = ["enable"]
+__all__ = ["disable", "enable"]
 
-_clipped: WeakSet[Optimizer] = WeakSet()
+_MARK = "gradient_clip"
 
 
 def enable(
-    fabric: Fabric, model: Module, optimizer: Optimizer, policy: PolicyLike
+    fabric: Fabric, model: Module, optimizer: Optimizer, policy: PolicyLike | None = None
 ) -> GradientClipper:
     """Clip before every `optimizer.step()` of a Fabric program.
 
@@ -37,7 +36,7 @@ def enable(
             path of a YAML file.
 
     Returns:
-        The clipper, which is attached to the optimizer already.
+        The clipper, which is attached to the optimizer already; `disable` undoes that.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters, the model or the
@@ -58,12 +57,12 @@ def enable(
         >>> bool(clipper.last_record.clipped), round(float(clipper.last_record.clipped_norm), 4)
         (True, 1.0)
     """
-    for what, found in (("model", model), ("optimizer", optimizer)):
-        if not is_set_up(fabric, found):
+    for what, found, kind in (("model", model, Module), ("optimizer", optimizer, Optimizer)):
+        if not is_set_up(fabric, found) or not isinstance(found, kind):
             msg = (
                 f"lightning_clip.enable: the {what} ({type(found).__name__}) isn't set up by "
                 "Fabric; allowed: what fabric.setup (or setup_module, setup_optimizers) returned. "
-                "Call enable after it."
+                "Call enable(fabric, model, optimizer, policy) after it."
             )
             raise ConfigError(msg)
     if steps_by_engine(fabric):
@@ -74,17 +73,20 @@ def enable(
         )
         raise ConfigError(msg)
     raw: Optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # of Fabric's wrapper
-    if raw in _clipped:
+    if hasattr(raw, _MARK):
         msg = (
             f"lightning_clip.enable: this {type(raw).__name__} is clipped already, and would be "
-            "twice; allowed: one call for each optimizer. Give it a list of policies."
+            "twice; allowed: one call for each optimizer. Give it a list of policies, or call "
+            "lightning_clip.disable first."
         )
         raise ConfigError(msg)
     named: list[Any] = list(model.module.named_parameters())  # type: ignore[union-attr]
     scaler = live_scaler(fabric.strategy.precision)
     clipper = GradientClipper(policy, named, raw, scaler=scaler)
-    clipper.attach(raw)
-    _clipped.add(raw)
+    patches = Patches()
+    patches.callback(clipper.attach(raw).remove)
+    patches.callback(clipper.recorder.close)
+    patches.put(raw, _MARK, patches)
 
     def refuse(
         clip: Callable[..., Any], module: Any, optimizer: Any, *rest: Any, **more: Any
@@ -98,5 +100,27 @@ def enable(
             raise ConfigError(msg)
         return clip(module, optimizer, *rest, **more)
 
-    Patches().wrap(fabric, "clip_gradients", refuse)
+    patches.wrap(fabric, "clip_gradients", refuse)
     return clipper
+
+
+def disable(optimizer: Optimizer) -> None:
+    """Undo `enable`: the optimizer steps unclipped, `fabric.clip_gradients` takes it again.
+
+    The flight record is written. `enable` may be called anew, also with another policy; its clipper
+    starts with fresh state unless it is given the old one's `state_dict`.
+
+    Args:
+        optimizer: What `enable` was called with.
+
+    Raises:
+        ConfigError: If it isn't clipped.
+    """
+    raw = getattr(optimizer, "optimizer", optimizer)
+    if not hasattr(raw, _MARK):
+        msg = (
+            f"lightning_clip.disable: this {type(raw).__name__} isn't clipped by "
+            "lightning_clip.enable; allowed: an optimizer that is. Leave the call out."
+        )
+        raise ConfigError(msg)
+    getattr(raw, _MARK).undo()

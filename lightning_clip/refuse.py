@@ -97,8 +97,16 @@ def refuse_optimizers(trainer: Trainer, module: LightningModule) -> None:
     """Check the optimizers, which exist once the strategy is set up.
 
     Raises:
-        ConfigError: If one holds no parameters, or none that the module still has.
+        ConfigError: If there is none, or one holds no parameters, or none that the module still
+            has.
     """
+    if not trainer.optimizers:
+        msg = (
+            "configure_optimizers returned no optimizer, so there is nothing to clip, and steps of "
+            "others would go unclipped; allowed: the optimizers that train the module. Return "
+            "them, or remove GradientClip."
+        )
+        raise ConfigError(msg)
     held = set(module.parameters())
     for index, optimizer in enumerate(trainer.optimizers):
         if not isinstance(optimizer, Optimizer):

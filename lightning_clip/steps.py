@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from gradclip import ConfigError
-from gradclip.adapters import Patches
+from gradclip.adapters import Patches, claim_steps, closure_place, follow_steps
 
 __all__ = ["Steps"]
 
@@ -25,15 +25,15 @@ class Steps:
     def __init__(self, optimizers: Sequence[Optimizer | Any], patches: Patches) -> None:
         self._names = [f"Optimizer {i} ({type(o).__name__})" for i, o in enumerate(optimizers)]
         self._announced: set[int] = set()
-        self._closures = {i for i, o in enumerate(optimizers) if isinstance(o, LBFGS)}
-        self._evaluated: set[int] = set()
+        self._stepping: set[int] = set()
+        self._evaluated: set[int] = set()  # in the step that is under way
         # Outside of batches torch steps optimizers too, to make their state before it is loaded.
         self._is_in_batch = False
         for index, optimizer in enumerate(optimizers):
             if isinstance(optimizer, Optimizer):
+                claim_steps(optimizer, patches, "GradientClip")
                 begin, end = partial(self._begin, index), partial(self._end, index)
-                patches.callback(optimizer.register_step_pre_hook(begin).remove)
-                patches.callback(optimizer.register_step_post_hook(end).remove)
+                follow_steps(optimizer, patches, before=begin, after=end)
 
     @property
     def is_in_batch(self) -> bool:
@@ -43,6 +43,7 @@ class Steps:
     def begin_batch(self) -> None:
         """From now on each step has to be announced."""
         self._announced.clear()
+        self._stepping.clear()
         self._is_in_batch = True
 
     def end_batch(self) -> None:
@@ -53,25 +54,28 @@ class Steps:
         """Take in that Lightning is about to step an optimizer.
 
         Returns:
-            Whether this is one more evaluation of the closure in the same step: LBFGS evaluates it
-            several times, each time with all of Lightning's hooks.
+            Whether this is one more evaluation of the closure in the same step: LBFGS and SAM
+            evaluate it several times, each time with all of Lightning's hooks.
         """
         self._announced.add(index)
         repeat = index in self._evaluated
-        self._evaluated |= {index} & self._closures
+        # Under a scaler the closure is evaluated before the step, and once.
+        self._evaluated |= {index} & self._stepping
         return repeat
 
     def _begin(
-        self, index: int, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, index: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self._evaluated.discard(index)
         # A step with a closure is announced by the closure, if it is Lightning's.
-        if kwargs.get("closure", args[1] if len(args) > 1 else None) is None:
+        if closure_place(type(optimizer).step, args, kwargs) is None:
             self._refuse_unannounced(index)
+        self._stepping.add(index)
 
     def _end(self, index: int, *_: object) -> None:
         self._refuse_unannounced(index)
         self._announced.discard(index)
+        self._stepping.discard(index)
 
     def _refuse_unannounced(self, index: int) -> None:
         if self._is_in_batch and index not in self._announced:

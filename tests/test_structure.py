@@ -18,16 +18,16 @@ PARTS = ("policies", "layouts", "kernels", "effect", "records")
 FLOORS = (  # a room imports from the floors below its own, and from its own
     {"errors", "private"},
     {"saved"},
-    {"patches", "tensors", "types", "norms"},
-    {"policies", "layouts", "kernels", "changes"},
+    {"patches", "tensors", "types", "norms", "models"},
+    {"policies", "layouts", "kernels", "changes", "steps"},
     {"config"},
     {"plan"},
     {"measure", "decide", "effect", "records", "stops"},
-    {"functional", "state"},
+    {"functional", "state", "watch"},
     {"core"},
     {"debug", "drivers"},
     {"clipper"},
-    {"adapters", "tools"},
+    {"adapters", "testing", "tools"},
 )
 PRIVATE = {  # files that may touch private names, and whose
     "gradclip/private.py": "torch",
@@ -174,6 +174,19 @@ def test_private_names_of_frameworks_stand_in_files_of_their_own():
     for path in (path for package in PACKAGES for path in files(package)):
         if str(path.relative_to(ROOT)) not in PRIVATE:
             assert set(private_names(path)) <= inherited, path
+
+
+FACTORIES = {"tensor", "as_tensor", "zeros", "ones", "full", "empty", "arange", "linspace", "eye"}
+
+
+def test_every_new_tensor_says_its_device_and_dtype():
+    """Others follow what a script set as defaults: another device, or half precision."""
+    for path in (path for package in PACKAGES for path in files(package)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch."):
+                made = ast.unparse(node.func).removeprefix("torch.") in FACTORIES
+                given = {keyword.arg for keyword in node.keywords}
+                assert not made or {"device", "dtype"} <= given, f"{path}, line {node.lineno}"
 
 
 def public(package):

@@ -6,23 +6,26 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from gradclip.config.models import ClipConfig, GroupConfig, LogConfig, RecorderConfig
+from gradclip.config.by_class import as_written
+from gradclip.config.models import ClipConfig
 from gradclip.errors import ConfigError
-from gradclip.policies import AnyPolicy, Policy, Schedule
+from gradclip.models import KeyPath, Lines, dotted, explain
+from gradclip.policies import Policy
 
 __all__ = ["PolicyLike", "as_config", "load_section", "load_yaml", "parse_mapping"]
 
-PolicyLike = Policy | Sequence[Policy] | ClipConfig | Mapping[str, Any] | str | Path
+PolicyLike = (
+    Policy | Sequence[Policy | Mapping[str, Any]] | ClipConfig | Mapping[str, Any] | str | Path
+)
 """What a clipper can be built from: policies, a configuration, a mapping, or a YAML file."""
 
-KeyPath = tuple[str | int, ...]
-Lines = Mapping[KeyPath, int]
-"""The line of each key and list item, counted from 1."""
+
+_MOST_BYTES, _MOST_VALUES = 1 << 20, 20_000  # of a file, so that none takes all memory
 
 
 # ruamel.yaml was tried: 22 lines fewer, but 8 tests of tests/config fail (errors lose their line),
@@ -47,7 +50,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def as_config(policy: PolicyLike) -> ClipConfig:
+def as_config(policy: PolicyLike | None) -> ClipConfig:
     """Validate a configuration given in any of the accepted forms.
 
     Raises:
@@ -57,15 +60,24 @@ def as_config(policy: PolicyLike) -> ClipConfig:
         return policy
     if isinstance(policy, str | Path):
         return load_yaml(policy)
-    if isinstance(policy, Mapping):
-        return parse_mapping(policy)
-    policies = [policy] if isinstance(policy, Policy) else policy
-    if isinstance(policies, Sequence) and all(isinstance(item, Policy) for item in policies):
-        return parse_mapping({"policies": list(policies)})
+    items: Any = policy if isinstance(policy, list | tuple) else [policy]
+    if all(isinstance(item, Policy | Mapping) for item in items):
+        given = [policy] if isinstance(policy, Policy) else policy
+        try:
+            return parse_mapping(as_written(given, _refuse)[0])
+        except RecursionError:
+            msg = "policy is nested too deeply, or contains itself. Write it out."
+            raise ConfigError(msg) from None
     msg = (
-        f"policy is {policy!r}; allowed: a policy such as ZClip(), a list of them, a ClipConfig, "
-        "a mapping with the key 'policies', or the path of a YAML file."
+        f"policy is {policy!r:.80}; allowed: a policy such as ZClip(), a list of them, a "
+        "ClipConfig, a mapping with the key 'policies', or the path of a YAML file. Write, for "
+        "instance, ClipByNorm(max_norm=1.0) in its place."
     )
+    raise ConfigError(msg)
+
+
+def _refuse(at: KeyPath, fault: str) -> NoReturn:
+    msg = f"{dotted(('policy', *at))}: {fault}."
     raise ConfigError(msg)
 
 
@@ -114,7 +126,14 @@ def read_yaml(path: str | Path) -> tuple[Any, Lines]:
     where = f"{path}"
     lines: dict[KeyPath, int] = {}
     try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            msg = (
+                f"{path}: the file has more than 1 MiB; a configuration is a few lines. Shorten it."
+            )
+            raise ConfigError(msg)
+        loader = _Loader(text.decode("utf-8"))
         node = loader.get_single_node()
         if node is None:
             return None, lines
@@ -156,44 +175,19 @@ def parse_mapping(content: Any, where: str = "", lines: Lines | None = None) -> 
     try:
         return ClipConfig.model_validate(dict(content))
     except ValidationError as error:
-        # A misspelt key also shows as a missing one: the misspelling stands first.
-        found = sorted(error.errors(), key=lambda fault: fault["type"] == "missing")
-        faults = [_explain(dict(fault), where, lines) for fault in found]
-        raise ConfigError("\n".join(faults)) from None
-
-
-def policy_types() -> dict[str, type[BaseModel]]:
-    """The policies by what `type` calls them."""
-    union = get_args(AnyPolicy)[0]
-    return {str(policy.model_fields["type"].default): policy for policy in get_args(union)}
-
-
-def dotted(path: KeyPath) -> str:
-    """A key path as text: `policies[0].type`."""
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def line_of(path: KeyPath, lines: Lines) -> int | None:
-    """The line of a key, or of what holds it, as a key merged in by `<<` has none."""
-    while path and path not in lines:
-        path = path[:-1]
-    return lines.get(path)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word nearest to a wrong one, and all known ones."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"{guess}Known: {', '.join(known)}."
+        raise ConfigError(explain(error, ClipConfig, where, lines)) from None
 
 
 def _collect_lines(
     node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], where: str | Path
 ) -> None:
     lines.setdefault(at, node.start_mark.line + 1)
+    if len(lines) > _MOST_VALUES:
+        msg = (
+            f"{where}, line {node.start_mark.line + 1}: the file stands for more than "
+            f"{_MOST_VALUES:,} values, as aliases of aliases do. Write out what is needed."
+        )
+        raise ConfigError(msg)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here, line = (*at, str(key.value)), key.start_mark.line + 1
@@ -208,61 +202,3 @@ def _collect_lines(
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             _collect_lines(value, (*at, index), lines, where)
-
-
-def _explain(fault: dict[str, Any], where: str, lines: Lines) -> str:
-    """One fault as: where: what was found; what is allowed."""
-    types = policy_types()
-    loc: KeyPath = fault["loc"]
-    path = tuple(part for index, part in enumerate(loc) if not _is_tag(loc, index, types))
-    line = line_of(path, lines)
-    found, allowed = _found_and_allowed(fault, path, types)
-    text = f"{dotted(path)} {found}".replace(" .", ".").strip()
-    text += f"; {allowed}" if allowed else ""
-    place = where if line is None else f"{where}, line {line}"
-    return f"{place}: {text}" if place else text
-
-
-def _is_tag(loc: KeyPath, index: int, types: Mapping[str, type[BaseModel]]) -> bool:
-    """Whether a part of pydantic's path names the member of a union that was tried, not a key."""
-    if index and isinstance(loc[index - 1], int):
-        return loc[index] in types
-    return loc[index] in ("number", "schedule") and loc[index - 1] != "schedule"
-
-
-def _found_and_allowed(
-    fault: dict[str, Any], path: KeyPath, types: Mapping[str, type[BaseModel]]
-) -> tuple[str, str]:
-    kind, value, context = fault["type"], fault["input"], fault.get("ctx", {})
-    if kind == "extra_forbidden":
-        known = _keys_beside(fault["loc"], types)
-        if path[-1] == "type" and "policies" in known:
-            return "is not a key here", "a policy stands in a list: policies: [{type: ...}]."
-        return "is not a known key", nearest(str(path[-1]), known)
-    if kind == "missing":
-        return "is missing", "add it."
-    if kind == "union_tag_invalid":
-        return f".type is {context['tag']!r}", nearest(str(context["tag"]), list(types))
-    if kind == "union_tag_not_found":
-        return ".type is missing", f"add one of: {', '.join(types)}."
-    if kind == "value_error":
-        return str(context["error"]), ""
-    if kind == "literal_error":
-        return f"is {value!r}", f"allowed: {context['expected']}."
-    if kind == "too_short":
-        return f"is {value!r}", "at least one policy is needed."
-    message = fault["msg"].replace("Input should be ", "it must be ")
-    hint = ""
-    if isinstance(value, str) and "number" in message:
-        hint = " Write the number without quotes (infinity is .inf)."
-    if isinstance(value, bool) and ("number" in message or "integer" in message):
-        hint = " YAML reads yes, no, on and off as true and false."
-    return f"is {value!r}", f"{message}.{hint}"
-
-
-def _keys_beside(loc: KeyPath, types: Mapping[str, type[BaseModel]]) -> list[str]:
-    """The keys allowed where an unknown one was found."""
-    models: dict[Any, type[BaseModel]] = {**types, "schedule": Schedule}
-    models |= {"groups": GroupConfig, "log": LogConfig, "recorder": RecorderConfig}
-    model = next((models[part] for part in reversed(loc[:-1]) if part in models), ClipConfig)
-    return sorted(model.model_fields, key=lambda field: field != "type")

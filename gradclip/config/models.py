@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from gradclip.models import MODELS, Model
 from gradclip.policies import AnyPolicy, ElementPolicy, Policy
-from gradclip.policies.model import STRICT
 
 __all__ = ["ClipConfig", "GroupConfig", "LogConfig", "RecorderConfig"]
 
@@ -35,11 +35,12 @@ def _elements_stand_last(policies: list[Policy]) -> list[Policy]:
 
 PolicyList = Annotated[list[AnyPolicy], AfterValidator(_elements_stand_last)]
 
+_OF_FIRST_RANK = ("recorder.file", "log.histograms", "log.warn_after", "log.warn_skips")
+"""What may differ by rank: what only the first one writes, shows or says."""
 
-class LogConfig(BaseModel):
+
+class LogConfig(Model):
     """What is logged, and how often."""
-
-    model_config = STRICT
 
     every_n_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two log entries; null takes the trainer's own interval, or 10."""
@@ -56,10 +57,8 @@ class LogConfig(BaseModel):
     """Warn once when so many steps in a row were withheld; null never does."""
 
 
-class RecorderConfig(BaseModel):
+class RecorderConfig(Model):
     """The flight recorder: the last steps in a file, with who made the worst of them."""
-
-    model_config = STRICT
 
     steps: Annotated[int, Field(ge=1)] = 512
     """How many of the last steps the file holds; 112 bytes each on the device."""
@@ -68,10 +67,11 @@ class RecorderConfig(BaseModel):
     first 8 that weren't finite."""
     file: Annotated[str, Field(min_length=1)] = "gradclip.trace.jsonl"
     """Where, from the trainer's folder for logs, else the working directory; a number is added
-    rather than replacing another run's. `.parquet` needs pyarrow."""
+    rather than replacing another run's. `.parquet` needs pyarrow. A path that can't be written is
+    an error when the clipper is built."""
 
 
-class GroupConfig(BaseModel):
+class GroupConfig(Model):
     """Parameters that follow other rules. Every condition that is given has to hold.
 
     Example:
@@ -79,12 +79,11 @@ class GroupConfig(BaseModel):
         True
     """
 
-    model_config = STRICT
-
     match: Annotated[str, Field(min_length=1)] | None = None
     """Shell-style pattern on parameter names: `*` any text, `?` one character, `[ab]` a choice."""
     optimizer_group: Annotated[str, Field(min_length=1)] | None = None
-    """Pattern on the `name` of the optimizer's parameter group (`group0` ... where it has none)."""
+    """Pattern on the `name` of the optimizer's parameter group: `group0` ... where it has none, and
+    `<name>.<index>` where several have the same."""
     optimizer: Annotated[str, Field(min_length=1)] | None = None
     """Pattern on the class name of the optimizer that steps them, such as `Muon`."""
     policies: PolicyList | None = None
@@ -112,7 +111,7 @@ class GroupConfig(BaseModel):
         return self
 
 
-class ClipConfig(BaseModel):
+class ClipConfig(Model):
     """Policies, applied in order, and what goes with them.
 
     Example:
@@ -120,8 +119,6 @@ class ClipConfig(BaseModel):
         >>> config.policies[0].type
         'norm'
     """
-
-    model_config = STRICT
 
     policies: Annotated[PolicyList, Field(min_length=1)]
     """Applied in order, each to the gradients as those before it leave them."""
@@ -136,17 +133,52 @@ class ClipConfig(BaseModel):
     schedule_on_skip: Literal["advance", "hold"] | None = None
     """Whether the learning rate's schedule advances at a withheld step: null does as the trainer
     does by itself (Lightning's advances, Accelerate's waits); a plain loop decides by itself."""
-    groups: list[GroupConfig] = []
+    groups: list[GroupConfig] = []  # noqa: RUF012  pydantic copies it
     """First match wins; parameters that match none get `policies`."""
     log: LogConfig = LogConfig()
     """Logging."""
     recorder: RecorderConfig | None = None
     """The flight recorder; null, the default, writes no file."""
+    verify_every: Annotated[int, Field(ge=0)] = 0
+    """Compare configuration, parameters, state and norms over ranks every so many steps, in one
+    message of 32 bytes and with a read on the host; 0, the default, when built and loaded alone."""
     debug: bool = False
     """Check before and after each step that gradients are fresh, and within the limit once clipped.
     Costs two reads of the gradients, a message more for each, and reads on the host."""
 
     @property
+    def names_groups(self) -> bool:
+        """Whether anything depends on the optimizer's parameter groups."""
+        scopes = {policy.measured[0] for chain in self.lists for policy in chain}
+        by_pattern = any(group.optimizer_group is not None for group in self.groups)
+        return "group" in scopes or by_pattern or self.log.per_group
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether a limit depends on how many steps were taken."""
+        places = (".after", ".schedule")
+        return any(value and name.endswith(places) for name, value in self.shared().items())
+
+    def shared(self) -> dict[str, object]:
+        """What has to be the same on every rank, by its place in a file."""
+        found = _leaves("", self.model_dump(mode="json"))
+        return {place: value for place, value in found if place not in _OF_FIRST_RANK}
+
+    @property
     def lists(self) -> Sequence[Sequence[Policy]]:
         """The main list, then that of each group; empty for a group without one of its own."""
         return (self.policies, *(group.policies or () for group in self.groups))
+
+
+def _leaves(place: str, value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for name, own in value.items():
+            yield from _leaves(f"{place}.{name}" if place else name, own)
+    elif isinstance(value, list):
+        for index, own in enumerate(value):
+            yield from _leaves(f"{place}[{index}]", own)
+    else:
+        yield place, value
+
+
+MODELS |= {"groups": GroupConfig, "log": LogConfig, "recorder": RecorderConfig}

@@ -55,6 +55,7 @@ class Accumulated:
             coef=torch.minimum(a.coef, b.coef),
             clipped=a.clipped | b.clipped,
             finite=a.finite & b.finite,
+            has_gradient=a.has_gradient | b.has_gradient,
         )
         self.slots = torch.maximum(self.slots, other.slots)
         self.each = torch.maximum(self.each, other.each)

@@ -10,20 +10,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradclip.changes import GradientSnapshot
 from gradclip.core import Core
-from gradclip.drivers.closures import refuse_closures
+from gradclip.drivers.closures import look_and_write, refuse_closures
 from gradclip.drivers.losses import Losses
 from gradclip.drivers.scaler import LossScale
 from gradclip.errors import ConfigError
 from gradclip.layouts.deepspeed import is_engine
 from gradclip.patches import Patches
 from gradclip.plan.parameters import refuse_differentiable
+from gradclip.steps import claim_steps, closure_place, follow_steps
+from gradclip.types import Given, Step
 
 __all__ = ["Attached"]
 
 
 class Attached:
     """Clips before each step of an optimizer; with a closure, each time its backward is done.
+
+    Gradients that are there before a closure is evaluated are clipped first: SAM climbs by them,
+    and some optimizers take a closure and don't evaluate it. Those that the step before left
+    behind are not: they are clipped already.
 
     A `GradScaler` leaves the unscaling to a fused optimizer and tells it the scale, which is
     passed on, so that limits mean the same with and without one. What a closure returns is shown
@@ -33,6 +40,7 @@ class Attached:
         core: Of the clipper.
         optimizer: Before whose steps.
         clip: Called with `grad_scale` and `repeat`.
+        given: Gives what is known of the gradients that are in place, but for the loss.
         losses: Where policies look for the loss; None if none does.
         scaler: The scaler that makes the steps, if the clipper knows one.
         once: `clip` itself sees to it that a step that was clipped by hand isn't clipped again.
@@ -42,7 +50,8 @@ class Attached:
 
     Raises:
         ConfigError: If the optimizer has no parameter that the clipper holds, is differentiable,
-            or is a DeepSpeed engine that the clipper was built without.
+            runs no hooks, has a clipper attached already, or is a DeepSpeed engine that the clipper
+            was built without.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class Attached:
         core: Core,
         optimizer: Optimizer,
         clip: Callable[..., object],
+        given: Callable[[], Given],
         *,
         losses: Losses | None,
         scaler: LossScale | None,
@@ -58,17 +68,27 @@ class Attached:
         _refuse_optimizer(core, optimizer)
         self.is_stepping = False
         self._core = core
-        self._optimizer = optimizer
         self._clip_gradients = clip
+        self._given = given
         self._losses = losses
         self._once = once
         self._clipped_by_scaler = False
         self._known = core.last_record
+        self._evaluations = 0  # of this step's closure
+        self._found: Step | None = None  # in place before the closure was evaluated
+        self._left: GradientSnapshot | None = None  # by the last step with a closure
         self._patches = Patches()
-        core.machinery.effect.make_ready()
-        # Where the step is compiled, this stays outside of the graph.
-        hook = torch.compiler.disable(self._before_step)
-        self._patches.callback(optimizer.register_step_pre_hook(hook).remove)
+        try:
+            claim_steps(optimizer, self._patches, "a GradientClipper that is attached")
+            core.machinery.effect.make_ready(self._patches)
+            family = follow_steps(
+                optimizer, self._patches, before=self._before_step, after=self._after_step
+            )
+        except Exception:
+            self._patches.undo()
+            raise
+        core.watch.begin(family, core.machinery.plan.parameters)
+        self._patches.callback(core.watch.end)
         if scaler is not None:
             scaler.around_step(self._patches, self._around_scaler_step)
 
@@ -83,6 +103,7 @@ class Attached:
 
     @contextmanager
     def _around_scaler_step(self) -> Iterator[None]:
+        self._core.watch.check(in_clip=True)
         self._clip()
         self._clipped_by_scaler = True
         try:
@@ -91,36 +112,77 @@ class Attached:
             self._clipped_by_scaler = False
 
     def _before_step(
-        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        found_inf = getattr(self._optimizer, "found_inf", None)
+        found_inf = getattr(optimizer, "found_inf", None)
         if isinstance(found_inf, Tensor) and found_inf.ndim:
             # FSDP's scaler of torch 2.13 gives shape (1,), which fused steps refuse.
-            vars(self._optimizer)["found_inf"] = found_inf.reshape(())
+            vars(optimizer)["found_inf"] = found_inf.reshape(())
         if self._clipped_by_scaler:  # around the scaler's step, which looks for overflows first
             return None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            found = getattr(self._optimizer, "grad_scale", None)
+        self._core.watch.begin_step()
+        place = closure_place(type(optimizer).step, args, kwargs)
+        if place is None:
+            found = getattr(optimizer, "grad_scale", None)
             self._clip(self._core.machinery.effect.scalers_own(found))
             return None
         if self._core.config.stage == "after_backward":
             refuse_closures()
+        self._evaluations, self._found = 0, None
+        if self._has_new_gradients():
+            self._clip_what_is_there()
         # The optimizer evaluates the closure when and as often as it likes: clip after each.
-        rest = {name: value for name, value in kwargs.items() if name != "closure"}
-        return (args[0], self._then_clip(closure), *args[2:]), rest
+        if isinstance(place, str):
+            return args, kwargs | {place: self._then_clip(kwargs[place])}
+        return (*args[:place], self._then_clip(args[place]), *args[place + 1 :]), kwargs
+
+    def _after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._core.watch.end_step()
+        if closure_place(type(optimizer).step, args, kwargs) is None:
+            self._left = None
+            return
+        if self._found is not None:
+            with torch.no_grad():
+                if self._evaluations:
+                    self._core.amend(self._found)
+                else:
+                    self._core.commit(self._found)
+            self._known, self._found = self._core.last_record, None
+        elif not self._evaluations and self._has_new_gradients():
+            msg = (
+                f"{type(optimizer).__name__} stepped without evaluating its closure, and a policy "
+                "watches the loss that the closure returns, so this step went unclipped; allowed: "
+                "step() without a closure. Leave it out, or set watch to 'norm'."
+            )
+            raise ConfigError(msg)
+        self._left = GradientSnapshot(self._core.machinery.plan.parameters.values())
+
+    def _has_new_gradients(self) -> bool:
+        """Whether there are gradients, other ones than the last step left behind."""
+        if self._left is not None and not self._left.is_changed:
+            return False
+        return any(p.grad is not None for p in self._core.machinery.plan.parameters.values())
+
+    def _clip_what_is_there(self) -> None:
+        """Clip gradients that the optimizer may use before it evaluates the closure, or instead."""
+        if self._losses is not None or self._core.last_record is not self._known:
+            return  # of which no loss is known, or which were clipped by hand
+        self.is_stepping = True
+        try:
+            with torch.no_grad():
+                self._found = look_and_write(self._core, self._given(), self._core.begin())
+        finally:
+            self.is_stepping = False
 
     def _then_clip(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        repeat = False
-
         def closure_then_clip() -> Any:
-            nonlocal repeat
             with torch.enable_grad():
                 loss = closure()
-            if loss is not None and self._losses is not None and not self._losses.any:
+            is_loss = isinstance(loss, Tensor | float | int)
+            if is_loss and self._losses is not None and not self._losses.any:
                 self._losses.observe(loss)
-            self._clip(repeat=repeat)
-            repeat = True
+            self._clip(repeat=self._evaluations > 0)
+            self._evaluations += 1
             return loss
 
         return closure_then_clip

@@ -9,16 +9,15 @@ import torch
 from gradclip.core import Core
 from gradclip.errors import ConfigError
 from gradclip.records.record import ClipRecord
-from gradclip.types import Beginning, Given
+from gradclip.types import Beginning, Given, Step
 
-__all__ = ["clip_again", "refuse_closures"]
+__all__ = ["clip_again", "look_and_write", "refuse_closures"]
 
 
 def clip_again(core: Core, given: Given, since: Beginning) -> ClipRecord:
     """Clip the gradients of one more evaluation as the step's first were.
 
-    Policies look back to the step's beginning, so that they neither count nor learn twice. What
-    was withheld or not finite joins the record of the step.
+    What was withheld or not finite joins the record of the step.
 
     Args:
         core: Of the clipper, which has committed the step.
@@ -28,11 +27,24 @@ def clip_again(core: Core, given: Given, since: Beginning) -> ClipRecord:
     Returns:
         The record of the step.
     """
+    return core.amend(look_and_write(core, given, since))
+
+
+def look_and_write(core: Core, given: Given, since: Beginning) -> Step:
+    """Clip gradients without counting them: policies look back to the step's beginning.
+
+    Args:
+        core: Of the clipper.
+        given: What is known of these gradients.
+        since: What the step began with.
+
+    Returns:
+        What was found, to be committed, or to amend what was committed.
+    """
     step = core.look(given, since)
-    record = core.amend(step)
     edits = [replace(e, learns=torch.zeros_like(e.learns)) for e in step.verdict.edits]
     core.write(replace(step, verdict=replace(step.verdict, edits=tuple(edits))))
-    return record
+    return step
 
 
 def refuse_closures() -> None:

@@ -86,7 +86,7 @@ class _EngineStep:
         self._engine = layout.engine
         self._optimizer = layout.engine.optimizer
         self._patches = Patches()
-        self._norm = torch.zeros(())
+        self._norm = torch.zeros((), dtype=torch.float64, device="cpu")
         self._step: Step | None = None
         self._scale = 1.0
         self._withheld = False
@@ -130,7 +130,9 @@ class _EngineStep:
         scaler = getattr(self._optimizer, "loss_scaler", None)
         if (withholds and rule == "ignore") or getattr(scaler, "dynamic", False):
             rule = "skip"  # an overflow is how a dynamic loss scale finds its value
-        grad_scale = None if self._scale == 1.0 else torch.tensor(self._scale)
+        grad_scale = None
+        if self._scale != 1.0:
+            grad_scale = torch.tensor(self._scale, dtype=torch.float64, device="cpu")
         with self._layout.in_step():
             step = self._core.look(replace(self._given(grad_scale), on_nonfinite=rule))
             self._norm = self._core.commit(step).grad_norm

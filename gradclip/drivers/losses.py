@@ -19,7 +19,9 @@ class Losses:
 
     def observe(self, loss: Tensor | float) -> None:
         """Take one in."""
-        self._seen.append(torch.as_tensor(loss).detach())
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(loss, dtype=torch.float64, device="cpu")
+        self._seen.append(loss.detach())
 
     def forget(self) -> None:
         """Begin anew."""

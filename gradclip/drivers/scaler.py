@@ -26,12 +26,15 @@ class LossScale:
         optimizer: The one that is handed to `scaler.step`.
         in_engine: It is a DeepSpeed engine's.
 
+    Attributes:
+        scaler: The scaler.
+
     Raises:
         ConfigError: If there is no optimizer, or a DeepSpeed engine, which scales by itself.
     """
 
     def __init__(self, scaler: GradScaler, optimizer: Any, *, in_engine: bool) -> None:
-        self._scaler = scaler
+        self.scaler = scaler
         self._optimizer = optimizer
         if in_engine or optimizer is None:
             found = "a DeepSpeed engine, which scales by itself" if in_engine else "no optimizer"
@@ -44,12 +47,12 @@ class LossScale:
     @property
     def is_live(self) -> bool:
         """Whether it scales anything."""
-        return self._scaler.is_enabled()
+        return self.scaler.is_enabled()
 
     @property
     def factor(self) -> Tensor:
         """What backward's gradients are multiplied by, 0-d float32, without a host read."""
-        return self._scaler.scale(torch.ones((), device=self._device))
+        return self.scaler.scale(torch.ones((), dtype=torch.float32, device=self._device))
 
     def settle(self, *, leave: bool) -> Tensor | None:
         """Unscale the gradients, unless that was done in this step.
@@ -60,12 +63,12 @@ class LossScale:
         Returns:
             The factor that gradients still carry, 0-d float32; None if they carry none.
         """
-        if is_unscaled(self._scaler, self._optimizer):
+        if is_unscaled(self.scaler, self._optimizer):
             return None
         # A sharded scaler tells all ranks of an overflow only while it unscales.
-        if leave and type(self._scaler).unscale_ is GradScaler.unscale_:
+        if leave and type(self.scaler).unscale_ is GradScaler.unscale_:
             return self.factor
-        self._scaler.unscale_(self._optimizer)
+        self.scaler.unscale_(self._optimizer)
         return None
 
     def around_step(
@@ -85,7 +88,7 @@ class LossScale:
             with clip() if ours else nullcontext():
                 return step(optimizer, *args, **kwargs)
 
-        patches.wrap(self._scaler, "step", clip_and_step)
+        patches.wrap(self.scaler, "step", clip_and_step)
 
     @property
     def _device(self) -> torch.device:

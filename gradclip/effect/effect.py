@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradclip.effect.elements import ElementMemory
-from gradclip.effect.fused import FusedStep, takes_factors
+from gradclip.effect.fused import FusedStep, has_own_step, takes_factors
 from gradclip.errors import ConfigError
+from gradclip.patches import Patches
 from gradclip.plan.plan import Plan
 from gradclip.types import Given, Grads, Kernel, Verdict
 
@@ -91,7 +92,7 @@ class Effect:
             raise ConfigError(msg)
         self._mode = mode
         self._plan = plan
-        self._can_fold = why_not is None
+        self._folds_by_itself = why_not is None and not has_own_step(optimizer)
         self._optimizer = optimizer
         self._reads_block = reads_block
         self._one_by_one = one_by_one
@@ -108,7 +109,7 @@ class Effect:
             in_step: The step is under way. With `apply: auto` it only folds then, as nobody can
                 look at gradients in between that aren't clipped yet.
         """
-        return self._mode == "fold" or (self._mode == "auto" and self._can_fold and in_step)
+        return self._mode == "fold" or (self._mode == "auto" and self._folds_by_itself and in_step)
 
     def unscales(self, *, in_step: bool) -> bool:
         """Whether gradients may keep a scaler's factor until the step: nobody drops them."""
@@ -122,10 +123,14 @@ class Effect:
         ours = self._step is not None and self._step.asked(scale)
         return None if ours else scale
 
-    def make_ready(self) -> None:
-        """Register hooks with the optimizer, which can't be done while it runs others."""
+    def make_ready(self, patches: Patches) -> None:
+        """Register hooks with the optimizer, which can't be done while it runs others.
+
+        Args:
+            patches: Whose `undo` takes them off.
+        """
         if self._takes_flag:
-            self._fused()
+            patches.callback(self._fused().remove)
 
     def write(
         self,
@@ -166,7 +171,7 @@ class Effect:
             self._fused().ask(divisor, flag, scaler_steps=given.scaler_steps)
 
     def _fused(self) -> FusedStep:
-        if self._step is None:
+        if self._step is None or not self._step.is_on:
             assert self._optimizer is not None
             self._step = FusedStep(self._optimizer)
         return self._step

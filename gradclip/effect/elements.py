@@ -49,9 +49,10 @@ class ElementMemory:
     ) -> None:
         self._plan = plan
         self._layout = layout
-        self._state: Mapping[Any, Mapping[str, Any]] = getattr(optimizer, "state", {})
-        groups = optimizer.param_groups if hasattr(optimizer, "state") else ()
-        self._betas = {p: g["betas"] for g in groups if "betas" in g for p in g["params"]}
+        # Its state and groups are other objects after each `load_state_dict`.
+        self._optimizer: Any | None = optimizer if hasattr(optimizer, "state") else None
+        groups = () if self._optimizer is None else self._optimizer.param_groups
+        self._group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._own: dict[Key, Memory] = {} if before is None else before._own
         self._missed: dict[Key, int] = {}
         self._undivided = _needed_whole(plan)
@@ -148,9 +149,11 @@ class ElementMemory:
         if not policy.memory:
             return _Held({})
         parameter, key = self._plan.slots[slot][0], (rule, self._plan.slot_names[slot])
-        betas = self._betas.get(parameter)
-        if policy.borrows is not None and betas is not None:
-            state = self._state.get(parameter, {})
+        optimizer, betas = self._optimizer, None
+        if policy.borrows is not None and optimizer is not None:
+            betas = optimizer.param_groups[self._group_of[parameter]].get("betas")
+        if optimizer is not None and betas is not None:
+            state = optimizer.state.get(parameter, {})
             if not state and self._missed.get(key, 0) < PATIENCE:
                 return None
             moment = state.get(policy.borrows)
@@ -192,7 +195,8 @@ class ElementMemory:
 
     def _whole(self, slot: int, part: Tensor | None) -> Tensor:
         name, layout = self._plan.slot_names[slot], self._layout
-        whole = torch.zeros(self._plan.shapes[name], device=layout.devices[0])
+        shape = self._plan.shapes[name]
+        whole = torch.zeros(shape, dtype=torch.float32, device=layout.devices[0])
         if part is not None and layout.weights([self._plan.slots[slot]]).counted[0]:
             target = self._plan.regions[name].of(whole)
             target.copy_(part.view(target.shape))

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
+from gradclip.patches import Patches
 from gradclip.private import takes_scale
+from gradclip.steps import follow_steps
 
-__all__ = ["FusedStep", "takes_factors"]
+__all__ = ["FusedStep", "has_own_step", "takes_factors"]
 
 
 def takes_factors(optimizer: Any) -> bool:
@@ -25,6 +27,11 @@ def takes_factors(optimizer: Any) -> bool:
         and takes_scale(optimizer)
         and all(group.get("fused") for group in optimizer.param_groups)
     )
+
+
+def has_own_step(optimizer: Any) -> bool:
+    """Whether a subclass replaced torch's `step`: its own may look at gradients before."""
+    return not type(optimizer).step.__module__.startswith("torch.optim.")
 
 
 class FusedStep:
@@ -43,9 +50,17 @@ class FusedStep:
         self._scale: Tensor | None = None
         self._inf: Tensor | None = None
         self._scaler_clears = False
-        # Where the step is compiled, these stay outside of the graph.
-        optimizer.register_step_pre_hook(torch.compiler.disable(self._before))
-        optimizer.register_step_post_hook(torch.compiler.disable(self._after))
+        self._patches = Patches()
+        follow_steps(optimizer, self._patches, before=self._before, after=self._after)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it still has its hooks."""
+        return self._patches.is_on
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        self._patches.undo()
 
     def ask(
         self, scale: Tensor | None, withhold: Tensor | None, *, scaler_steps: bool = False

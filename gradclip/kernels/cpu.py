@@ -62,7 +62,7 @@ class CpuKernel(FastKernel):
         if scale is not None or norm_type not in (1.0, 2.0):
             factors = [1.0] * len(grads) if scale is None else scale.tolist()
             exact = [_exact(g, norm_type, f) for g, f in zip(grads, factors, strict=True)]
-            return torch.tensor(exact, dtype=torch.float64)
+            return torch.tensor(exact, dtype=torch.float64, device="cpu")
         sums = [0.0] * len(grads)
         flat = list(chain.from_iterable(grads))
         owners = [index for index, slot in enumerate(grads) for _ in slot]
@@ -71,7 +71,8 @@ class CpuKernel(FastKernel):
             small = [size < SMALL for size in sizes]
             # One for all of them: pages new to the process cost as much as a read.
             halves = [grad.numel() for grad in flat if grad.element_size() < 4]
-            buffer = torch.empty(min(max(halves, default=0), BLOCK))
+            most = min(max(halves, default=0), BLOCK)
+            buffer = torch.empty(most, dtype=torch.float32, device="cpu")
             for index, grad, is_small in zip(owners, flat, small, strict=True):
                 if not is_small:
                     sums[index] += _large(grad, norm_type, buffer)
@@ -88,7 +89,7 @@ class CpuKernel(FastKernel):
         for index, total in enumerate(sums):
             if grads[index] and not TRUSTED < total < float("inf"):
                 sums[index] = _exact(grads[index], norm_type)
-        return torch.tensor(sums, dtype=torch.float64)
+        return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place, leaving slots with a coefficient of 1 unread."""
@@ -154,7 +155,8 @@ def _add_small(
         sums[owners[0]] += whole
         return
     powers = buffer.double().abs_().pow_(norm_type)
-    totals = torch.segment_reduce(powers, "sum", lengths=torch.tensor(sizes), unsafe=True)
+    lengths = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    totals = torch.segment_reduce(powers, "sum", lengths=lengths, unsafe=True)
     for owner, total in zip(owners, totals.tolist(), strict=True):
         sums[owner] += total
 
@@ -162,8 +164,9 @@ def _add_small(
 def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> float:
     """Sum of |factor * g|^p in float64, a chunk at a time."""
     total = 0.0
-    most = max(map(Tensor.numel, slot), default=0)
-    for wide in _copies(slot, torch.empty(min(most, BATCH), dtype=torch.float64)):
+    most = min(max(map(Tensor.numel, slot), default=0), BATCH)
+    buffer = torch.empty(most, dtype=torch.float64, device="cpu")
+    for wide in _copies(slot, buffer):
         total += wide.mul_(factor).abs_().pow_(norm_type).sum().item()
     return total
 
@@ -171,7 +174,9 @@ def _exact(slot: Sequence[Tensor], norm_type: float, factor: float = 1.0) -> flo
 def _peak(slot: Sequence[Tensor]) -> Tensor:
     chunks = (chunk for grad in slot for chunk in flat_chunks(grad, CHUNK_SIZE))
     ends = list(chain.from_iterable(map(torch.aminmax, chunks)))
-    return torch.stack(ends).abs_().amax().double() if ends else torch.zeros(()).double()
+    if not ends:
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    return torch.stack(ends).abs_().amax().double()
 
 
 def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None = None) -> Tensor:
@@ -208,7 +213,8 @@ def _scale_clipped_(units: Units, coef: Tensor) -> None:
     # `before[i]` counts the units below i that are clipped: one host read tells it of all tensors.
     before = torch.cat([coef.new_zeros(1), (coef != 1.0).double().cumsum(0)])
     ends = [(span.start, span.start + span.units) for span in units.spans]
-    first, last = before[torch.tensor(ends, dtype=torch.int64).view(-1, 2)].unbind(1)
+    bounds = torch.tensor(ends, dtype=torch.int64, device="cpu").view(-1, 2)
+    first, last = before[bounds].unbind(1)
     wanted = [i for i, clips in enumerate((last > first).tolist()) if clips]
     if wanted:
         tensors = [units.tensors[i] for i in wanted]

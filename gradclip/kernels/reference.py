@@ -31,7 +31,9 @@ class ReferenceKernel:
     ) -> Tensor:
         """Sum of |scale * g|^p per slot; see `gradclip.types.Kernel`."""
         if isinstance(grads, Units):
-            ones = torch.ones(grads.count, dtype=torch.float64) if scale is None else scale
+            ones = scale
+            if ones is None:
+                ones = torch.ones(grads.count, dtype=torch.float64, device="cpu")
             return _by_unit(
                 grads,
                 lambda rows, at: (rows * ones[at].unsqueeze(1)).abs().pow(norm_type).sum(1),
@@ -41,7 +43,7 @@ class ReferenceKernel:
             [
                 sum(
                     ((grad.double() * factor).abs().pow(norm_type).sum() for grad in slot),
-                    torch.zeros((), dtype=torch.float64),
+                    torch.zeros((), dtype=torch.float64, device="cpu"),
                 )
                 for slot, factor in zip(grads, factors, strict=True)
             ]
@@ -68,7 +70,7 @@ class ReferenceKernel:
 
 def _by_unit(units: Units, measure: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """What `measure` gives for the float64 rows of each span; 0 for units that aren't here."""
-    found = torch.zeros(units.count, dtype=torch.float64)
+    found = torch.zeros(units.count, dtype=torch.float64, device="cpu")
     for tensor, span in units:
         inside = [d for d in range(tensor.ndim) if not span.unit_dims[0] <= d < span.unit_dims[1]]
         rows = tensor.double().permute((*range(*span.unit_dims), *inside)).reshape(span.units, -1)
@@ -79,4 +81,5 @@ def _by_unit(units: Units, measure: Callable[[Tensor, slice], Tensor]) -> Tensor
 
 def _peak(slot: Sequence[Tensor]) -> Tensor:
     peaks = [grad.double().abs().amax() for grad in slot]
-    return torch.stack(peaks).amax() if peaks else torch.zeros((), dtype=torch.float64)
+    none = torch.zeros((), dtype=torch.float64, device="cpu")
+    return torch.stack(peaks or [none]).amax()

@@ -7,6 +7,7 @@ and adds up over ranks: `LocalLayout` or `ShardedLayout`; a DeepSpeed engine has
 
 from torch.distributed import ProcessGroup
 
+from gradclip.layouts.agreement import Agreement, bits_of, shape_of
 from gradclip.layouts.detect import (
     Groups,
     detect,
@@ -20,10 +21,12 @@ from gradclip.layouts.ranks import is_first_rank, mean_loss
 from gradclip.layouts.sharded import ShardedLayout
 
 __all__ = [
+    "Agreement",
     "Groups",
     "LocalLayout",
     "ProcessGroup",
     "ShardedLayout",
+    "bits_of",
     "completed",
     "detect",
     "gathered",
@@ -33,4 +36,5 @@ __all__ = [
     "mean_loss",
     "refuse_shared_names",
     "region_of",
+    "shape_of",
 ]

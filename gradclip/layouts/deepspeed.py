@@ -132,6 +132,7 @@ class DeepSpeedLayout(LocalLayout):
         )
         self._addresses = dict(_addresses(engine.optimizer, self.kind, held))
         spread = _process_group(engine.optimizer, self.kind)
+        self.ranks: ProcessGroup = engine.seq_data_parallel_group
         spread_over = [] if spread is None or dist.get_world_size(spread) == 1 else [spread]
         super().__init__({}, spread_over)
         flat = [group["params"] for group in engine.optimizer.param_groups]

@@ -22,7 +22,7 @@ from gradclip.layouts.local import LocalLayout
 from gradclip.layouts.meshes import axis_of, root_of, sharding_over
 from gradclip.layouts.sharded import ShardedLayout
 
-__all__ = ["Groups", "detect", "gathered"]
+__all__ = ["Groups", "detect", "distinct_groups", "gathered", "shardings_of"]
 
 Groups = ProcessGroup | Mapping[str, ProcessGroup | None]
 """Which ranks hold other parameters: a group for all, or by pattern of the parameter's name."""
@@ -60,7 +60,7 @@ def detect(
             "it: GradientClipper(policy, optimizer=engine).attach(engine)."
         )
         raise LayoutError(msg)
-    shardings = _shardings(parameters, model)
+    shardings = shardings_of(parameters, model)
     if groups is None:
         _refuse_marked(parameters)
         _warn_of_forgotten_axes(parameters, shardings.values())
@@ -86,10 +86,11 @@ def gathered(facts: dict[str, Fact], groups: Groups | None) -> dict[str, Fact]:
         groups: As for `detect`; every rank of them must call.
 
     Returns:
-        The facts of all ranks of the groups, in the same order on each.
+        The facts of all ranks of the groups, in the order of names; without a group as they are.
     """
-    for group in _distinct(groups):
-        facts = {name: fact for one in _exchanged(facts, group) for name, fact in one.items()}
+    for group in distinct_groups(groups):
+        found = [item for one in _exchanged(facts, group) for item in one.items()]
+        facts = dict(sorted(found, key=lambda item: item[0]))
     return facts
 
 
@@ -100,13 +101,13 @@ def refuse_shared_names(parameters: Mapping[str, Tensor], groups: Groups | None)
         LayoutError: If two ranks of a group use one name, or a parameter is sharded over a part
             of an axis only, so that ranks outside that part hold another one (an expert).
     """
-    for group in _distinct(groups):
+    for group in distinct_groups(groups):
         mine = [name for name in parameters if groups and _group_of(name, groups) is group]
         seen = [name for names in _exchanged({"": mine}, group) for name in names[""]]
         shared = [name for name in mine if seen.count(name) > 1]
         if shared:
             raise LayoutError(_shared(shared[0]))
-    shardings = _shardings(parameters)
+    shardings = shardings_of(parameters)
     for axis in reduction_axes(shardings.values()):
         for name, sharding in shardings.items():
             within = [own for own in (*sharding.split, *sharding.copied) if own.within(axis)]
@@ -124,7 +125,7 @@ def _shared(name: str) -> str:
     )
 
 
-def _shardings(
+def shardings_of(
     parameters: Mapping[str, Tensor], model: nn.Module | None = None
 ) -> dict[str, Sharding]:
     """How each parameter lies over ranks; a plain tensor is the same on every rank."""
@@ -146,7 +147,8 @@ def _group_of(name: str, groups: Groups) -> ProcessGroup | None:
     return next((g for match, g in by_pattern.items() if fnmatch.fnmatchcase(name, match)), None)
 
 
-def _distinct(groups: Groups | None) -> list[ProcessGroup]:
+def distinct_groups(groups: Groups | None) -> list[ProcessGroup]:
+    """The groups that are named, each once."""
     named = groups.values() if isinstance(groups, Mapping) else [groups]
     return list(dict.fromkeys(group for group in named if group is not None))
 
@@ -177,7 +179,7 @@ def _refuse_marked(parameters: Mapping[str, Tensor]) -> None:
 def _refuse_outsiders(groups: Groups) -> None:
     """Refuse a group that this rank isn't in."""
     # `new_group` returns an object on ranks outside the group too; it can't reduce anything.
-    if any(dist.get_rank(group) < 0 for group in _distinct(groups)):
+    if any(dist.get_rank(group) < 0 for group in distinct_groups(groups)):
         msg = (
             f"process_group: rank {dist.get_rank()} is not in the group given on it; allowed: the "
             "group of ranks that this one belongs to. Where ranks form several groups, give each "

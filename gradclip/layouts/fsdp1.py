@@ -23,7 +23,14 @@ from gradclip.layouts.geometry import Sharding
 from gradclip.layouts.meshes import axis_of, sharding_over
 from gradclip.types import Region
 
-__all__ = ["flat_region", "fsdp1_shardings", "is_flat", "is_flattened", "padding"]
+__all__ = [
+    "flat_region",
+    "fsdp1_shardings",
+    "is_flat",
+    "is_flattened",
+    "padding",
+    "unflattened_shape",
+]
 
 
 class _Known(NamedTuple):
@@ -50,6 +57,15 @@ def is_flat(parameter: Tensor) -> bool:
 def padding(parameter: Tensor) -> int:
     """How many elements of a flat parameter's shard only fill it up."""
     return getattr(parameter, "_shard_numel_padded", 0)
+
+
+def unflattened_shape(parameter: Tensor) -> tuple[int, ...] | None:
+    """The shape of a parameter before it was flattened; None for several in one."""
+    handle = _known[parameter].handle() if parameter in _known else None
+    if handle is None or handle.flat_param._params is None:
+        return None
+    held = zip(handle.flat_param._params, handle.flat_param._shapes, strict=True)
+    return next((tuple(shape) for own, shape in held if own is parameter), None)
 
 
 def fsdp1_shardings(
@@ -150,7 +166,8 @@ def _held_by(handle: FlatParamHandle) -> Sequence[Tensor]:
 def _shardings_by(handle: FlatParamHandle) -> Iterator[tuple[Tensor, Sharding]]:
     """The parameters of one handle; tensor parallelism may have sharded them before FSDP1."""
     flat = handle.flat_param
-    split = (axis_of(handle.process_group),) if handle.uses_sharded_strategy else ()
+    own = (axis_of(handle.process_group),)
+    split, copied = (own, ()) if handle.uses_sharded_strategy else ((), own)
     before = [
         Sharding() if spec is None else sharding_over(spec.mesh, spec.placements)
         for spec in flat._param_extensions
@@ -165,7 +182,7 @@ def _shardings_by(handle: FlatParamHandle) -> Iterator[tuple[Tensor, Sharding]]:
             raise LayoutError(msg)
         before = [Sharding()]
     for p, sharding in zip(_held_by(handle), before, strict=True):
-        yield p, Sharding((*split, *sharding.split), sharding.copied)
+        yield p, Sharding((*split, *sharding.split), (*copied, *sharding.copied))
 
 
 def _lost(names: Sequence[str]) -> str:

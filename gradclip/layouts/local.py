@@ -44,6 +44,7 @@ class LocalLayout:
     ) -> None:
         self._some_complex = any(p.is_complex() for p in parameters.values())
         self._groups = list(groups)
+        self.reduces = bool(groups)
         parts = [local_part(p) for p in parameters.values()]
         devices = dict.fromkeys(part.device for part in parts)
         self.devices = tuple(devices) or (torch.device("cpu"),)

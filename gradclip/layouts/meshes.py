@@ -1,4 +1,4 @@
-"""Device meshes and DTensors: every private touch of theirs is here.
+"""Device meshes, DTensors and `join`: every private touch of theirs is here.
 
 Read in torch 2.13; tests/layouts/test_torch_names.py fails when a name used here is gone.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+from torch.distributed.algorithms.join import Joinable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -17,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 from gradclip.layouts.geometry import Axis, Sharding
 from gradclip.types import Region
 
-__all__ = ["axis_of", "mesh_region", "root_of", "sharding_over"]
+__all__ = ["axis_of", "is_joining", "mesh_region", "root_of", "sharding_over"]
 
 
 def axis_of(group: ProcessGroup) -> Axis:
@@ -47,3 +48,8 @@ def mesh_region(tensor: DTensor) -> Region:
         shape, tensor.device_mesh, tensor.placements
     )
     return Region(shape, tuple(start) or (0,) * len(shape), tuple(size))
+
+
+def is_joining(module: Joinable) -> bool:
+    """Whether this is within `join`, where ranks may make different numbers of steps."""
+    return module._join_config.enable

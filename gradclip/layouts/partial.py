@@ -65,7 +65,8 @@ class PartialSums:
 
     def _agree(self, mesh: DeviceMesh, parameters: list[DTensor]) -> None:
         mine = [[self._kind(p, dim) for dim in range(mesh.ndim)] for p in parameters]
-        kinds = torch.tensor(mine, device=parameters[0].to_local().device)
+        device = parameters[0].to_local().device
+        kinds = torch.tensor(mine, dtype=torch.int64, device=device)
         for group in mesh.get_all_groups():
             dist.all_reduce(kinds, dist.ReduceOp.MAX, group)
         for p, kind in zip(parameters, kinds.tolist(), strict=True):

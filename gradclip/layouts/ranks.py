@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from gradclip.layouts.local import device_of
 
-__all__ = ["is_first_rank", "mean_loss"]
+__all__ = ["is_first_rank", "mean_loss", "this_rank"]
 
 
 def mean_loss(losses: Sequence[Tensor], device: torch.device) -> Tensor | None:
@@ -47,4 +47,9 @@ def mean_loss(losses: Sequence[Tensor], device: torch.device) -> Tensor | None:
 
 def is_first_rank() -> bool:
     """Whether this process is the first of all ranks, which alone writes files and warnings."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return this_rank() == 0
+
+
+def this_rank() -> int:
+    """The number of this process; 0 where there is one alone."""
+    return dist.get_rank() if dist.is_initialized() else 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
@@ -39,7 +40,8 @@ def build_plan(
     Args:
         config: Policies, and other policies for some parameters.
         facts: What is known of every parameter, also of those that only other ranks hold.
-        parameters: Those that this rank holds, by name.
+        parameters: Those that this rank holds, by name; a lazy one counts as held elsewhere until
+            it has a shape.
         regions: Where this rank's part of each of them lies, if units are measured.
         device: Where decisions are made.
         fine: Every parameter is measured by itself, whatever policies ask for.
@@ -56,14 +58,15 @@ def build_plan(
     depth = max([logged, *(_finest(policy) for policy in policies)])
 
     # A slot is named by its path: config group, optimizer group, parameter, as deep as needed.
+    shaped = {name: p for name, p in parameters.items() if not is_lazy(p)}
     slots: dict[Path, list[Parameter]] = {}
     where: dict[Path, Membership] = {}
     for name, fact in facts.items():
         path = (str(members[name].group), fact.group, name)[: depth + 1]
         slot = slots.setdefault(path, [])
         where[path] = members[name]
-        if name in parameters:
-            slot.append(parameters[name])
+        if name in shaped:
+            slot.append(shaped[name])
     _refuse_complex(chains, members, facts)
     unit_map = None
     if depth == _UNIT:
@@ -77,7 +80,7 @@ def build_plan(
         for index, policy in enumerate(chain)
         if (rule := _rule((chain_index, index), policy, where, unit_map, device)).names
     ]
-    held = {name: [parameters[name]] if name in parameters else [] for name in facts}
+    held = {name: [shaped[name]] if name in shaped else [] for name in facts}
     groups: dict[str, list[int]] = {}
     for i, path in enumerate(slots):
         groups.setdefault(path[1] if depth else "group0", []).append(i)
@@ -173,7 +176,9 @@ def _watched(
     slots = [i for i, member in enumerate(where.values()) if member.watched]
     if len(slots) == len(where):
         return None
-    return torch.tensor(slots, device=device) if unit_map is None else unit_map.indices(slots)
+    if unit_map is not None:
+        return unit_map.indices(slots)
+    return torch.tensor(slots, dtype=torch.int64, device=device)
 
 
 def _unit_dims(
@@ -218,7 +223,7 @@ def _rule(
     if depth == _UNIT and unit_map is not None:
         names = [f"{paths[i][-1]}[{row}]" for i in acts for row in range(unit_map.counts[i])]
         indices, units = unit_map.indices(acts), sum(unit_map.counts)
-        owner = torch.tensor([], device=device)
+        owner = torch.tensor([], dtype=torch.int64, device=device)
         return Rule(
             key, policy, tuple(names), tuple(acts), None, owner, unit_map.lengths, units, indices
         )
@@ -243,7 +248,7 @@ def _rule(
         tuple(path[-1] if depth else "global" for path in own),
         tuple(acts),
         None if same else _table(held, len(paths), device),
-        torch.tensor(owners, device=device),
+        torch.tensor(owners, dtype=torch.int64, device=device),
         None if unit_map is None else unit_map.lengths,
         0 if unit_map is None else sum(unit_map.counts),
         elementwise=policy if isinstance(policy, ElementPolicy) else None,

@@ -1,16 +1,19 @@
-"""Optimizers that step inside backward, whose gradients are gone before a clip could see them."""
+"""Optimizers that use gradients inside backward, before a clip could see them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import CellType
+from typing import Any
 
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 from gradclip.errors import ConfigError
-from gradclip.private import has_gradient_hooks, optimizers_in_backward, writes
+from gradclip.private import comm_hooks, gradient_hooks, optimizers_in_backward, writes
 
-__all__ = ["BackwardWatch", "refuse_marked"]
+__all__ = ["BackwardWatch", "refuse_marked", "refuse_taken"]
 
 _logger = logging.getLogger("gradclip")
 
@@ -33,6 +36,44 @@ def refuse_marked(parameters: Mapping[str, Parameter]) -> None:
     }
     if found:
         raise ConfigError(_stepped(list(found), f"stepped by {next(iter(found.values()))}"))
+
+
+def refuse_taken(
+    parameters: Mapping[str, Parameter], optimizer: Any | None, model: Module | None
+) -> None:
+    """Refuse an optimizer that takes gradients while backward runs, and a model that steps then.
+
+    Offloading optimizers copy each gradient to the host in a hook of their own, and step with the
+    copies. DDP's `_register_fused_optim` steps in the hook that reduces gradients.
+
+    Args:
+        parameters: Those that are clipped, by name.
+        optimizer: Their optimizer, if there is one.
+        model: Their model, if it is known.
+
+    Raises:
+        ConfigError: If one does.
+    """
+    for name, parameter in parameters.items() if optimizer is not None else ():
+        if any(_is_of(optimizer, hook) for hook in gradient_hooks(parameter)):
+            who = type(optimizer).__name__
+            msg = (
+                f"{who} has a hook of its own on the gradient of {name!r}, by which it uses or "
+                "copies gradients while backward runs, so that clipping them afterwards would "
+                f"change nothing. Allowed: optimizers that read .grad in step(). {_WAY_OUT}"
+            )
+            raise ConfigError(msg)
+    for hook in comm_hooks(model) if isinstance(model, DistributedDataParallel) else ():
+        if "optim" in getattr(hook, "__qualname__", ""):
+            raise ConfigError(_stepped(list(parameters), "stepped by DDP's _register_fused_optim"))
+
+
+def _is_of(owner: Any, hook: Callable[..., Any]) -> bool:
+    """Whether a hook is a method of an object, or a function made in one."""
+    if getattr(hook, "__self__", None) is owner:
+        return True
+    cells = getattr(hook, "__closure__", None) or ()
+    return any(cell != CellType() and cell.cell_contents is owner for cell in cells)
 
 
 class BackwardWatch:
@@ -68,7 +109,7 @@ class BackwardWatch:
         for p, before in list(self._writes.items()):
             if p.grad is not None:
                 del self._writes[p]
-            elif has_gradient_hooks(p) and writes(p) != before:
+            elif gradient_hooks(p) and writes(p) != before:
                 stepped.add(p)
         if stepped:
             names = [name for name, p in parameters.items() if p in stepped]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
@@ -15,18 +18,71 @@ from gradclip.plan.in_backward import refuse_marked
 
 __all__ = [
     "Named",
+    "as_pairs",
     "collect_parameters",
     "configs_for",
     "facts_of",
     "grad_dtype",
+    "group_names",
     "refuse_differentiable",
+    "told_apart",
 ]
 
-Named = Module | Iterable[tuple[str, Parameter]]
+Named = Module | Mapping[str, Parameter] | Iterable[tuple[str, Parameter]]
 """A model, or names of its parameters as from `model.named_parameters()`."""
 
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""What FSDP1, activation checkpointing and torch.compile put into the names of parameters."""
+_WRAPPERS = (
+    "_forward_module.",
+    "_fsdp_wrapped_module.",
+    "_checkpoint_wrapped_module.",
+    "_orig_mod.",
+)
+"""What Fabric, FSDP1, activation checkpointing and torch.compile put into names."""
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
+"""Modules that hold the user's own as `module`, which may be a name of the user's too."""
+
+
+def told_apart(named: Any, optimizer: Any) -> tuple[Any, Any]:
+    """The names and the optimizer, also where the optimizer was given in the place of the names.
+
+    Raises:
+        ConfigError: If what stands for the optimizer is none.
+    """
+    if hasattr(named, "param_groups") and not isinstance(named, Module):
+        named, optimizer = optimizer, named
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        msg = (
+            f"optimizer is a {type(optimizer).__name__}; allowed: an optimizer of torch or one "
+            "like it, with param_groups. Write GradientClipper(policy, model, optimizer)."
+        )
+        raise ConfigError(msg)
+    return named, optimizer
+
+
+def as_pairs(named: Named | None) -> list[tuple[str, Parameter]]:
+    """Names and parameters.
+
+    Raises:
+        ConfigError: If there are parameters without names, or something else.
+    """
+    if isinstance(named, Module):
+        return list(named.named_parameters())
+    if isinstance(named, Mapping):
+        named = named.items()
+    one = isinstance(named, Tensor) or not isinstance(named, Iterable | None)
+    found: list[Any] = [named] if one else list(named or ())
+    for item in found:
+        match item:
+            case (str(), Tensor()):
+                continue
+        msg = (
+            f"named_parameters holds a {type(item).__name__} without a name; allowed: a model, or "
+            "pairs of a name and a parameter, as patterns, metrics and saved state go by names. "
+            "Write GradientClipper(policy, model), or model.named_parameters() in place of "
+            "model.parameters()."
+        )
+        raise ConfigError(msg)
+    return found
 
 
 def collect_parameters(
@@ -51,21 +107,20 @@ def collect_parameters(
         raise ConfigError(msg)
     refuse_differentiable(optimizer)
     names: dict[Parameter, str] = {}
-    if isinstance(named_parameters, Module):
-        named_parameters = named_parameters.named_parameters()
-    named = list(named_parameters or ())
-    for (_, parameter), name in zip(named, _unwrapped([name for name, _ in named]), strict=True):
+    model = named_parameters if isinstance(named_parameters, Module) else None
+    for name, parameter in _unwrapped(as_pairs(named_parameters), model):
         names.setdefault(parameter, name)
     if optimizer is not None:
-        listed = [
-            (parameter, _unwrapped(group.get("param_names", ())), f"group{index}", column)
-            for index, group in enumerate(optimizer.param_groups)
-            for column, parameter in enumerate(group["params"])
-        ]
-        names = {
-            parameter: names.get(parameter, own[column] if own else f"{group}.{column}")
-            for parameter, own, group, column in listed
-        }
+        listed: dict[Parameter, str] = {}
+        for index, group in enumerate(optimizer.param_groups):
+            held = group["params"]
+            own = group.get("param_names", ())
+            if len(own) != len(held):  # none, or left behind when parameters were replaced
+                own = [f"group{index}.{column}" for column in range(len(held))]
+            listed |= zip(held, own, strict=True)
+        unnamed = [(name, p) for p, name in listed.items() if p not in names]
+        names |= {p: name for name, p in _unwrapped(unnamed)}
+        names = {p: name for p, name in names.items() if p in listed}
     found: dict[str, Parameter] = {}
     for parameter, name in names.items():
         if name in found:
@@ -111,13 +166,54 @@ def refuse_differentiable(optimizer: Optimizer | None) -> None:
         raise ConfigError(msg)
 
 
-def _unwrapped(names: Iterable[str]) -> list[str]:
-    """The names in the user's own model; DDP puts one `module.` before all of them."""
-    names = list(names)
+def _unwrapped(
+    named: Sequence[tuple[str, Parameter]], model: Module | None = None
+) -> list[tuple[str, Parameter]]:
+    """The same with the names in the user's own model.
+
+    A `module.` is dropped where DDP or one like it put it there, and stays where it is the user's:
+    the names alone don't tell, the wrapper itself does.
+
+    Args:
+        named: Names under all wrappers.
+        model: Where they come from; None looks for wrappers among all live objects.
+    """
+    named = [(_without_wrappers(name), p) for name, p in named]
+    if not any("module." in name for name, _ in named):
+        return named
+    outer: dict[Parameter, list[str]] = {}
+    for thing in gc.get_objects() if model is None else model.modules():
+        kind = type(thing)
+        if issubclass(kind, Module) and any(base.__name__ in _PARALLEL for base in kind.__mro__):
+            for name, p in thing.named_parameters():
+                outer.setdefault(p, []).append(_without_wrappers(name))
+    return [(_inside(name, outer.get(p, ())), p) for name, p in named]
+
+
+def _without_wrappers(name: str) -> str:
     for wrapper in _WRAPPERS:
-        names = [name.replace(wrapper, "") for name in names]
-    by_ddp = all(name.startswith("module.") for name in names)
-    return [name.removeprefix("module.") for name in names] if by_ddp else names
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _inside(name: str, outer: Iterable[str]) -> str:
+    """A parameter's name without the `module.` of each wrapper in which it has an outer name."""
+    for own in sorted(outer, key=len, reverse=True):
+        if f".{name}".endswith(f".{own}"):
+            name = name.removesuffix(own) + own.removeprefix("module.")
+    return name
+
+
+def group_names(optimizer: Optimizer) -> list[str]:
+    """What an optimizer's parameter groups are called: by their `name`, else `group<i>`.
+
+    Groups that share a name are told apart by their index: `decay.0` and `decay.2`.
+    """
+    names = [str(g.get("name", f"group{i}")) for i, g in enumerate(optimizer.param_groups)]
+    unique = [n if names.count(n) == 1 else f"{n}.{i}" for i, n in enumerate(names)]
+    if len(set(unique)) == len(unique):
+        return unique
+    return [f"{name}.{i}" for i, name in enumerate(names)]
 
 
 def facts_of(
@@ -132,11 +228,11 @@ def facts_of(
         optimizer: What steps them, if known.
         shapes: Of whole parameters, where units are measured; else empty.
 
-    A parameter's optimizer group is named by its `name`, else `group<i>`.
     """
     groups: dict[Parameter, str] = {}
-    for index, group in enumerate(optimizer.param_groups if optimizer else ()):
-        groups |= dict.fromkeys(group["params"], str(group.get("name", f"group{index}")))
+    if optimizer is not None:
+        for group, label in zip(optimizer.param_groups, group_names(optimizer), strict=True):
+            groups |= dict.fromkeys(group["params"], label)
     stepping = getattr(optimizer, "stepping", optimizer)
     kinds = tuple(c.__name__ for c in type(stepping).__mro__[:-1]) if optimizer else ()
     return {
@@ -166,6 +262,8 @@ def configs_for(
     Raises:
         ConfigError: If a group matches no parameter of any of them.
     """
-    named = named_parameters if isinstance(named_parameters, Module) else list(named_parameters)
+    named = named_parameters
+    if not isinstance(named, Module):
+        named = as_pairs(named)
     facts = [facts_of(collect_parameters(named, opt), opt, {}) for opt in optimizers]
     return for_each(config, facts)

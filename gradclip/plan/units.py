@@ -68,13 +68,14 @@ class UnitMap:
             list(_parts(name, regions[name], dims, start)) if name in regions else []
             for (name, dims), start in zip(unit_dims.items(), starts, strict=False)
         ]
-        return cls(parts, counts, torch.tensor(counts, device=device))
+        return cls(parts, counts, torch.tensor(counts, dtype=torch.int64, device=device))
 
     def indices(self, slots: Sequence[int]) -> Tensor:
         """The units of some slots, int64, in order."""
         starts = [0, *accumulate(self.counts)]
-        runs = [torch.arange(starts[slot], starts[slot + 1]) for slot in slots]
-        return torch.cat(runs or [torch.arange(0)]).to(self.lengths.device)
+        spans = [(0, 0), *((starts[slot], starts[slot + 1]) for slot in slots)]
+        runs = [torch.arange(*span, dtype=torch.int64, device="cpu") for span in spans]
+        return torch.cat(runs).to(self.lengths.device)
 
     def units(self, grads: Grads) -> Units:
         """Local gradients divided into units, without a copy.

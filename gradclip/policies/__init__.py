@@ -1,9 +1,10 @@
 """Mathematics: what limit each step gets. Pure functions of reduced norms and state."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
+from gradclip.models import MODELS, POLICIES
 from gradclip.policies.adagc import AdaGC
 from gradclip.policies.agc import AGC
 from gradclip.policies.autoclip import AutoClip
@@ -61,3 +62,6 @@ AnyPolicy = Annotated[
     Field(discriminator="type"),
 ]
 """Every policy that YAML can name, by its `type`."""
+
+POLICIES |= {str(p.model_fields["type"].default): p for p in get_args(get_args(AnyPolicy)[0])}
+MODELS["schedule"] = Schedule

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from gradclip.policies.model import STRICT
+from gradclip.models import Model
 from gradclip.policies.schedule import Limit, Schedule
 from gradclip.saved import LARGEST_COUNT, Range
 from gradclip.types import Decision, Scope, State, Stats
@@ -25,6 +26,7 @@ __all__ = [
     "SQUARE",
     "AdaptivePolicy",
     "NormPolicy",
+    "NormType",
     "Policy",
     "after",
     "coefficient",
@@ -49,15 +51,23 @@ REAL = Range(-1e100, 1e100)
 """Anything."""
 
 
-class Policy(BaseModel):
+def _read(norm_type: Any) -> Any:
+    """The number that a word such as "inf" stands for, which torch takes too."""
+    word = norm_type.lower().lstrip("+.") if isinstance(norm_type, str) else None
+    return math.inf if word in ("inf", "infinity") else norm_type
+
+
+NormType = Annotated[float, Field(gt=0), BeforeValidator(_read)]
+"""The p of a p-norm."""
+
+
+class Policy(Model):
     """Pure mathematics: reduced statistics and state in, decision and state out.
 
     A field has the same name in Python and in YAML. The engine measures, reduces and applies, and
     it drops the new state of a step that is withheld or not finite, so a policy needs to know
     neither about ranks nor about NaN.
     """
-
-    model_config = STRICT
 
     counters: ClassVar[frozenset[str]] = frozenset()
     """State that also moves on a step that is withheld or not finite: counts of such steps."""
@@ -132,7 +142,7 @@ class NormPolicy(Policy):
     scope: Scope = "global"
     """What one coefficient covers: all parameters, an optimizer's group, one parameter, or one unit
     (a row of a matrix, a filter of a convolution, a whole vector)."""
-    norm_type: Annotated[float, Field(gt=0)] = 2.0
+    norm_type: NormType = 2.0
     """p of the p-norm, above 0; inf is the largest magnitude."""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
     """Added to the norm when dividing by it, as torch does."""
@@ -186,9 +196,9 @@ def after(step: int, policy: Policy) -> Policy:
     """The same policy, which neither clips nor learns before that many optimizer steps.
 
     Raises:
-        pydantic.ValidationError: If `step` isn't an integer of at least 0.
+        ConfigError: If `step` isn't an integer of at least 0.
     """
-    return type(policy).model_validate({**dict(policy), "after": step})
+    return type(policy)(**{**dict(policy), "after": step})
 
 
 def coefficient(norms: Tensor, limit: Tensor, eps: float) -> Tensor:

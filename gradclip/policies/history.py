@@ -35,7 +35,7 @@ def pushed(rows: Tensor, values: Tensor, taken: Tensor) -> Tensor:
 
 def last_rows(rows: Tensor, seen: Tensor) -> Tensor:
     """Which rows hold one of the last `seen` values, bool of the shape of `rows`."""
-    age = torch.arange(rows.shape[0], 0, -1, device=rows.device).unsqueeze(1)
+    age = torch.arange(rows.shape[0], 0, -1, dtype=torch.int64, device=rows.device).unsqueeze(1)
     return age <= seen
 
 

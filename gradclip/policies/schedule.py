@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
-from gradclip.policies.model import STRICT
+from gradclip.models import Model
 
 __all__ = ["Limit", "Schedule"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Schedule(BaseModel):
+class Schedule(Model):
     """A limit as a function of t, the optimizer steps taken so far (withheld ones don't count).
 
     With u = clip((t - begin) / steps, 0, 1):
@@ -31,8 +31,6 @@ class Schedule(BaseModel):
 
     References: optax.linear_schedule, cosine_decay_schedule, warmup_cosine_decay_schedule.
     """
-
-    model_config = STRICT
 
     schedule: Literal["linear", "cosine", "warmup_cosine"]
     """The curve (see above)."""

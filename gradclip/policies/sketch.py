@@ -52,7 +52,8 @@ def quantile(counts: Tensor, share: float) -> Tensor:
         Float64 of shape (slots,), within `ACCURACY` of `numpy.quantile` of the same values where
         they lie between `SMALLEST` and `LARGEST`; meaningless for a slot that has none.
     """
-    below = counts.cumsum(0)
+    # Whole numbers: on CUDA torch has no deterministic sum of others, and may be asked for one.
+    below = counts.long().cumsum(0).double()
     rank = share * (below.select(0, BINS - 1) - 1).clamp(min=0)
     low = _middle((below <= rank.floor()).sum(0))
     high = _middle((below <= rank.ceil()).sum(0))

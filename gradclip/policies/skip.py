@@ -34,6 +34,7 @@ class Withholding(Policy):
 
     A row ends with the next step that is taken. Steps that another policy withholds neither end nor
     lengthen it: two policies whose rows begin apart would otherwise never let the same step pass.
+    Nor do steps whose norm is 0: where every other one is, a new level would never be accepted.
     """
 
     withholds: ClassVar[bool] = True

@@ -120,7 +120,7 @@ class SkipLarge(SkipPolicy):
             filler = norm.expand(self.window - 1 - self._holds, -1)
             level = torch.cat([filler, held, norm.unsqueeze(0)])
             return {"norms": torch.where(over, level, rows), "seen": seen}
-        step = (1 - self.decay) * took
+        step = took.double() * (1 - self.decay)
         mean = state["mean"] + step * (norm - state["mean"])
         weight = state["weight"] + step * (1 - state["weight"])
         return {

@@ -123,14 +123,15 @@ class Spam(ElementPolicy):
             keep = 1 - rate
         else:
             rate = torch.full_like(weight, 1 - self.decay)
-            keep = torch.where(seen == 0, 0.0, self.decay)
+            keep = torch.where(seen == 0, 0.0, torch.full_like(seen, self.decay))
         root = math.sqrt(self.theta)
         changes = (seen >= self.warmup_steps) & (stats.norms > root)
+        none = torch.full_like(weight, math.inf)
         decision = Decision(
             torch.ones_like(weight),
-            torch.full_like(weight, math.inf),
+            none,
             changes=changes,
-            elements=(torch.where(changes, root, math.inf), keep, rate),
+            elements=(torch.where(changes, root, none), keep, rate),
         )
         return decision, {"seen": seen + 1, "weight": weight}
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradclip.policies.base import FLAG, REAL, coefficient, filled
+from gradclip.policies.base import FLAG, REAL, NormType, coefficient, filled
 from gradclip.policies.elements import ElementPolicy
 from gradclip.policies.schedule import Limit
 from gradclip.saved import Range
@@ -57,7 +57,7 @@ class UClip(ElementPolicy):
     """Largest magnitude of an element, or norm of all, above 0. A number or a schedule."""
     kind: Literal["value", "norm"] = "value"
     """What is held to `limit`: every element, or the norm of all of them."""
-    norm_type: Annotated[float, Field(gt=0)] = 2.0
+    norm_type: NormType = 2.0
     """p of the p-norm for kind "norm", above 0; inf is the largest magnitude."""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-6
     """Added to the norm when dividing by it, as torch does."""

@@ -26,7 +26,6 @@ class Interval:
     """Sums over the steps since the last log entry.
 
     Args:
-        names: Keys of the norms that are summed beside the rows.
         keeps: Keep the norm of every step, for a histogram.
         drops: Count micro-batches that were left out.
 
@@ -34,17 +33,26 @@ class Interval:
         norms: Those that are kept, of finite steps.
     """
 
-    def __init__(self, names: Sequence[str], *, keeps: bool = False, drops: bool = False) -> None:
-        self.names = names
+    def __init__(self, *, keeps: bool, drops: bool) -> None:
         self.norms: list[float] = []
         self._keeps, self._drops = keeps, drops
         self.rows = 0
         self._counted = (*_COUNTS, "dropped") if drops else _COUNTS
-        self._counts = torch.zeros(len(self._counted), dtype=torch.float64)
-        self._means = torch.zeros(2, len(_MEANS), dtype=torch.float64)
+        self._counts = torch.zeros(len(self._counted), dtype=torch.float64, device="cpu")
+        self._means = torch.zeros(2, len(_MEANS), dtype=torch.float64, device="cpu")
         self._largest = math.nan
         self._clip_rate = 0.0
-        self._sums = torch.zeros(1 + len(names), dtype=torch.float64)
+        self._earlier: dict[str, tuple[float, float]] = {}
+        self.follow(())
+
+    def follow(self, names: Sequence[str]) -> None:
+        """Sum the norms of these keys beside the rows, from the next step on.
+
+        What was summed of others before is part of this interval, too.
+        """
+        self._earlier = self._totals() if self.rows else {}
+        self._names = names
+        self._sums = torch.zeros(1 + len(names), dtype=torch.float64, device="cpu")
 
     def add(self, rows: Tensor, sums: Tensor) -> None:
         """Take in steps.
@@ -71,7 +79,9 @@ class Interval:
 
     def next(self) -> Interval:
         """An empty one like this."""
-        return Interval(self.names, keeps=self._keeps, drops=self._drops)
+        new = Interval(keeps=self._keeps, drops=self._drops)
+        new.follow(self._names)
+        return new
 
     def metrics(self) -> dict[str, float]:
         """What to log; empty without a step. Means are over finite steps, NaN if there is none."""
@@ -88,11 +98,17 @@ class Interval:
         metrics |= {f"clip/{name}": count for name, count in named}
         metrics["clip/clip_rate"] = self._clip_rate
         metrics["clip/clip_rate_window"] = counts[0] / max(steps, 1)
+        named_totals = self._totals().items()
+        return metrics | {f"clip/{name}": _mean(*total) for name, total in named_totals}
+
+    def _totals(self) -> dict[str, tuple[float, float]]:
+        """Of each key the sum of its norms, and over how many steps."""
         number, *totals = self._sums.tolist()
-        return metrics | {
-            f"clip/{name}": _mean(total, number)
-            for name, total in zip(self.names, totals, strict=True)
-        }
+        found = dict(self._earlier)
+        for name, total in zip(self._names, totals, strict=True):
+            total_before, number_before = found.get(name, (0.0, 0.0))
+            found[name] = (total_before + total, number_before + number)
+        return found
 
 
 class Streaks:

@@ -33,6 +33,8 @@ class ClipRecord:
         skipped: Bool. The optimizer step was withheld.
         finite: Bool. Every gradient element on every rank was finite.
         clip_rate: Float64. Share of the steps so far that were clipped.
+        has_gradient: Bool. Some rank had a gradient, of zeros or not; else it isn't counted as a
+            step.
         per_parameter: Norm before clipping by parameter name; empty unless asked for.
         norm_type: p of these norms, that of the first policy that has one.
         dropped: Float64. Micro-batches that were left out; None but for `stage: after_backward`,
@@ -47,6 +49,7 @@ class ClipRecord:
     skipped: Tensor
     finite: Tensor
     clip_rate: Tensor
+    has_gradient: Tensor
     per_parameter: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     norm_type: float = 2.0
     dropped: Tensor | None = None

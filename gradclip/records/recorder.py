@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,9 +19,10 @@ from torch import Tensor
 from gradclip.errors import ConfigError
 from gradclip.norms import combine
 from gradclip.plan.plan import Plan
+from gradclip.records.ends import close_at_end
 from gradclip.records.interval import Interval, Streaks
 from gradclip.records.record import COLUMNS, ByName, ClipRecord
-from gradclip.records.trace_file import TraceHeader, write_trace
+from gradclip.records.trace_file import TraceHeader, import_pyarrow, probe, write_trace
 from gradclip.records.worst import WorstSteps
 from gradclip.types import Step, Verdict
 
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TAKEN", "Recorder", "Tally"]
 
+_logger = logging.getLogger("gradclip")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROWS = 512  # without a flight record: more than a log entry spans
 _NUMBERS, _FLAGS = COLUMNS.index("loss"), COLUMNS.index("has_gradient")
 
@@ -67,6 +73,7 @@ class Tally:
         grad_norm: Tensor,
         clipped_norm: Tensor,
         verdict: Verdict,
+        has_gradient: Tensor,
         per_parameter: Mapping[str, Tensor],
         norm_type: float,
     ) -> ClipRecord:
@@ -76,6 +83,7 @@ class Tally:
             grad_norm: 0-d float64, before clipping.
             clipped_norm: 0-d float64, once slots are multiplied by their coefficients.
             verdict: What was decided.
+            has_gradient: 0-d bool, some rank has a gradient.
             per_parameter: Norm before clipping by name.
             norm_type: p of the norms.
         """
@@ -95,6 +103,7 @@ class Tally:
             skipped=skipped,
             finite=verdict.finite,
             clip_rate=self._clip_rate,
+            has_gradient=has_gradient,
             per_parameter=per_parameter,
             norm_type=norm_type,
         )
@@ -109,7 +118,8 @@ class Tally:
     ) -> ClipRecord:
         """Count a step, make its row, and say how many were clipped up to it.
 
-        A step without any gradient (norm 0) is not counted.
+        One without any gradient is not counted. Zeros are gradients: momentum and weight decay
+        move parameters then.
 
         Args:
             record: What happened.
@@ -117,7 +127,7 @@ class Tally:
             loss: 0-d, if known.
             sound: 0-d bool, what the optimizer steps with is finite; `record.finite` if None.
         """
-        has_gradient = record.grad_norm != 0
+        has_gradient = record.has_gradient
         clean = record.finite if sound is None else sound
         taken = has_gradient & clean & record.skipped.logical_not()
         flags = (has_gradient, record.clipped, record.skipped, record.finite.logical_not(), taken)
@@ -172,7 +182,10 @@ class Recorder:
 
     With `recorder:` in the configuration the first rank writes the last steps to a file: when a
     step isn't finite, when a bound or `on_nonfinite: raise` stops the run, when the clipper or the
-    program ends, and on request.
+    program ends, and on request. If that fails, one warning says so and training goes on.
+
+    The steps of a file are of one process and one recorder: a forked process, or a copy, has a
+    file of its own.
 
     Args:
         config: What to log and record.
@@ -180,25 +193,41 @@ class Recorder:
         is_first: This process writes files and warnings.
 
     Attributes:
-        folder: Where a file with a relative path goes; at first the working directory.
+        folder: Where a file with a relative path goes; at first the working directory (`place`).
         tag: Part of the file's name, which names the clipper.
         norms: Those of the finite steps of the last `flush`, with `log.histograms`.
         tally: The counts and rows.
+
+    Raises:
+        ConfigError: If the configured file is Parquet and pyarrow is missing, or if its path can't
+            be written, as far as that is known before `place`.
     """
 
+    _owner = (0, 0)
+
     def __init__(self, config: ClipConfig, device: torch.device, *, is_first: bool) -> None:
-        self.folder: Path = Path.cwd()
+        self.folder: Path = Path()
         self.tag = ""
         self.norms: list[float] = []
         self.tally = Tally(device, _ROWS if config.recorder is None else config.recorder.steps)
         self._config = config
         self._is_first = is_first
         self._streaks = Streaks(config.log) if is_first else None
-        self._read = self._written = self._alarms = 0
+        self._read = self._written = self._tried = self._alarms = 0
         self._path: Path | None = None
-        self._interval = Interval(())
+        self._warned = False
+        keeps, drops = config.log.histograms and is_first, config.stage == "after_backward"
+        self._interval = Interval(keeps=keeps, drops=drops)
+        self._worst: WorstSteps | None = None
         self._sums = torch.zeros(1, dtype=torch.float64, device=device)
         self._names: Sequence[str] = ()
+        if (flight := config.recorder) is not None:
+            if flight.file.endswith(".parquet"):
+                import_pyarrow()
+            self._move_to(".", is_final=Path(flight.file).is_absolute())
+
+    def __del__(self) -> None:
+        self.close()
 
     @property
     def keeps_worst(self) -> bool:
@@ -206,7 +235,7 @@ class Recorder:
         return self._worst is not None
 
     def follow(self, plan: Plan, device: torch.device, *, reads_block: bool) -> None:
-        """Follow these parameters from the next step on.
+        """Follow these parameters from the next step on; what is known of the steps before stays.
 
         Args:
             plan: Of the parameters.
@@ -222,15 +251,12 @@ class Recorder:
         logged = [f"grad_norms/{name}" for name in plan.slot_names if log.per_parameter]
         if log.per_group:
             logged += [f"grad_norms/group/{name}" for name in plan.group_names]
-        drops = self._config.stage == "after_backward"
-        keeps = log.histograms and self._is_first
-        self._interval = Interval(logged, keeps=keeps, drops=drops)
+        self._interval.follow(logged)
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=device)
-        self._worst: WorstSteps | None = None
-        if flight is not None:
-            self._worst = WorstSteps(
-                flight.worst, len(self._names), device, reads_block=reads_block
-            )
+        if self._worst is not None:
+            self._worst.follow(self._names, device)
+        elif flight is not None:
+            self._worst = WorstSteps(flight.worst, self._names, device, reads_block=reads_block)
 
     def restart(self, step: int, counts: Tensor) -> None:
         """Go on from saved counts; the steps before were another run's, with its file.
@@ -243,7 +269,8 @@ class Recorder:
         self.close()
         self._path = None
         self.tally.first, self.tally.made, self.tally.counts = step, 0, counts
-        self._read = self._written = self._alarms = 0
+        self._read = self._written = self._tried = self._alarms = 0
+        self._interval, self._worst = self._interval.next(), None
         self.follow(self._plan, self.tally.rows.device, reads_block=self._reads_block)
 
     def record(self, step: Step) -> ClipRecord:
@@ -259,7 +286,9 @@ class Recorder:
         grad_norm = _total(step.norms, plan.recorded)
         clipped_norm = _total(step.norms * verdict.coef, plan.recorded)
         named = self.named(partial(plan.by_slot, step.norms))
-        return self.tally.describe(grad_norm, clipped_norm, verdict, named, plan.recorded)
+        return self.tally.describe(
+            grad_norm, clipped_norm, verdict, step.has_gradient, named, plan.recorded
+        )
 
     def named(self, slots: Callable[[], Tensor]) -> Mapping[str, Tensor]:
         """The norm of each parameter by name, where they are logged.
@@ -288,6 +317,8 @@ class Recorder:
             loss: 0-d, if known.
             sound: As for `Tally.count`.
         """
+        if self._config.recorder is not None and self._is_first:
+            self._own()
         record = self.tally.count(record, batch=batch, loss=loss, sound=sound)
         row = self._last(1).select(0, 0)
         if self._worst is not None:
@@ -329,6 +360,7 @@ class Recorder:
 
         Raises:
             ConfigError: If there is no path, neither here nor in the configuration.
+            OSError: If the file can't be written.
         """
         if path is None and self._config.recorder is None:
             msg = (
@@ -338,7 +370,6 @@ class Recorder:
             raise ConfigError(msg)
         if not self._is_first or not self.tally.made:
             return None
-        path = self._own_path() if path is None else Path(path)
         counts = dict(zip(Tally.NAMES, map(int, self.tally.counts.tolist()), strict=True))
         del counts["taken"]
         header = TraceHeader(
@@ -348,14 +379,81 @@ class Recorder:
             parameters=tuple(self._names) if self._worst is not None else None,
             counts=counts,
         )
-        write_trace(path, header, self._steps())
+        if path is None:
+            self._own()
+            wanted, is_new = self._path or self._wanted(), self._path is None
+            path = self._path = write_trace(wanted, header, self._steps(), anew=is_new)
+        else:
+            path = write_trace(path, header, self._steps())
         self._written = self.tally.made
         return path
 
+    def place(self, folder: str | Path, tag: str = "") -> None:
+        """Say where a file with a relative path goes.
+
+        Args:
+            folder: Made when it is needed.
+            tag: Part of the file's name, which names the clipper.
+
+        Raises:
+            ConfigError: If the configured file can't be written there.
+        """
+        self.tag = tag
+        self._move_to(folder, is_final=True)
+
     def close(self) -> None:
-        """Write what the file doesn't have yet."""
-        if self._config.recorder is not None and self._written < self.tally.made:
+        """Write what the file doesn't have yet; if that fails, one warning says so."""
+        if self._owner == (os.getpid(), id(self)) and self._written < self.tally.made:
+            self._save()
+
+    def _save(self) -> None:
+        """Write the file. No run ends, and no error of the user's is replaced, if that fails."""
+        self._tried = self.tally.made
+        try:
             self.write()
+        except Exception as error:
+            if not self._warned:
+                self._warned = True
+                _logger.warning(
+                    "clip%s: the flight record wasn't written to %s (%s: %s). Training goes on, "
+                    "and the file is tried again; this is said once. Make room, or have "
+                    "recorder.file name a place that can be written.",
+                    self.tag,
+                    self._path or self._wanted(),
+                    type(error).__name__,
+                    error,
+                )
+
+    def _own(self) -> None:
+        """From here on steps belong in this recorder's own file.
+
+        Those before are the parent's in a forked process, and the original's in a copy.
+        """
+        owner = (os.getpid(), id(self))
+        if self._owner != owner:
+            self._owner, self._path, self._written = owner, None, self.tally.made
+            close_at_end(self)
+
+    def _move_to(self, folder: str | Path, *, is_final: bool) -> None:
+        """See `place`; `is_final`: no other folder can be named later."""
+        flight = self._config.recorder
+        if flight is None:
+            return
+        try:
+            self.folder = Path(folder).absolute()
+            if self._is_first:
+                probe(self._wanted())
+        except (OSError, ValueError) as error:
+            code = getattr(error, "errno", None)
+            may_change = isinstance(error, PermissionError) or code == errno.EROFS
+            if code in _FULL or (may_change and not is_final):
+                return
+            msg = (
+                f"recorder.file: {Path(folder, flight.file)} can't be written ({error}); allowed: "
+                "a file in a folder that is there or can be made. Change recorder.file, or the "
+                "folder of the trainer's logs."
+            )
+            raise ConfigError(msg) from None
 
     def _is_due(self, row: Tensor) -> bool:
         """Whether rows have to be read now."""
@@ -397,29 +495,25 @@ class Recorder:
             self._streaks.follow(rows, self.tag)
         nonfinite = bool(rows[:, COLUMNS.index("nonfinite")].any())
         # Ever rarer, since a run may stay so for good.
-        rare = self.tally.made - self._written >= self._alarms
+        rare = self.tally.made - self._tried >= self._alarms
         if nonfinite and rare and self._config.recorder is not None:
             self._alarms += 1
-            self.write()
+            self._save()
 
     def _steps(self) -> list[dict[str, Any]]:
         """What the file has, in rising order."""
         found = {row["step"]: row for row in map(_as_step, self._last(self.tally.made).tolist())}
         for values, norms in () if self._worst is None else self._worst.kept():
             row = found.setdefault(int(values[0]), _as_step(values))
-            row["per_parameter"] = dict(zip(self._names, norms, strict=True))
+            row["per_parameter"] = norms
         return [found[step] for step in sorted(found)]
 
-    def _own_path(self) -> Path:
-        """The configured file, under a name that no other run's file has."""
-        if self._path is None:
-            assert self._config.recorder is not None
-            wanted = self.folder / self._config.recorder.file
-            stem, dot, rest = wanted.name.partition(".")
-            stem += self.tag
-            names = (f"{stem}{'' if i == 0 else f'-{i}'}{dot}{rest}" for i in range(10**6))
-            self._path = next(p for name in names if not (p := wanted.with_name(name)).exists())
-        return self._path
+    def _wanted(self) -> Path:
+        """The configured file, if no other run's has its name."""
+        assert self._config.recorder is not None
+        path = self.folder / self._config.recorder.file
+        stem, dot, rest = path.name.partition(".")
+        return path.with_name(f"{stem}{self.tag}{dot}{rest}")
 
 
 def _total(norms: Tensor, norm_type: float) -> Tensor:
@@ -434,6 +528,7 @@ def _as_step(values: Sequence[float]) -> dict[str, Any]:
         step["batch"] = int(row["batch"])
     if not math.isnan(row["loss"]):
         step["loss"] = row["loss"]
-    step |= {name: row[name] for name in ("grad_norm", "limit", "coef", "clipped_norm")}
+    if row["has_gradient"]:  # else there is no norm, which isn't a norm of 0
+        step |= {name: row[name] for name in ("grad_norm", "limit", "coef", "clipped_norm")}
     flags = {name: bool(row[name]) for name in ("clipped", "skipped")}
     return step | flags | {"finite": not row["nonfinite"]}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, suppress
+from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +33,7 @@ __all__ = [
     "TraceHeader",
     "import_pyarrow",
     "null_unless_finite",
+    "probe",
     "spell_out",
     "write_trace",
 ]
@@ -109,7 +112,13 @@ class TraceHeader(BaseModel):
         return json.dumps(fields, separators=(",", ":"), allow_nan=False)
 
 
-def write_trace(path: str | Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_trace(
+    path: str | Path,
+    header: TraceHeader,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    anew: bool = False,
+) -> Path:
     """Write a trace; the file appears whole or not at all.
 
     Args:
@@ -118,14 +127,41 @@ def write_trace(path: str | Path, header: TraceHeader, rows: Iterable[Mapping[st
         header: The first line.
         rows: One mapping per step in rising order of `step`, with the keys of docs/traces.md as
             plain Python numbers. NaN and infinity are allowed. Other keys are left out.
+        anew: Never write over a file: where there is one, a number is added to the name.
+
+    Returns:
+        The file.
 
     Raises:
         ConfigError: If steps don't rise, or pyarrow is missing.
+        OSError: If it can't be written.
     """
     path = Path(path)
     write = _write_parquet if path.suffix == ".parquet" else _write_lines
-    with _replaced(path) as temporary:
-        write(temporary, header, _complete(rows, path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(path) as (temporary, file):
+        with file:
+            write(file, header, _complete(rows, path))
+        path = _claimed(path) if anew else path
+        temporary.replace(path)
+    return path
+
+
+def probe(path: Path) -> None:
+    """Try whether a trace can be written; leaves nothing behind.
+
+    Args:
+        path: The file, absolute; it and its folder may be missing.
+
+    Raises:
+        OSError: If it can't.
+        ValueError: If no file can have this name.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next((folder for folder in path.parents if folder.exists()), path.parent)
+    with _temporary(folder / path.name) as (_, file):
+        file.close()
 
 
 def import_pyarrow() -> tuple[Any, Any]:
@@ -155,14 +191,13 @@ def null_unless_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_lines(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_lines(file: IO[bytes], header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(header.as_text() + "\n")
-        file.writelines(encode(null_unless_finite(row)) + "\n" for row in rows)
+    file.write(f"{header.as_text()}\n".encode())
+    file.writelines(f"{encode(null_unless_finite(row))}\n".encode() for row in rows)
 
 
-def _write_parquet(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
+def _write_parquet(file: IO[bytes], header: TraceHeader, rows: Iterable[Mapping[str, Any]]) -> None:
     pyarrow, parquet = import_pyarrow()
     schema = pyarrow.schema(
         [
@@ -175,7 +210,7 @@ def _write_parquet(path: Path, header: TraceHeader, rows: Iterable[Mapping[str, 
         metadata={FORMAT: header.as_text()},
     )
     rest = iter(rows)
-    with parquet.ParquetWriter(path, schema) as writer:
+    with parquet.ParquetWriter(file, schema) as writer:
         while block := list(islice(rest, _ROWS_AT_ONCE)):
             listed = [{**row, "per_parameter": _norms_as_text(row)} for row in block]
             writer.write_table(pyarrow.Table.from_pylist(listed, schema))
@@ -187,15 +222,26 @@ def _norms_as_text(row: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place once it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _temporary(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A new file beside `path`, gone afterwards; nobody knows its name before."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    file = temporary.open("xb")  # x: neither over another file nor through a link
     try:
-        yield temporary
-        temporary.replace(path)
+        yield temporary, file
     finally:
+        file.close()
         temporary.unlink(missing_ok=True)
+
+
+def _claimed(path: Path) -> Path:
+    """The first of `name.jsonl`, `name-1.jsonl` ... that isn't there; now it is, and empty."""
+    stem, dot, rest = path.name.partition(".")
+    for number in count():
+        free = path.with_name(f"{stem}{f'-{number}' if number else ''}{dot}{rest}")
+        with suppress(FileExistsError):
+            free.open("xb").close()
+            return free
+    raise AssertionError
 
 
 def _complete(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[dict[str, Any]]:

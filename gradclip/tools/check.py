@@ -10,35 +10,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from pydantic import BaseModel
 
-from gradclip.config import (
-    ClipConfig,
-    GroupConfig,
-    LogConfig,
-    RecorderConfig,
-    as_config,
-    load_section,
-    parse_mapping,
-)
-from gradclip.config.load import (
-    KeyPath,
-    Lines,
-    dotted,
-    line_of,
-    nearest,
-    policy_types,
-    read_yaml,
-)
+from gradclip.config import ClipConfig, as_config, load_section, parse_mapping
+from gradclip.config.by_class import PARTS, as_written
+from gradclip.config.load import read_yaml
 from gradclip.errors import ConfigError
-from gradclip.policies import Policy
+from gradclip.models import KeyPath, Lines, dotted, line_of
 from gradclip.records.trace_file import spell_out
 
 __all__ = ["Checked", "check_file", "describe_as_json", "describe_as_yaml"]
 
 _CALLBACKS = ("lightning_clip.GradientClip", "lightning_clip.callback.GradientClip", "GradientClip")
 _ARGUMENTS = ("policy", "progress_bar", "restore")
-_PARTS = ("init_args", "dict_kwargs")
 _SECTION = "gradient_clip_config"
 _ACCELERATE = {"compute_environment", "distributed_type", "num_machines", "num_processes"}
 
@@ -191,8 +174,8 @@ def _check_arguments(file: _File, at: KeyPath) -> dict[str, KeyPath]:
         here = (*at, str(part))
         if part == "class_path":
             continue
-        if part not in _PARTS:
-            known = ", ".join(("class_path", *_PARTS))
+        if part not in PARTS:
+            known = ", ".join(("class_path", *PARTS))
             file.refuse(here, f"{part} is not a known key; known: {known}")
         if not isinstance(given, Mapping | None):
             file.refuse(here, f"{part} is {given!r:.80}; allowed: a mapping of arguments")
@@ -213,75 +196,26 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool | None) or (isinstance(value, str) and value.lower() in words)
 
 
-# jsonargparse itself can't do what follows: it imports every module that a class_path names, and
-# what doesn't fit a class it passes on as a plain mapping, without a fault and without its line.
 def _as_mapping(file: _File, at: KeyPath) -> tuple[Any, Lines]:
-    """What LightningCLI builds of a `policy`, as the mapping that `ClipConfig` validates.
+    """The `policy` of a callback as the mapping that `ClipConfig` validates.
 
     Returns:
-        That mapping, and the line of each key path in it. A value without a `class_path` stays as
-        it is.
+        That mapping, and the line of each key path in it.
 
     Raises:
         ConfigError: If a `class_path` names no class of gradclip's configuration.
     """
-    value = file.value(at)
-    built: Any = _built(file, value, at)
-    start: KeyPath = ()
-    if isinstance(value, list) and value and all(map(_has_class_path, value)):
-        built, start = {"policies": built}, ("policies",)
-    elif _has_class_path(value) and issubclass(_known_classes()[value["class_path"]], Policy):
-        built, start = {"policies": [built]}, ("policies", 0)
+
+    def refuse(inside: KeyPath, fault: str) -> NoReturn:
+        file.refuse((*at, *inside), fault)
+
+    written, start = as_written(file.value(at), refuse)
     lines: dict[KeyPath, int] = {(): line_of(at, file.lines) or 1}
     for spot, line in file.lines.items():
         if spot[: len(at)] == at:
-            inside = (part for part in spot[len(at) :] if part not in _PARTS)
+            inside = (part for part in spot[len(at) :] if part not in PARTS)
             lines.setdefault((*start, *inside), line)
-    return built, lines
-
-
-def _built(file: _File, value: Any, at: KeyPath) -> Any:
-    """The value with the fields of a class in place of each `class_path` and its arguments."""
-    if _has_class_path(value):
-        known, path = _known_classes(), value["class_path"]
-        if path not in known:
-            ours = [name for name in known if name.count(".") == 1]
-            fault = f"class_path is {path!r}; {nearest(path, ours)[:-1]}"
-            file.refuse((*at, "class_path"), fault)
-        model = known[path]
-        fields: dict[str, Any] = {}
-        if issubclass(model, Policy):
-            fields["type"] = model.model_fields["type"].default
-        for part in _PARTS:  # jsonargparse builds no class within the arguments of another
-            fields |= value.get(part) or {}
-        return fields
-    if isinstance(value, Mapping):
-        return {key: _built(file, item, (*at, str(key))) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_built(file, item, (*at, index)) for index, item in enumerate(value)]
-    return value
-
-
-def _has_class_path(value: Any) -> bool:
-    """Whether jsonargparse takes it for a class with arguments."""
-    return (
-        isinstance(value, Mapping)
-        and isinstance(value.get("class_path"), str)
-        and set(value) <= {"class_path", *_PARTS}
-        and all(isinstance(value.get(part) or {}, Mapping) for part in _PARTS)
-    )
-
-
-def _known_classes() -> dict[str, type[BaseModel]]:
-    """The models of a configuration, by every path they can be imported from."""
-    models: list[type[BaseModel]] = [ClipConfig, GroupConfig, LogConfig, RecorderConfig]
-    found: dict[str, type[BaseModel]] = {}
-    for model in [*policy_types().values(), *models]:
-        module = model.__module__
-        while module:
-            found[f"{module}.{model.__name__}"] = model
-            module = module.rpartition(".")[0]
-    return found
+    return written, lines
 
 
 def _refuse_deepspeed(file: _File, config: ClipConfig) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from gradclip.errors import ConfigError
 from gradclip.records.trace_file import FORMAT
+from gradclip.tools.plain import as_markup
 
 __all__ = ["Log", "open_log"]
 
@@ -123,7 +124,7 @@ def _open_text(path: Path) -> AbstractContextManager[TextIO]:
         encoding="utf-8-sig",
         errors="replace",
         newline="",
-        description=f"Reading {path.name}",
+        description=as_markup(f"Reading {path.name}"),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -209,7 +210,7 @@ def _open_tensorboard(path: Path) -> Log:
     sizes = {**event_accumulator.DEFAULT_SIZE_GUIDANCE, "scalars": 0, "tensors": 0}
     sizes |= {"histograms": 1, "images": 1, "audio": 1, "compressedHistograms": 1}
     events = event_accumulator.EventAccumulator(str(path), sizes, purge_orphaned_data=False)
-    with Console(stderr=True).status(f"Reading {path.name}"):
+    with Console(stderr=True).status(as_markup(f"Reading {path.name}")):
         events.Reload()
     tags = events.Tags()
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from gradclip.config import load_yaml
 from gradclip.config.schema import schema_text
-from gradclip.errors import ConfigError
+from gradclip.errors import ConfigError, escaped
 
 try:
     import typer
@@ -22,6 +22,7 @@ try:
     from gradclip.tools import check as checks
     from gradclip.tools import show_replay, show_report
     from gradclip.tools.imports import import_log
+    from gradclip.tools.plain import as_markup, echo
     from gradclip.tools.recommend import recommend as propose
     from gradclip.tools.replay import replay as run_replay
     from gradclip.tools.report import open_run, summarize
@@ -106,8 +107,8 @@ def import_(
     )
     _refuse_input(out, found.path)
     write_trace(out, found.header, found.rows())
-    typer.echo(found.describe())
-    typer.echo(f"Wrote {out}")
+    echo(found.describe())
+    echo(f"Wrote {out}")
 
 
 @app.command(
@@ -134,10 +135,10 @@ def check(
     """
     checked = [checks.check_file(path) for path in files]
     describe = checks.describe_as_json if as_json else checks.describe_as_yaml
-    typer.echo(describe(checked), nl=False)
+    echo(describe(checked), nl=False)
     faults = [file.fault for file in checked if file.fault]
     for fault in faults:
-        typer.echo(fault, err=True)
+        echo(fault, err=True)
     raise typer.Exit(1 if faults else 0)
 
 
@@ -147,10 +148,10 @@ def schema(
 ) -> None:
     """Print the JSON schema of configurations, which editors complete from."""
     if out is None:
-        typer.echo(schema_text(), nl=False)
+        echo(schema_text(), nl=False)
     else:
         out.write_text(schema_text(), encoding="utf-8")
-        typer.echo(f"Wrote {out}")
+        echo(f"Wrote {out}")
 
 
 @app.command(
@@ -183,14 +184,14 @@ def report(
     with _progress(f"Reading {found.path.name}") as progress:
         summary = summarize(found, progress)
     if summary is None:
-        typer.echo(f"{found.path} has no steps; nothing to report.", err=True)
+        echo(f"{found.path} has no steps; nothing to report.", err=True)
         raise typer.Exit(1)
     show_report.write_report(summary, out)
     if as_json:
-        typer.echo(show_report.describe_as_json(summary, out))
+        echo(show_report.describe_as_json(summary, out))
     else:
         Console().print(show_report.describe_as_text(summary))
-        typer.echo(f"Wrote {out}")
+        echo(f"Wrote {out}")
 
 
 @app.command(
@@ -237,11 +238,11 @@ def replay(
         found = run_replay(opened, configs, start=start, stop=stop, progress=progress)
     show_replay.draw_replay(found, trace.name, png=plot, html=html)
     if as_json:
-        typer.echo(show_replay.replay_as_json(found))
+        echo(show_replay.replay_as_json(found))
         return
     Console().print(show_replay.replay_as_text(found))
     for path in filter(None, (plot, html)):
-        typer.echo(f"Wrote {path}")
+        echo(f"Wrote {path}")
 
 
 @app.command(
@@ -280,12 +281,12 @@ def recommend(
     if out is not None:
         out.write_text(found.taken.yaml, encoding="utf-8")
     if as_json:
-        typer.echo(show_replay.recommendation_as_json(found))
+        echo(show_replay.recommendation_as_json(found))
         return
     Console().print(show_replay.recommendation_as_text(found))
-    typer.echo(f"\n{show_replay.recommendation_as_yaml(found)}", nl=False)
+    echo(f"\n{show_replay.recommendation_as_yaml(found)}", nl=False)
     if out is not None:
-        typer.echo(f"Wrote {out}")
+        echo(f"Wrote {out}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -303,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(2)
         except OSError as error:
             named = f"{error.filename}: {error.strerror}" if error.filename else f"{error}"
-            sys.stderr.write(f"gradclip: {named}\n")
+            sys.stderr.write(f"gradclip: {escaped(named)}\n")
             sys.exit(2)
 
 
@@ -319,7 +320,7 @@ def _progress(what: str) -> Iterator[Callable[[float], None]]:
     """
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what.replace("[", r"\["), total=1.0)
+        task = progress.add_task(as_markup(what), total=1.0)
         yield lambda share: progress.update(task, completed=share)
 
 
@@ -348,7 +349,7 @@ def _refuse_lost_folder(out: Path | None) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    sys.stderr.write(f"gradclip: warning: {message}\n")
+    sys.stderr.write(f"gradclip: warning: {escaped(str(message))}\n")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Player:
 
     def __init__(self, config: ClipConfig, norm_type: float, slots: int = 1) -> None:
         names = tuple(str(slot) for slot in range(slots))
-        owner = torch.arange(slots)
+        owner = torch.arange(slots, dtype=torch.int64, device="cpu")
         self._rules = [
             Rule((0, i), p, names, tuple(range(slots)), None, owner)
             for i, p in enumerate(config.policies)
@@ -97,7 +97,7 @@ class Player:
                     stopped = str(error)
                     break
                 self._states = states
-                self._not_taken += skipped or not bool(verdict.finite) or not bool(norm)
+                self._not_taken += skipped or not bool(verdict.finite)
                 limits.append(verdict.limit)
                 coefs.append(verdict.coef)
                 skips.append(skipped)

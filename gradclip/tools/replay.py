@@ -214,7 +214,7 @@ class _Score:
             self._first = float(limited[0])
         if len(step):
             self._last = float(made.limit[-1])
-        self._steps += int((chunk.grad_norm[: len(step)] != 0).sum())
+        self._steps += len(step)
         self._clipped += int(clipped.sum())
         self._skipped += int(made.skipped.sum())
         self._taken += int((~made.skipped).sum())

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from gradclip.records.trace_file import null_unless_finite
 from gradclip.tools.charts import Clipping, Counts, plot_png
 from gradclip.tools.figure import draw_figure
 from gradclip.tools.page import write_page
+from gradclip.tools.plain import plain
 from gradclip.tools.recommend import Option, Recommendation
 from gradclip.tools.replay import Outcome, Replay
 
@@ -35,13 +35,13 @@ def replay_as_text(replay: Replay) -> RenderableType:
     rows = _rows(replay)
     table = _table(*rows[0])
     for row in rows:
-        table.add_row(*map(Text, row.values()))
+        table.add_row(*map(plain, row.values()))
     ended = (
-        Text(f"{o.name}: training would have ended at step {o.stopped_at}: {o.why_stopped}")
+        plain(f"{o.name}: training would have ended at step {o.stopped_at}: {o.why_stopped}")
         for o in replay.outcomes
         if o.stopped_at is not None
     )
-    return Group(Text(_extent(replay)), "", table, "", *ended, *map(Text, replay.notes))
+    return Group(plain(_extent(replay)), "", table, "", *ended, *map(plain, replay.notes))
 
 
 def replay_as_json(replay: Replay) -> str:
@@ -92,13 +92,13 @@ def recommendation_as_text(found: Recommendation) -> RenderableType:
     for option in found.options:
         mark = "> " if option == found.taken else "  "
         table.add_row(
-            Text(mark + option.name),
+            plain(mark + option.name),
             option.confidence,
             f"{option.rate:.1%}",
             f"{min(option.parts):.1%} to {max(option.parts):.1%}",
             f"{option.first} to {option.last}",
         )
-    return Group(*map(Text, found.facts), "", table)
+    return Group(*map(plain, found.facts), "", table)
 
 
 def recommendation_as_yaml(found: Recommendation) -> str:

@@ -17,6 +17,7 @@ from rich.text import Text
 from gradclip.records.trace_file import null_unless_finite
 from gradclip.tools.figure import Note, draw_figure
 from gradclip.tools.page import write_page
+from gradclip.tools.plain import plain
 from gradclip.tools.report import Report, Spike
 
 __all__ = ["describe_as_json", "describe_as_text", "write_report"]
@@ -56,9 +57,9 @@ def describe_as_text(report: Report) -> RenderableType:
     """A summary and the steps that stood out, to print with rich."""
     facts = Table.grid(padding=(0, 2))
     for name, value, more in _facts(report):
-        facts.add_row(name, Text(value, style="bold"), more)
-    parts: list[RenderableType] = [Text(f"{report.run.path}"), facts]
-    parts += [Text(line) for line in _extent(report)]
+        facts.add_row(name, plain(value, "bold"), plain(more))
+    parts: list[RenderableType] = [plain(f"{report.run.path}"), facts]
+    parts += [plain(line) for line in _extent(report)]
     if report.broken:
         table = _table("Steps that were not finite", "step", "batch", "done")
         table.add_column("parameters that were not finite, nearest the loss first", overflow="fold")
@@ -84,7 +85,7 @@ def _table(title: str, *columns: str) -> Table:
 def _cells(spike: Spike, *keys: str) -> list[Text]:
     shown = _show(spike)
     shown["top"] = ", ".join(part["text"] for part in shown["parts"][:2])
-    return [Text(str(shown[key])) for key in keys]
+    return [plain(str(shown[key])) for key in keys]
 
 
 def write_report(report: Report, path: Path) -> None:

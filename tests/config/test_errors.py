@@ -1,11 +1,23 @@
 """A faulty file is answered with where, what was found, and what is allowed."""
 
 import math
+from itertools import pairwise
 
 import pytest
+import torch
 from support.gradients import parameters
 
-from gradclip import ClipByNorm, ClipConfig, ConfigError, GradientClipper, load_section, load_yaml
+from gradclip import (
+    ClipByNorm,
+    ClipConfig,
+    ConfigError,
+    GradientClipper,
+    ZClip,
+    after,
+    as_config,
+    load_section,
+    load_yaml,
+)
 
 GOOD = """\
 # yaml-language-server: $schema=./schema.json
@@ -136,6 +148,19 @@ UNREADABLE = {
     ),
     "alias": ("policies: &a [*a]\n", ": values are nested too deeply, or an alias contains itself"),
     "depth": ("policies: " + "[" * 3000, ": values are nested too deeply"),
+    "aliases": (
+        "a: &a [1,1,1,1,1,1,1,1,1]\n"
+        + "".join(f"{y}: &{y} [{','.join(['*' + x] * 9)}]\n" for x, y in pairwise("abcdefghi")),
+        r", line \d: the file stands for more than 20,000 values",
+    ),
+    "merges": (
+        "a: &a {x: 1}\n"
+        + "".join(
+            f"{y}: &{y} {{<<: [{','.join(['*' + x] * 9)}]}}\n" for x, y in pairwise("abcdefghi")
+        ),
+        r", line \d: the file stands for more than 20,000 values",
+    ),
+    "size": (GOOD + "#" * (1 << 20), ": the file has more than 1 MiB"),
     "documents": (GOOD + "---\n" + GOOD, ", line 9: the file holds several documents; keep one"),
 }
 
@@ -148,6 +173,13 @@ def test_what_yaml_cannot_hold_is_named(tmp_path, subtests):
             load_yaml(path)
 
 
+def test_a_mapping_that_contains_itself():
+    policies = []
+    policies.append({"type": "norm", "max_norm": policies})
+    with pytest.raises(ConfigError, match="nested too deeply, or contains itself"):
+        as_config(policies)
+
+
 def test_a_missing_file():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: the file can't be read \(No such file"):
         load_yaml("nowhere.yaml")
@@ -156,7 +188,7 @@ def test_a_missing_file():
 def test_thresholds_refused_in_python_and_mappings(subtests):
     for value in (-1.0, 0, 0.0, math.nan, True, "1.0", None, [1.0]):
         with subtests.test(value=value):
-            with pytest.raises(ValueError, match="max_norm"):
+            with pytest.raises(ConfigError, match=r"^ClipByNorm: max_norm is .*; it must be"):
                 ClipByNorm(max_norm=value)
             wrong = {"policies": [{"type": "norm", "max_norm": value}]}
             with pytest.raises(ConfigError, match=r"policies\[0\]\.max_norm is"):
@@ -175,3 +207,67 @@ def test_infinity_is_a_threshold_that_measures(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("policies: [{type: norm, max_norm: .inf}]")
     assert load_yaml(path) == ClipConfig(policies=[ClipByNorm(max_norm=math.inf)])
+
+
+MODEL = torch.nn.Linear(1, 1)
+SGD = torch.optim.SGD(MODEL.parameters(), lr=0.1)
+UNIT = ClipByNorm(max_norm=1.0)
+ALIKE = {
+    "what is required by position": lambda: ClipByNorm(1.0),
+    "a list of mappings": lambda: as_config([{"type": "norm", "max_norm": 1.0}]).policies[0],
+    "a list of both": lambda: as_config([{"type": "norm", "max_norm": 1.0}, ZClip()]).policies[0],
+    "one mapping": lambda: as_config({"type": "norm", "max_norm": 1.0}).policies[0],
+    "the optimizer second": lambda: GradientClipper(UNIT, SGD).config.policies[0],
+    "names as a mapping": lambda: GradientClipper(
+        UNIT, dict(MODEL.named_parameters())
+    ).config.policies[0],
+    "optimizer and model swapped": lambda: GradientClipper(UNIT, SGD, MODEL).config.policies[0],
+}
+SLIPS = {
+    "no policy": (GradientClipper, "policy is None; allowed: .* Write, for instance, ClipByNorm"),
+    "no policy, but a model": (
+        lambda: GradientClipper(MODEL),
+        r"policy is Linear\(.*; allowed: a policy such as",
+    ),
+    "parameters without names": (
+        lambda: GradientClipper(UNIT, MODEL.parameters()),
+        r"holds a Parameter without a name; .* Write GradientClipper\(policy, model\)",
+    ),
+    "one parameter": (lambda: GradientClipper(UNIT, MODEL.weight), "holds a Parameter without"),
+    "no iterable": (lambda: GradientClipper(UNIT, 3), "holds a int without a name"),
+    "groups": (lambda: GradientClipper(UNIT, SGD.param_groups), "holds a dict without a name"),
+    "no optimizer": (
+        lambda: GradientClipper(UNIT, MODEL, MODEL.parameters()),
+        r"optimizer is a generator; .* Write GradientClipper\(policy, model, optimizer\)",
+    ),
+    "by position": (lambda: ZClip(0.9), r"ZClip got 0\.9 without a name; allowed: .*decay=\.\.\."),
+    "missing": (ClipByNorm, "ClipByNorm: max_norm is missing; add it"),
+    "misspelt": (lambda: ClipByNorm(max_nrm=1.0), "max_nrm is not .*; did you mean 'max_norm'"),
+    "within": (
+        lambda: ClipConfig(policies=[{"type": "norm", "max_norm": -1}]),
+        r"ClipConfig: policies\[0\]\.max_norm is -1; it must be greater than 0",
+    ),
+    "together": (
+        lambda: ClipByNorm(max_norm=1.0, budget="size"),
+        "ClipByNorm: has budget 'size' with scope 'global'",
+    ),
+    "after": (lambda: after(-1, ZClip()), "ZClip: after is -1; it must be greater than or equal"),
+}
+
+
+def test_likely_slips_mean_what_they_say():
+    for name, make in ALIKE.items():
+        assert make() == UNIT, name
+
+
+def test_other_likely_slips_are_one_error_with_the_line_to_write(subtests):
+    for name, (make, message) in SLIPS.items():
+        with subtests.test(name), pytest.raises(ConfigError, match=message):
+            make()
+
+
+def test_a_norm_type_of_infinity_as_torch_takes_it():
+    for word in ("inf", ".inf", "Infinity", "+inf", math.inf):
+        assert ClipByNorm(max_norm=1.0, norm_type=word).norm_type == math.inf
+    with pytest.raises(ConfigError, match="norm_type is '-inf'; it must be a valid number"):
+        ClipByNorm(max_norm=1.0, norm_type="-inf")

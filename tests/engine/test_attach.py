@@ -59,6 +59,8 @@ def test_what_a_closure_returns_is_the_loss_unless_one_was_observed():
     program.optimizer.step(closure)
     losses = program.clipper.state_dict()["policies"][0]["state"]["losses"]
     assert losses[-2:, 0].tolist() == [7.0, 5.0]
+    with pytest.raises(ConfigError, match="a policy watches the loss, and no rank has given one"):
+        program.optimizer.step(lambda: (closure(), "and what else it returns"))
 
 
 def test_a_closures_gradients_are_clipped_after_its_backward():

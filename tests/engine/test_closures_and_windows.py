@@ -27,12 +27,15 @@ from gradclip import (
 LIMIT = 0.05
 
 
-@pytest.mark.parametrize("search", [None, "strong_wolfe"])
-def test_an_lbfgs_step_is_counted_once_and_clipped_at_every_evaluation(search):
+@pytest.mark.parametrize(
+    ("search", "debug"), [(None, False), ("strong_wolfe", False), (None, True)]
+)
+def test_an_lbfgs_step_is_counted_once_and_clipped_at_every_evaluation(search, debug):
     model = small_model()
-    optimizer = LBFGS(model.parameters(), lr=0.1, max_iter=5, line_search_fn=search)
+    optimizer = LBFGS(model.parameters(), lr=1e-4, max_iter=5, line_search_fn=search)
     policies = [ZClip(warmup_steps=2, max_norm=None), ClipByNorm(max_norm=LIMIT)]
-    clipper = GradientClipper(policies, model.named_parameters(), optimizer)
+    config = {"policies": policies, "debug": debug}
+    clipper = GradientClipper(config, model.named_parameters(), optimizer)
     clipper.attach(optimizer)
     evaluations, records = [], []
 

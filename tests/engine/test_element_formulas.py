@@ -1,5 +1,6 @@
 """Element policies against formulas in numpy, and the sum identity of U-Clip."""
 
+import copy
 import math
 
 import numpy as np
@@ -73,10 +74,15 @@ def test_spam_takes_the_optimizers_moment(cls):
     clipped = 0
     policy = Spam(theta=9.0, decay=0.5, warmup_steps=10)
 
+    made = []
+
     def adam(params):
-        return optimizer_for(params, cls, betas=(0.9, 0.95))
+        made.append(optimizer_for(params, cls, betas=(0.9, 0.95)))
+        return made[0]
 
     for step, came, after, record, clipper in run(policy, adam):
+        if step == 15:  # as where a checkpoint is loaded: its state and groups are others then
+            made[0].load_state_dict(copy.deepcopy(made[0].state_dict()))
         close(after, spam_oracle(came, square, step, 9.0, 0.95, 10))
         assert "elements" not in clipper.state_dict()["policies"][0]
         clipped += bool(record.clipped)

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from support.gradients import assert_same_grads, fill, grads, optimizer_for, parameters
+from torch import nn
 
 from gradclip import ClipByNorm, ConfigError, GradientClipper
 from gradclip.config import parse_mapping
@@ -130,6 +131,37 @@ def test_groups_are_chosen_by_optimizer_group_and_by_optimizer_too():
     both = {"optimizer": "SGD", "match": "embed.*", "policies": own}
     params, _ = clipped([both])
     assert float(norm_of([params[EMBED].grad])) == pytest.approx(0.2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "called"),
+    [
+        (["x", "x"], ["x.0", "x.1"]),
+        (["x", "y", "x"], ["x.0", "y", "x.2"]),
+        (["group1", None], ["group1.0", "group1.1"]),
+        (["x.1", "x", "x"], ["x.1.0", "x.1", "x.2"]),
+    ],
+)
+def test_optimizer_groups_of_one_name_are_told_apart(given, called):
+    """Each has a slot, a metric and a pattern of its own."""
+    params = {f"p{i}": nn.Parameter(torch.zeros(1)) for i in range(len(given))}
+    groups = [{"params": [p]} for p in params.values()]
+    for group, name in zip(groups, given, strict=True):
+        group |= {} if name is None else {"name": name}
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    config = {
+        "policies": [{"type": "zclip", "scope": "group", "warmup_steps": 2, "max_norm": 1.0}],
+        "groups": [{"optimizer_group": called[-1], "policies": []}],
+        "log": {"per_group": True},
+    }
+    clipper = GradientClipper(config, params, optimizer)
+    for number, p in enumerate(params.values()):
+        p.grad = torch.full((1,), 0.5 if number else 100.0)
+    clipper.clip()
+    assert [float(p.grad) for p in params.values()] == [pytest.approx(1.0), *[0.5] * len(given[1:])]
+    assert clipper.state_dict()["policies"][0]["slots"] == called[:-1]
+    metrics = clipper.flush()
+    assert [metrics[f"clip/grad_norms/group/{name}"] for name in called[:2]] == [100.0, 0.5]
 
 
 def test_a_class_made_from_an_optimizer_is_that_optimizer():

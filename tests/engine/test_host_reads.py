@@ -8,9 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradclip import ClipByNorm, ClipConfig, GradientClipper, SkipNonfinite, SkipSpike
 
+UNSTEADY = ("cumsum", "put_", "histc", "bincount", "median", "nanmedian", "kthvalue")
+"""What raises on CUDA under `torch.use_deterministic_algorithms`; sums of whole numbers don't."""
+
 
 class Copies(TorchDispatchMode):
-    """Notes every copy between kinds of device, which fake tensors let pass."""
+    """Notes what fake tensors let pass: copies between kinds of device, and what may raise."""
 
     def __init__(self):
         super().__init__()
@@ -22,6 +25,9 @@ class Copies(TorchDispatchMode):
             source = args[1] if "copy_" in str(func) and "_to_copy" not in str(func) else args[0]
             if source.device.type != result.device.type:
                 self.seen.append(f"{func}: {source.device.type} to {result.device.type}")
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name in UNSTEADY and args[0].is_cuda and args[0].is_floating_point():
+            self.seen.append(f"{func} isn't deterministic")
         return result
 
 

@@ -64,9 +64,53 @@ def test_wrappers_leave_no_trace_in_names(subtests):
                 assert clipper.state_dict()["policies"][0]["slots"] == NAMES[:2]
 
 
-def test_a_child_of_ones_own_called_module_stays():
-    model = nn.ModuleDict({"module": nn.Linear(2, 1), "other": nn.Linear(2, 1)})
-    optimizer = torch.optim.SGD(model["module"].parameters(), lr=0.1)
-    config = CONFIG | {"groups": []}
-    clipper = GradientClipper(config, model.named_parameters(), optimizer)
-    assert clipper.state_dict()["policies"][0]["slots"] == ["module.weight", "module.bias"]
+def test_parameters_stand_in_the_order_of_the_names_that_are_given():
+    """An optimizer may list them in another order in every process (from a set)."""
+    model = small_model()
+    optimizer = torch.optim.SGD(list(model.parameters())[::-1], lr=0.1)
+    clipper = GradientClipper(CONFIG, model, optimizer)
+    assert clipper.state_dict()["policies"][0]["slots"] == NAMES[:2]
+
+
+class Wrapping(nn.Module):
+    """A wrapper of one's own, as many write them, whose only child is called `module`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def encoder_of(module):
+    return nn.ModuleDict({"encoder": module, "head": nn.Linear(2, 1)})
+
+
+NESTED = {
+    "plain": (Wrapping, "module.weight"),
+    "wrapped": (lambda model: nn.DataParallel(Wrapping(model)), "module.weight"),
+    "compiled inside": (
+        lambda model: nn.DataParallel(torch.compile(Wrapping(model), backend="eager")),
+        "module.weight",
+    ),
+    "a part wrapped": (lambda model: encoder_of(nn.DataParallel(model)), "encoder.weight"),
+    "both": (
+        lambda model: nn.DataParallel(encoder_of(nn.DataParallel(Wrapping(model)))),
+        "encoder.module.weight",
+    ),
+}
+
+
+def test_a_child_of_ones_own_called_module_stays(subtests):
+    """Told by the wrappers that live, however the names are given."""
+    for case, (wrap, first) in NESTED.items():
+        model = wrap(nn.Linear(2, 1))
+        forms = {
+            "model": model,
+            "generator": model.named_parameters(),
+            "list": list(model.named_parameters()),
+            "mapping": dict(model.named_parameters()),
+            "optimizer": torch.optim.SGD(model.named_parameters(), lr=0.1),
+        }
+        for form, given in forms.items():
+            with subtests.test(f"{case}, {form}"):
+                clipper = GradientClipper(CONFIG | {"groups": []}, given)
+                assert clipper.state_dict()["policies"][0]["slots"][0] == first

@@ -6,7 +6,7 @@ import torch
 
 from gradclip.adapters import GradientSnapshot
 from gradclip.private import (
-    has_gradient_hooks,
+    gradient_hooks,
     is_unscaled,
     is_view,
     optimizers_in_backward,
@@ -43,9 +43,9 @@ def test_every_write_to_a_gradient_shows():
 def test_hooks_on_a_parameters_gradient():
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
         parameter = torch.nn.Parameter(torch.zeros(2))
-        assert not has_gradient_hooks(parameter)
+        assert gradient_hooks(parameter) == []
         getattr(parameter, register)(print)
-        assert has_gradient_hooks(parameter)
+        assert gradient_hooks(parameter) == [print]
 
 
 def test_optimizers_that_torch_applies_in_backward():

@@ -1,11 +1,17 @@
 """What is kept of the last steps: metrics between log entries, warnings, the flight record."""
 
+import copy
 import gc
 import json
 import logging
 import math
+import multiprocessing
+import os
+import resource
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +19,7 @@ import torch
 from support.logged import expected_entries
 
 from gradclip import ConfigError, GradientClipper, NonFiniteError, SkipLimitError
+from gradclip.adapters import ClipperSet
 
 NAMES = ("a", "b", "c")
 FIXED = [{"type": "norm", "max_norm": 1.0}]
@@ -29,11 +36,14 @@ def made(kernel=None, **config):
 
 
 def step(clipper, params, norms, batch=None):
-    """One step in which each parameter's gradient has this norm."""
+    """One step in which each parameter's gradient has this norm; None for no gradient."""
     for parameter, norm in zip(params.values(), norms, strict=True):
-        parameter.grad = torch.tensor([0.0, norm])
+        parameter.grad = None if norm is None else torch.tensor([0.0, norm])
     clipper.batch = batch
     return clipper.clip()
+
+
+NOTHING = [None] * 3
 
 
 def noise(steps, seed=0):
@@ -58,8 +68,8 @@ def test_metrics_are_those_of_the_steps_between(every, kernel):
     clipper, params = made(log={"per_parameter": True, "per_group": True}, kernel=kernel)
     grads = noise(max(100, 2 * every))
     grads[3] = [0.1, math.nan, 0.1]
-    grads[9] = [0.0, 0.0, 0.0]
-    norms = [[torch.tensor(norm) for norm in step] for step in grads]
+    grads[9], grads[11] = [0.0, 0.0, 0.0], NOTHING
+    norms = [[torch.tensor(norm) for norm in step if norm is not None] for step in grads]
     parts = {name: slice(i, i + 1) for i, name in enumerate(NAMES)}
     parts |= {"group/early": slice(0, 2), "group/late": slice(2, 3)}
     expected = expected_entries(norms, range(every - 1, len(grads), every), 1.0, parts)
@@ -72,8 +82,8 @@ def test_metrics_are_those_of_the_steps_between(every, kernel):
 
 def test_metrics_of_one_step_that_has_no_norm_to_show():
     clipper, params = made()
-    for value, nonfinite in ((math.nan, 1), (0.0, 0)):
-        step(clipper, params, [value, 0.0, 0.0])
+    for norms, nonfinite in (([math.nan, 0.0, 0.0], 1), (NOTHING, 0)):
+        step(clipper, params, norms)
         metrics = clipper.flush()
         assert math.isnan(metrics["clip/grad_norm"])
         assert math.isnan(metrics["clip/grad_norm_max"])
@@ -84,7 +94,7 @@ def test_metrics_of_one_step_that_has_no_norm_to_show():
 
 def test_the_clip_rate_goes_on_after_a_resume_and_so_do_step_numbers(tmp_path):
     clipper, params = made()
-    for norms in [[2.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.0]]:
+    for norms in [[2.0, 0.0, 0.0], [0.5, 0.0, 0.0], NOTHING]:
         step(clipper, params, norms)
     other, params = made(recorder={})
     other.load_state_dict(clipper.state_dict())
@@ -92,6 +102,25 @@ def test_the_clip_rate_goes_on_after_a_resume_and_so_do_step_numbers(tmp_path):
     assert other.flush()["clip/clip_rate"] == pytest.approx(1 / 3)
     _, rows = lines(other.recorder.write())
     assert [row["step"] for row in rows] == [3]
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_a_gradient_of_zeros_is_a_step_and_no_gradient_is_none(kernel):
+    limit = {"schedule": "linear", "start": 1.0, "end": 0.5, "steps": 5}
+    policies = [{"type": "norm", "max_norm": limit}]
+    clipper, params = made(policies=policies, recorder={"worst": 1}, kernel=kernel)
+    made_of = ([2.0, 0.0, 0.0], NOTHING, [0.0, 0.0, None], [0.0, 4.0, 0.0])
+    limits = [float(step(clipper, params, norms).limit) for norms in made_of]
+    assert limits == pytest.approx([1.0, 0.9, 0.9, 0.8])  # a schedule over steps that were taken
+    metrics = clipper.flush()
+    assert metrics["clip/grad_norm"] == 2.0
+    assert metrics["clip/limit"] == pytest.approx(0.9)
+    assert metrics["clip/clip_rate"] == metrics["clip/clip_rate_window"] == pytest.approx(2 / 3)
+    header, rows = lines(clipper.recorder.write())
+    assert header["counts"] == {"steps": 3, "clipped": 2, "skipped": 0, "nonfinite": 0}
+    assert [row.get("grad_norm") for row in rows] == [2.0, None, 0.0, 4.0]
+    assert rows[1] == {"step": 1, "clipped": False, "skipped": False, "finite": True}
+    assert [row["step"] for row in rows if "per_parameter" in row] == [3]
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
@@ -280,6 +309,191 @@ def test_it_is_written_to_any_path_on_request_and_not_without_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
+PATHS = {
+    "a folder of that name": "folder",
+    "a file in the way": "file/deep/run.jsonl",
+    "a file in the way of a Parquet file": "file/run.parquet",
+    "a name that is too long": "n" * 300,
+    "a name that no file can have": "a\0b.jsonl",
+}
+
+
+@pytest.mark.parametrize("name", PATHS.values(), ids=PATHS)
+def test_a_path_that_cannot_be_written_is_refused_when_built(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for file in (name, str(tmp_path / name)):
+        with pytest.raises(ConfigError, match=r"^recorder\.file: .* can't be written") as info:
+            made(recorder={"file": file})
+        assert "allowed: a file in a folder that is there or can be made" in str(info.value)
+    clippers = ClipperSet([made(recorder={"file": "new/run.jsonl"})[0]])
+    with pytest.raises(ConfigError, match=r"^recorder\.file: .* can't be written"):
+        clippers.place_records(tmp_path / "file")
+    clippers.place_records(tmp_path / "elsewhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_parquet_without_pyarrow_is_refused_when_built(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pip install 'gradclip\[parquet\]'"):
+        made(recorder={"file": "run.parquet"})
+
+
+def test_what_cannot_be_written_later_is_one_warning_and_training_goes_on(tmp_path, caplog):
+    clipper, params = made(recorder={"file": "sub/run.jsonl"}, on_nonfinite="raise")
+    step(clipper, params, [3.0, 0.0, 4.0])
+    (tmp_path / "sub").touch()  # a file where the folder would be made
+    for _ in range(3):
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):  # not the file's error
+            step(clipper, params, [math.nan, 0.0, 0.0])
+    ClipperSet([clipper]).close()  # as adapters do, with an error of the user's on its way
+    assert float(step(clipper, params, [0.0, 3.0, 4.0]).clipped_norm) == pytest.approx(1.0)
+    [said] = caplog.records
+    assert said.levelname == "WARNING"
+    for part in ("wasn't written to", str(tmp_path / "sub/run.jsonl"), "Training goes on"):
+        assert part in said.getMessage()
+    for path in (None, "sub/x.jsonl"):  # who asks for it is told
+        with pytest.raises(OSError, match="sub"):
+            clipper.recorder.write(path)
+    (tmp_path / "sub").unlink()
+    clipper.recorder.close()
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["run.jsonl"]
+    assert len(lines(tmp_path / "sub" / "run.jsonl")[1]) == 5
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_a_nan_is_withheld_though_its_record_cannot_be_written(tmp_path, caplog, kernel):
+    clipper, params = made(recorder={"file": "sub/run.jsonl"}, kernel=kernel)
+    (tmp_path / "sub").touch()
+    for i in range(40):
+        record = step(clipper, params, [math.nan if i % 20 == 10 else 1.0, 0.0, 0.0])
+        assert bool(record.skipped) == (i % 20 == 10)
+    counts = clipper.state_dict()["counts"]
+    clipper.load_state_dict(clipper.state_dict())  # writes the file of the steps before
+    assert counts["skipped"] == counts["nonfinite"] == 2
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+
+
+def in_a_worker(work):
+    """Run this in a forked worker of multiprocessing, which ends by os._exit; its exit code."""
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join()
+    return worker.exitcode
+
+
+def test_a_full_disk_ends_no_run_and_leaves_nothing_behind(tmp_path):
+    def fills_it():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+        clipper, params = made(recorder={})
+        for i in range(20):
+            record = step(clipper, params, [math.nan if i == 10 else 1.0, 0.0, 0.0])
+            assert bool(record.skipped) == (i == 10)
+
+    assert in_a_worker(fills_it) == 0
+    assert not list(tmp_path.iterdir())
+
+
+ALIVE = []
+
+
+def five_steps():
+    clipper, params = made(recorder={})
+    ALIVE.append(clipper)  # so that only the end of its process ends it
+    for _ in range(5):
+        step(clipper, params, [1.0, 0.0, 0.0])
+    return clipper, params
+
+
+def returns():
+    five_steps()
+
+
+def raises():
+    five_steps()
+    raise RuntimeError
+
+
+def is_terminated():
+    five_steps()
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("work", "code"), [(returns, 0), (raises, 1), (is_terminated, -signal.SIGTERM)]
+)
+def test_it_is_written_however_a_worker_process_ends(tmp_path, work, code):
+    clipper, params = made(recorder={})
+    step(clipper, params, [1.0, 0.0, 0.0])  # the parent's own, which stays with it
+    assert in_a_worker(work) == code
+    [file] = tmp_path.iterdir()
+    assert len(lines(file)[1]) == 5
+
+
+def test_a_forked_process_and_a_copy_have_files_of_their_own(tmp_path):
+    clipper, params = made(recorder={})
+    step(clipper, params, [1.0, 0.0, 0.0])
+    assert in_a_worker(lambda: None) == 0
+    assert not list(tmp_path.iterdir())
+    first = clipper.recorder.write()
+
+    def goes_on():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        step(clipper, params, [2.0, 0.0, 0.0])
+
+    assert in_a_worker(goes_on) == 0
+    copied = copy.deepcopy(clipper.recorder)
+    copied.close()
+    assert [row["grad_norm"] for row in lines(first)[1]] == [1.0]
+    [second] = set(tmp_path.iterdir()) - {first}
+    assert [row["grad_norm"] for row in lines(second)[1]] == [1.0, 2.0]
+    third = copied.write()
+    assert third not in (first, second)
+
+
+def mine(*_):
+    os._exit(7)
+
+
+def test_sigterm_is_left_to_whoever_waits_for_it(tmp_path):
+    def before():
+        signal.signal(signal.SIGTERM, mine)
+        five_steps()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_and_chained():
+        kept = five_steps()
+        ours = signal.getsignal(signal.SIGTERM)
+
+        def theirs(*args):
+            ours(*args)  # as Lightning calls the handlers that it finds
+            step(*kept, [1.0, 0.0, 0.0])
+            mine()
+
+        signal.signal(signal.SIGTERM, theirs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def in_a_thread():
+        thread = threading.Thread(target=five_steps)
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def without_a_recorder():
+        clipper, params = made()
+        step(clipper, params, [1.0, 0.0, 0.0])
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    assert [in_a_worker(work) for work in (before, in_a_thread, without_a_recorder)] == [7, 0, 0]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert in_a_worker(after_and_chained) == 7
+    [file] = tmp_path.iterdir()
+    assert len(lines(file)[1]) == 5
+
+
 def test_its_name_has_the_folder_and_the_tag(tmp_path):
     clipper, params = made(recorder={"file": "run.jsonl"})
     clipper.recorder.folder, clipper.recorder.tag = tmp_path / "deep" / "er", ".optimizer1"
@@ -287,16 +501,39 @@ def test_its_name_has_the_folder_and_the_tag(tmp_path):
     assert clipper.recorder.write() == tmp_path / "deep" / "er" / "run.optimizer1.jsonl"
 
 
-def test_parameters_that_are_added_are_followed():
-    params = {name: torch.nn.Parameter(torch.zeros(2)) for name in "ab"}
-    optimizer = torch.optim.SGD([params["a"]], lr=0.1)
-    clipper = GradientClipper({"policies": FIXED, "recorder": {}}, params.items(), optimizer)
-    step(clipper, params, [1.0, 0.0])
+@pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
+def test_parameters_that_come_and_go_are_followed_and_no_step_is_lost(kernel):
+    params = {name: torch.nn.Parameter(torch.zeros(2)) for name in "abc"}
+    optimizer = torch.optim.SGD([params["a"], params["c"]], lr=0.1)
+    log = {"per_parameter": True, "per_group": True, "histograms": True}
+    config = {"policies": FIXED, "recorder": {"worst": 2}, "log": log}
+    clipper = GradientClipper(config, params.items(), optimizer, kernel=kernel)
+    step(clipper, params, [3.0, None, 4.0])
+    step(clipper, params, [math.nan, None, 4.0])
     optimizer.add_param_group({"params": [params["b"]]})
-    step(clipper, params, [0.0, 3.0])
+    step(clipper, params, [0.0, 2.0, 0.0])
+    optimizer.param_groups[0]["params"] = [params["a"]]
+    step(clipper, params, [60.0, 80.0, None])
+    metrics = clipper.flush()
+    wanted = {"grad_norm": 107 / 3, "grad_norm_max": 100, "clipped": 3, "nonfinite": 1}
+    wanted |= {"clip_rate": 3 / 4, "clip_rate_window": 3 / 4}
+    wanted |= {"grad_norms/a": 63 / 3, "grad_norms/b": 82 / 2, "grad_norms/c": 4 / 2}
+    wanted |= {"grad_norms/group/group0": 65 / 3, "grad_norms/group/group1": 82 / 2}
+    assert {key: metrics[f"clip/{key}"] for key in wanted} == pytest.approx(wanted)
+    assert clipper.recorder.norms == pytest.approx([5.0, 2.0, 100.0])
     header, rows = lines(clipper.recorder.write())
     assert header["parameters"] == ["a", "b"]
-    assert rows[1]["per_parameter"]["b"] == 3.0
+    named = {row["step"]: row["per_parameter"] for row in rows if "per_parameter" in row}
+    assert named == {
+        0: {"a": 3.0, "c": 4.0},
+        1: {"a": None, "c": 4.0},
+        3: {"a": 60.0, "b": 80.0},
+    }
+    step(clipper, params, [0.0, 1.0, None])
+    assert [key for key in clipper.flush() if "grad_norms" in key] == [
+        *("clip/grad_norms/a", "clip/grad_norms/b"),
+        *("clip/grad_norms/group/group0", "clip/grad_norms/group/group1"),
+    ]
 
 
 def warnings_of(caplog):

@@ -125,6 +125,7 @@ def entry(rank, world, name):
 
 def on_rank(rank, world, folder):
     kept = {train(rank, world, name, folder / name / str(rank)) for name in WRAPS}
+    train(rank, world, "FSDP2", folder / "a file")  # rank 0 can't write there, and goes on
     train_engine(rank, world, folder / "ZeRO-2" / str(rank))
     return kept, {name: entry(rank, world, name) for name in WRAPS}
 
@@ -132,6 +133,7 @@ def on_rank(rank, world, folder):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "a file").touch()
     return folder, run_on_ranks(on_rank, 2, folder, timeout=300, fresh=True)
 
 

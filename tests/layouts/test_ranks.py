@@ -1,6 +1,7 @@
 """Short runs of DDP and FSDP2 on ranks: one process's answers, bitwise equal on every rank."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,7 @@ CASES = {
     "zclip": [ZClip(warmup_steps=2, max_norm=None), ClipByNorm(max_norm=1.0)],
 }
 COLLECTIVES = {"norm_inf": 1, "norm_p9": 2, "group": 1, "value": 2}
-FAULTS = ("nan", "inf", "no gradients", "none at all")
+FAULTS = ("nan", "inf", "no gradients", "none at all", "zeros", "zeros and none")
 WORLD_BATCH = 8
 
 
@@ -150,44 +151,48 @@ def test_sharded_equals_gathered_to_1e_6(world):
         torch.testing.assert_close(clipped, wanted, rtol=1e-6, atol=1e-12)
 
 
-def faults(rank, world, fault):
+def faults(rank, world, fault, norm_type):
     """One odd step between ordinary ones; what each rank decided and the limits that followed."""
     net = uneven_net(1)
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
-    policy = ZClip(warmup_steps=2, max_norm=None)
+    policy = ZClip(warmup_steps=2, max_norm=None, norm_type=norm_type)
     clipper = GradientClipper(policy, net.named_parameters())
     limits = []
     for step in (0, 1, 2, "odd", 3, 4):
         net.zero_grad()
         net(batch(0 if step == "odd" else step)).square().mean().backward()
-        if step == "odd" and rank == 1:
+        if step == "odd" and rank == 1 and fault in ("nan", "inf", "no gradients"):
             for parameter in net.parameters():
                 if fault == "no gradients":
                     parameter.grad = None
                 elif parameter.grad.to_local().numel():
                     parameter.grad.to_local().fill_(math.nan if fault == "nan" else math.inf)
-        if step == "odd" and fault == "none at all":
-            net.zero_grad()
+        if step == "odd" and fault in ("none at all", "zeros", "zeros and none"):
+            net.zero_grad(set_to_none=fault == "none at all" or (fault != "zeros" and rank == 1))
+        before = clipper.state_dict()["counts"]["steps"]
         record = clipper.clip()
         if step == "odd":
-            odd = (bool(record.skipped), float(record.grad_norm))
+            counted = bool(clipper.state_dict()["counts"]["steps"] > before)
+            odd = (bool(record.skipped), float(record.grad_norm), counted)
         else:
             limits.append(float(record.limit))
     return odd, limits
 
 
 def faults_of_all_kinds(rank, world):
-    return {fault: faults(rank, world, fault) for fault in FAULTS}
+    pairs = itertools.product(FAULTS, (2.0, math.inf))
+    return {(fault, p): faults(rank, world, fault, p) for fault, p in pairs}
 
 
 def test_what_goes_wrong_on_one_rank_is_decided_by_all():
     first, second = run_on_ranks(faults_of_all_kinds, 2)
     assert repr(first) == repr(second)
-    for fault, ((skipped, norm), limits) in first.items():
+    for (fault, p), ((skipped, norm, counted), limits) in first.items():
+        assert counted == (fault != "none at all"), fault
         assert skipped == (fault in ("nan", "inf")), fault
         assert math.isfinite(norm) == (not skipped), fault
         if fault != "no gradients":  # a gradient on one rank alone is a real observation
-            assert limits == first["none at all"][1], fault
+            assert limits == first["none at all", p][1], fault
 
 
 def maximum(rank, world):

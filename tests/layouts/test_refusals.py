@@ -1,5 +1,7 @@
 """What can't be clipped rightly is an error when built, with the way out; what may be is said."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import gradclip
 from gradclip import ClipByNorm, ConfigError, GradientClipper, LayoutError
@@ -45,6 +48,18 @@ def taken_out(rank, world):
         p._fsdp_flattened = True
     with pytest.raises(LayoutError, match=r"belong to FullyShardedDataParallel .* no live FSDP"):
         GradientClipper(POLICY, named)
+
+
+def stepped_by_ddp(rank, world):
+    """Its hook steps as soon as a gradient is reduced, so that none is left to clip."""
+    del rank, world
+    net = DistributedDataParallel(uneven_net(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing it uses torch.jit.script
+        net._register_fused_optim(torch.optim.SGD, 0.1)
+    with pytest.raises(ConfigError, match="stepped by DDP's _register_fused_optim"):
+        GradientClipper(POLICY, net)
+    GradientClipper(POLICY, DistributedDataParallel(uneven_net(1)))
 
 
 def placed_otherwise(rank, world):
@@ -104,7 +119,7 @@ def outside(rank, world):
 
 
 def every_refusal(rank, world):
-    for case in (flat, taken_out, placed_otherwise, copies, marked, outside):
+    for case in (flat, taken_out, stepped_by_ddp, placed_otherwise, copies, marked, outside):
         case(rank, world)
 
 

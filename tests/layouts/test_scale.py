@@ -30,9 +30,9 @@ def messages(rank, world, dp, tp):
 
 
 @pytest.mark.parametrize(("dp", "tp"), [(2, 2), (128, 8)])
-def test_one_message_of_8_bytes_a_slot_whatever_the_number_of_ranks(dp, tp):
+def test_one_message_of_8_bytes_a_slot_and_8_more_whatever_the_number_of_ranks(dp, tp):
     ((found, parameters),) = run_on_ranks(messages, 1, dp, tp, fresh=True)
-    assert found == {"global": [8], "parameter": [8 * parameters]}
+    assert found == {"global": [16], "parameter": [8 * parameters + 8]}
 
 
 def in_a_larger_job(rank, world):
@@ -54,7 +54,7 @@ def in_a_larger_job(rank, world):
 
 
 def test_axes_are_summed_one_by_one_unless_they_span_all_ranks():
-    assert run_on_ranks(in_a_larger_job, 1, fresh=True) == [[[8, 8], [8]]]
+    assert run_on_ranks(in_a_larger_job, 1, fresh=True) == [[[16, 16], [16]]]
 
 
 class Devices(TorchDispatchMode):

@@ -99,15 +99,18 @@ def expected_entries(
     """Every metric of the steps between, from whole gradients alone, in float64.
 
     Args:
-        grads: Per step, one tensor per parameter.
+        grads: Per step, one tensor per parameter; none for a step without gradients.
         ends: The last step of each entry.
         max_norm: Of a ClipByNorm.
         parts: Which parameters are behind each further `clip/grad_norms/<name>`.
         suffix: Of every key.
     """
-    squares = np.array([[float(g.double().square().sum()) for g in step] for step in grads])
+    some = np.array([len(step) > 0 for step in grads])
+    width = max(map(len, grads))
+    rows = [[float(g.double().square().sum()) for g in step] or [0.0] * width for step in grads]
+    squares = np.array(rows)
     total = np.sqrt(squares.sum(1))
-    some, clipped = total != 0, np.isfinite(total) & (total > max_norm)
+    clipped = np.isfinite(total) & (total > max_norm)
     coef = np.where(clipped, max_norm / (total + 1e-6), 1.0)
     found, start = {}, 0
     for end in ends:

@@ -1,10 +1,15 @@
 """The command line: help with examples, exit codes, and errors and warnings in one line."""
 
+import json
+import logging
 import runpy
 import sys
 
 import pytest
+import torch
+from support import spiky_run
 
+from gradclip import ConfigError, GradientClipper, as_config
 from gradclip.tools.main import app, main
 from gradclip.tools.trace import TraceHeader, write_trace
 
@@ -62,3 +67,47 @@ def test_without_typer_it_says_what_to_install(monkeypatch, capsys):
         runpy.run_module("gradclip.tools.main", run_name="__main__")
     assert stop.value.code == 2
     assert "pip install 'gradclip[tools]'" in capsys.readouterr().err
+
+
+HOSTILE = "\x1b[2J\x9b31m\u202e[red]x[/red]"
+"""Clears a terminal, colours it, turns the line round; and rich's markup."""
+SHOWN = r"\x1b[2J\x9b31m\u202e[red]x[/red]"
+
+
+def test_nothing_that_others_named_reaches_the_terminal_as_a_code(
+    tmp_path, monkeypatch, capsys, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(spiky_run, "NAMES", (HOSTILE, "b", "c", HOSTILE + "d"))
+    hostile = {"trace": tmp_path / f"{HOSTILE[:-6]}.jsonl", "config": tmp_path / "wrong.yaml"}
+    spiky_run.write(hostile["trace"])
+    hostile["config"].write_text(json.dumps({HOSTILE: 1, "policies": [{"type": HOSTILE}]}))
+    good = tmp_path / f"{HOSTILE[:-6]}.yaml"
+    good.write_text("policies: [{type: norm, max_norm: 1.0}]")
+    runs = {
+        "report": run("report", str(hostile["trace"])),
+        "check": run("check", str(hostile["config"])),
+        "check a good file": run("check", str(good)),
+        "replay": run("replay", str(hostile["trace"]), "-c", str(good)),
+        "replay a wrong one": run("replay", str(hostile["trace"]), "-c", str(hostile["config"])),
+        "recommend": run("recommend", str(hostile["trace"])),
+    }
+    assert runs["report"] == 0
+    said = capsys.readouterr()
+    assert SHOWN in said.out
+    assert SHOWN in said.err
+    for make in (
+        lambda: as_config({"policies": [{"type": "norm", "max_norm": 1.0, HOSTILE: 1}]}),
+        lambda: GradientClipper(
+            {"policies": [{"type": "zclip"}], "groups": [{"match": "z", "policies": []}]},
+            [(HOSTILE, torch.nn.Parameter(torch.zeros(1)))],
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert SHOWN in str(caught.value)
+    logging.getLogger("gradclip").warning("%s", HOSTILE)
+    assert caplog.messages == [SHOWN]
+    everything = said.out + said.err
+    assert not [c for c in everything if c != "\n" and not c.isprintable()]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tracemalloc
 
 import pytest
@@ -267,3 +268,39 @@ def test_a_parquet_file_that_was_damaged_is_named(tmp_path):
     path.write_bytes(content[:foot] + b"\xff" * 50 + content[foot + 50 :])
     with pytest.raises(ConfigError, match=r"trace.parquet: the file can't be read \([^N]"):
         Trace.open(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_name_that_another_run_takes_meanwhile_is_left_to_it(tmp_path, suffix):
+    path = tmp_path / f"run.{suffix}"
+
+    def rows():
+        yield {"step": 0}
+        path.write_text("another run's")
+
+    found = write_trace(path, TraceHeader(), rows(), anew=True)
+    assert found == tmp_path / f"run-1.{suffix}"
+    assert Trace.open(found).read().step.tolist() == [0]
+    assert path.read_text() == "another run's"
+    assert write_trace(path, TraceHeader(), [{"step": 0}], anew=True).stem == "run-2"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_links_and_leftovers_are_neither_followed_nor_in_the_way(tmp_path, suffix):
+    victim, path = tmp_path / "victim", tmp_path / f"run.{suffix}"
+    victim.write_text("kept")
+    planted = [path, tmp_path / f".{path.name}.{os.getpid()}.tmp", tmp_path / f".{path.name}.tmp"]
+    for link in planted:
+        link.symlink_to(victim)
+    (tmp_path / f"run-1.{suffix}").symlink_to(tmp_path / "nowhere")
+    before = set(tmp_path.iterdir())
+    found = write_trace(path, TraceHeader(), [{"step": 0}], anew=True)
+    assert found.name == f"run-2.{suffix}"
+    assert set(tmp_path.iterdir()) - before == {found}
+    assert write_trace(path, TraceHeader(), [{"step": 0}]) == path
+    with pytest.raises(ConfigError):
+        write_trace(path, TraceHeader(), [{"step": 1}, {"step": 0}])
+    assert Trace.open(path).read().step.tolist() == [0]
+    assert victim.read_text() == "kept"
+    assert set(tmp_path.iterdir()) - before == {found}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from support.prepared import batch, grads_of, net, prepared
+from support.prepared import batch, grads_of, net, norm_of, prepared
 
 import accelerate_clip
 from gradclip import (
@@ -35,6 +35,25 @@ def test_foreign_parameters_are_refused():
         accelerator.clip_grad_norm_(net().parameters(), 1.0)
     with pytest.raises(ConfigError, match=r"accelerator\.clip_grad_value_ got 4 parameters"):
         accelerator.clip_grad_value_(net().parameters(), 1.0)
+
+
+def test_a_call_that_asks_for_nothing_is_accelerates_own():
+    """An iterator that was used up, or a frozen model: the step is clipped all the same."""
+    for steps_first in (False, True):
+        accelerator, clip, model, optimizer = prepared(ClipByNorm(max_norm=0.1))
+        used_up = filter(lambda p: p.requires_grad, model.parameters())
+        list(used_up)
+        frozen = net().requires_grad_(requires_grad=False)
+        if not steps_first:
+            accelerator.backward(model(batch(0)).square().mean())
+        for parameters in (used_up, [], frozen.parameters()):
+            norm = accelerator.clip_grad_norm_(parameters, 1.0)
+            assert (norm.shape, float(norm)) == ((), 0.0)
+            accelerator.clip_grad_value_(parameters, 1.0)
+        assert clip.last_record is None
+        if not steps_first:
+            optimizer.step()
+            assert norm_of(grads_of(model)) == pytest.approx(0.1, rel=1e-5)
 
 
 def test_enabling_twice_is_refused():

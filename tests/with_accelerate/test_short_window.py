@@ -58,3 +58,30 @@ def test_backwards_that_accelerate_does_not_see_are_a_full_window():
     _, state = run(policy, False, 5 * WINDOW + 1, way="loss")
     _, seen = run(policy, False, 5 * WINDOW + 1)
     assert any(not torch.allclose(state[n].double(), v.double()) for n, v in seen.items())
+
+
+def test_backwards_of_a_step_that_raised_are_not_counted_again():
+    limits = []
+    for raises in (False, True):
+        policy = ZClip(warmup_steps=2, max_norm=None)
+        accelerator, clip, model, opt = prepared(policy, gradient_accumulation_steps=WINDOW)
+        opt.param_groups[0]["lr"] = 0.0
+        for number, length in enumerate([WINDOW] * 3 + [2]):
+            accelerator.gradient_state._set_sync_gradients(False)
+            for _ in range(length):
+                accelerator.backward(model(batch()).square().mean())
+            accelerator.gradient_state._set_sync_gradients(True)
+            if raises and number == 2:
+                fault = opt.optimizer.register_step_pre_hook(_run_out_of_memory)
+                with pytest.raises(MemoryError):
+                    opt.step()
+                fault.remove()
+            else:
+                opt.step()
+            opt.zero_grad()
+        limits.append(float(clip.last_record.limit))
+    assert limits[0] == pytest.approx(limits[1], rel=1e-5)
+
+
+def _run_out_of_memory(*_):
+    raise MemoryError

@@ -156,19 +156,20 @@ BY_CLASS = {
         "policy": {"class_path": "gradclip.ClipConfig", "init_args": {"policies": [PLAIN]}}
     },
     "within a mapping": {"policy": {"policies": [ZCLIP, PLAIN], "log": LOG}},
+    "a class in arguments": {
+        "policy": {"class_path": "gradclip.ClipConfig", "init_args": {"policies": [ZCLIP]}}
+    },
+    "mappings without policies": {"policy": [PLAIN]},
+    "one mapping": {"policy": PLAIN},
+    "a list of both": {"policy": [ZCLIP, PLAIN]},
     "a flag in words": {"policy": ZCLIP, "progress_bar": "yes"},
     "an empty flag": {"policy": ZCLIP, "progress_bar": None},
 }
 NOT_BY_CLASS = {
-    "mappings without policies": {"policy": [PLAIN]},
-    "a list of both": {"policy": [ZCLIP, PLAIN]},
     "a short name": {"policy": {"class_path": "ZClip"}},
     "another class": {"policy": {"class_path": "torch.nn.ReLU"}},
     "an argument it doesn't have": {
         "policy": {"class_path": "gradclip.ZClip", "init_args": {"decy": 1}}
-    },
-    "a class in arguments": {
-        "policy": {"class_path": "gradclip.ClipConfig", "init_args": {"policies": [ZCLIP]}}
     },
     "no flag": {"policy": ZCLIP, "progress_bar": "maybe"},
     "a number for a flag": {"policy": ZCLIP, "restore": 7},
@@ -190,6 +191,32 @@ def test_check_refuses_what_the_cli_refuses(tmp_path):
         assert check_file(path).fault is not None, name
         with pytest.raises((ValueError, SystemExit)):
             cli(f"--config={path}", *QUIET, run=False)
+
+
+def test_no_class_but_ours_is_imported_or_called(tmp_path, monkeypatch, subtests):
+    (tmp_path / "strange_module.py").write_text("open('was_imported', 'w')\nclass ZClip: pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    call = {"class_path": "os.mkdir", "init_args": {"path": "was_called"}}
+    imported = {"class_path": "strange_module.ZClip"}
+    places = {
+        "policy": lambda strange: strange,
+        "a list": lambda strange: [ZCLIP, strange],
+        "policies": lambda strange: {"policies": [PLAIN, strange]},
+        "a value": lambda strange: {"policies": [{"type": "norm", "max_norm": strange}]},
+        "arguments": lambda strange: {
+            "class_path": "gradclip.ClipConfig",
+            "init_args": {"policies": [PLAIN], "log": strange},
+        },
+    }
+    for place, put in places.items():
+        for strange in (call, imported):
+            with subtests.test(place, **strange):
+                path = config_file(tmp_path, put(strange))
+                assert "gradclip.ClipByNorm" in check_file(path).fault
+                with pytest.raises(ValueError, match=r"class_path is '.*gradclip\.ClipByNorm"):
+                    cli(f"--config={path}", *QUIET, run=False)
+                assert not list(tmp_path.glob("was_*"))
 
 
 def test_check_knows_the_keys_of_a_class_path(tmp_path):

@@ -60,6 +60,34 @@ def test_module_and_optimizer_set_up_apart_have_the_modules_own_names():
     assert bool(clipper.last_record.clipped)
 
 
+def test_disable_gives_everything_back(tmp_path):
+    fabric = one_process()
+    models = [small_net(), small_net()]
+    made = [set_up(fabric, net, {"policies": [NORM]}) for net in models]
+    (model, optimizer, clipper), (_, other, second) = made
+    train(fabric, model, optimizer, [0])
+    lightning_clip.disable(optimizer)
+    train(fabric, model, optimizer, [1])
+    assert norm_of(grads_of(optimizer.optimizer)) > 0.1
+    assert clipper.state_dict()["counts"]["steps"] == 1
+    fabric.clip_gradients(model, optimizer, max_norm=0.05)
+    assert norm_of(grads_of(optimizer.optimizer)) == pytest.approx(0.05, rel=1e-5)
+    with pytest.raises(ConfigError, match=r"this SGD isn't clipped by lightning_clip\.enable"):
+        lightning_clip.disable(optimizer)
+    with pytest.raises(ConfigError, match=r"would be clipped\s+twice"):
+        fabric.clip_gradients(made[1][0], other, max_norm=0.05)
+    lightning_clip.disable(other)
+    assert not vars(fabric).keys() & {"clip_gradients"}
+    for raw in (optimizer.optimizer, other.optimizer):
+        assert not raw._optimizer_step_pre_hooks
+        assert not hasattr(raw, "gradient_clip")
+    again = lightning_clip.enable(fabric, model, optimizer, ClipByNorm(max_norm=0.2))
+    train(fabric, model, optimizer, [2])
+    assert norm_of(grads_of(optimizer.optimizer)) == pytest.approx(0.2, rel=1e-5)
+    assert again.state_dict()["counts"]["steps"] == 1
+    assert second.last_record is None
+
+
 def test_accumulation_clips_once_per_step():
     fabric = one_process()
     model, optimizer, clipper = set_up(fabric, small_net(), NORM)
@@ -127,6 +155,11 @@ def test_what_is_refused():
     with pytest.raises(ConfigError, match=r"the model \(Sequential\) isn't set up by Fabric"):
         lightning_clip.enable(fabric, net, optimizer, NORM)
     model = fabric.setup_module(net)
+    stepped = fabric.setup_optimizers(torch.optim.SGD(small_net().parameters(), lr=0.01))
+    with pytest.raises(ConfigError, match=r"the model \(FabricSGD\) .*\(fabric, model, optimizer"):
+        lightning_clip.enable(fabric, stepped, model, NORM)
+    with pytest.raises(ConfigError, match="policy is None; allowed: a policy such as"):
+        lightning_clip.enable(fabric, model, stepped)
     with pytest.raises(ConfigError, match=r"the optimizer \(SGD\) isn't set up by Fabric"):
         lightning_clip.enable(fabric, model, optimizer, NORM)
     optimizer = fabric.setup_optimizers(optimizer)

@@ -4,8 +4,9 @@ import csv
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from support.lit import (
     NAN,
     NOTHING,
@@ -18,6 +19,7 @@ from support.lit import (
     small_net,
     trainer_of,
 )
+from support.sam import Sam
 from torch import nn
 
 from gradclip import ClipByNorm, ClipConfig, GradientClipper, NonFiniteError, ZClip
@@ -231,15 +233,17 @@ def lbfgs(parameters):
     return torch.optim.LBFGS(parameters, lr=0.05, max_iter=3, tolerance_change=0.0)
 
 
-def test_lbfgs_is_one_step_however_often_it_evaluates_its_closure():
-    clip, before, after = run(ZCLIP, range(12), Small(lbfgs))
-    assert len(before.grads) == 36
+@pytest.mark.parametrize(("optimizer", "times"), [(lbfgs, 3), (Sam, 2)])
+def test_a_step_is_one_however_often_it_evaluates_its_closure(optimizer, times):
+    clip, before, after = run(ZCLIP, range(12), Small(optimizer))
+    assert len(before.grads) == 12 * times
     assert counts(clip)["steps"] == 12
     assert clip.clippers[0].state_dict()["policies"][0]["state"]["seen"] == 12
-    first = after.records[::3]
-    for again in (after.records[1::3], after.records[2::3]):
+    first = after.records[::times]
+    for number in range(1, times):
+        again = after.records[number::times]
         assert all(a is b for a, b in zip(again, first, strict=True))
-    for norm, record in zip(before.norms[::3], first, strict=True):
+    for norm, record in zip(before.norms[::times], first, strict=True):
         assert float(record.grad_norm) == pytest.approx(norm, rel=1e-6)
 
 
@@ -274,3 +278,71 @@ def test_lbfgs_logs_each_step_once(module, tmp_path):
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3
+
+
+class Searched(Small):
+    """Notes the norm that reached each step, also of a finder's trials."""
+
+    def __init__(self):
+        super().__init__(lambda parameters: torch.optim.SGD(parameters, lr=self.lr))
+        self.lr, self.batch_size, self.norms = 1e-3, 1, []
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(list(range(12)), batch_size=self.batch_size)
+
+    def training_step(self, batch, _):
+        return self.loss(inputs(int(batch[0])))
+
+    def on_train_batch_end(self, *_):
+        self.norms.append(norm_of(grads_of(self.trainer.optimizers[0])))
+
+
+class FindInTheMiddle(LearningRateFinder):
+    """As Lightning's own docs search again at milestones."""
+
+    def on_fit_start(self, *_):
+        pass
+
+    def on_train_epoch_start(self, trainer, module):
+        self.lr_find(trainer, module)
+
+
+SEARCH = {"num_training_steps": 5, "update_attr": False, "early_stop_threshold": None}
+FINDERS = {
+    "learning rate": lambda: LearningRateFinder(**SEARCH),
+    "learning rate, later": lambda: FindInTheMiddle(**SEARCH),
+    "batch size": lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", ["step", "after_backward"])
+def test_the_steps_of_a_finder_are_clipped_and_leave_no_trace(stage, tmp_path, subtests):
+    """Finders replace the Trainer's callbacks while they train."""
+    config = {"policies": [ZClip(warmup_steps=5, max_norm=0.1)], "stage": stage}
+    alone = GradientClip(config)
+    trainer_of(alone, max_epochs=1).fit(Searched())
+    for name, make in FINDERS.items():
+        for finder_first in (False, True):
+            with subtests.test(name, finder_first=finder_first):
+                clip, module = GradientClip(config), Searched()
+                order = [make(), clip] if finder_first else [clip, make()]
+                options = {"max_epochs": 1, "default_root_dir": tmp_path}
+                trainer_of(*order, **options).fit(module)
+                assert len(module.norms) > counts(clip)["steps"]
+                assert max(module.norms) == pytest.approx(0.1, rel=1e-4)
+                if name != "batch size":
+                    assert counts(clip) == counts(alone)
+                assert "on_train_start" not in vars(module)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tuner_by_itself_clips_too(tmp_path):
+    clip, module = GradientClip(ClipByNorm(0.1)), Searched()
+    trainer = trainer_of(clip, max_epochs=1, default_root_dir=tmp_path)
+    Tuner(trainer).lr_find(module, num_training=5, update_attr=False, early_stop_threshold=None)
+    assert len(module.norms) == 5
+    assert max(module.norms) == pytest.approx(0.1, rel=1e-4)
+    assert clip.state_dict() == {}
+    trainer.fit(module)
+    assert counts(clip)["steps"] == 12

@@ -6,8 +6,9 @@ import pickle
 import pytest
 import torch
 from support.lit import Pair, Small, inputs, trainer_of
+from support.sam import Sam
 
-from gradclip import ConfigError
+from gradclip import ConfigError, GradientClipper
 from lightning_clip import GradientClip
 
 NORM = {"policies": [{"type": "norm", "max_norm": 0.5}]}
@@ -244,12 +245,42 @@ class PastTheHooksWithAClosure(ByHand):
         self.optimizers(use_pl_optimizer=False).step(closure)
 
 
-PAST = r"Optimizer 0 \(AdamW\) makes a step.*use_pl_optimizer=False"
+class SamInTwoCalls(ByHand):
+    """The second one steps an optimizer that Lightning doesn't know."""
+
+    def configure_optimizers(self):
+        return Sam(self.parameters())
+
+    def training_step(self, batch, _):
+        sam = self.optimizers()
+        for step in (sam.first_step, sam.second_step):
+            self.manual_backward(self.loss(inputs(batch)))
+            step()
+
+
+PAST = r"Optimizer 0 \((AdamW|Sam)\) makes a step.*use_pl_optimizer=False"
 
 
 @pytest.mark.parametrize("kind", [PastTheHooks, PastTheHooksByItself])
 def test_a_step_that_the_callback_is_not_told_of_changes_nothing(kind):
     refused(PAST, module=kind())
+
+
+def test_a_step_of_what_an_optimizer_wraps():
+    """It is told at that step; the climb before it is no step of an optimizer's."""
+    with pytest.raises(ConfigError, match=PAST):
+        trainer_of(GradientClip(NORM)).fit(SamInTwoCalls(), [0])
+
+
+def test_a_clipper_that_is_attached_to_the_same_optimizer():
+    module = Small()
+    made = module.configure_optimizers()
+    module.configure_optimizers = lambda: made
+    handle = GradientClipper(NORM, module, made).attach(made)
+    with pytest.raises(ConfigError, match="clipped already, by a GradientClipper that is attached"):
+        trainer_of(GradientClip(NORM)).fit(module, [0])
+    handle.remove()
+    trainer_of(GradientClip(NORM)).fit(module, [0])
 
 
 def test_such_a_step_with_a_closure():
@@ -268,6 +299,18 @@ def test_an_optimizer_is_free_after_fitting():
 @pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
 def test_no_optimizer_at_all():
     refused("holds no parameters.*configure_optimizers returns None", module=Small(lambda _: None))
+
+
+def test_an_empty_list_of_optimizers():
+    class Manual(Small):
+        def __init__(self):
+            super().__init__(lambda _: [])
+            self.automatic_optimization = False
+
+        def training_step(self, batch):
+            del batch
+
+    refused("returned no optimizer, so there is nothing to clip", module=Manual())
 
 
 def test_two_of_them():

@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from support.lit import NAN, NOTHING, After, Before, Pair, Small, adamw, trainer_of
@@ -72,13 +71,8 @@ def written(request, tmp_path_factory):
             _, before = run(loggers, module=Small(grouped), log=log, batches=batches, **options)
         finally:
             sweep.experiment.finish()
-    wanted = expected_entries(padded(before.grads), ends, MAX_NORM, PARTS | GROUPS)
+    wanted = expected_entries(before.grads, ends, MAX_NORM, PARTS | GROUPS)
     return SimpleNamespace(folder=folder, table=table, board=board, ends=list(ends), wanted=wanted)
-
-
-def padded(grads):
-    """A step without gradients is one of zeros."""
-    return [step or [torch.zeros_like(g) for g in grads[0]] for step in grads]
 
 
 def assert_same(found, wanted):
@@ -203,6 +197,20 @@ def test_a_resumed_run_goes_on_with_clip_rate_and_interval(tmp_path):
     wanted = expected_entries(before.grads + after.grads, [4, 9, 11, 14, 19, 23], MAX_NORM)
     rows = ours(table_entries(first.log_dir)) | ours(table_entries(second.log_dir))
     assert_same(rows, wanted)
+
+
+class NewOptimizer(Small):
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+def test_no_step_before_a_new_optimizer_is_lost(tmp_path):
+    table = CSVLogger(tmp_path)
+    options = {"log": {"every_n_steps": 7}, "log_every_n_steps": 2, "max_epochs": 2}
+    _, before = run(table, module=NewOptimizer(), **options)
+    wanted = expected_entries(before.grads, [6, 11, 13, 20, 23], MAX_NORM)
+    assert_same(ours(table_entries(table.log_dir)), wanted)
 
 
 @pytest.mark.parametrize("every", [None, 5])

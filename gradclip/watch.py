@@ -1,0 +1,161 @@
+"""Sees steps that nobody clipped, whatever hooks ran."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import TensorWeakRef
+
+from gradclip.layouts.local import local_part
+from gradclip.private import all_writes, writes
+from gradclip.steps import is_within_its_own
+
+__all__ = ["Watch"]
+
+_logger = logging.getLogger("gradclip")
+
+
+class Watch:
+    """Warns, once, of parameters that moved with gradients that weren't clipped.
+
+    It has two signs. torch calls a hook after the step of every optimizer: one that steps these
+    parameters twice without a clip in between used gradients that nobody clipped. And torch counts
+    the writes to each tensor: where a clipper is attached, parameters that were written to although
+    no optimizer stepped since the last clip were moved by something that has no hooks.
+
+    A write through `.data` isn't counted, and a step within a compiled region isn't seen. Nothing
+    is read of any tensor.
+    """
+
+    def __init__(self) -> None:
+        self._parameters: Mapping[str, Parameter] = {}
+        self._attached: Sequence[Any] = ()
+        self._stepped: WeakSet[Any] = WeakSet()  # since the last clip
+        self._has_stepped = False  # the same, of those that the clipper is attached to
+        self._is_in_step = False
+        self._has_clipped = self._is_told = False
+        self._writes = 0
+        self._clipped_grad: tuple[TensorWeakRef, int] | None = None
+        _begin()
+        _watches.add(self)
+
+    def begin(self, optimizers: Sequence[Any], parameters: Mapping[str, Parameter]) -> None:
+        """The clipper is attached to these now, and clips each of their steps."""
+        self._attached = optimizers
+        self._note(parameters)
+
+    def end(self) -> None:
+        """Until the next clip steps need none."""
+        self._attached, self._has_clipped, self._is_in_step = (), False, False
+
+    def clipped(self, parameters: Mapping[str, Parameter]) -> None:
+        """These parameters' gradients have been clipped, or the step is withheld."""
+        self._has_clipped, self._has_stepped = True, False
+        self._stepped.clear()
+        self._note(parameters)
+
+    def begin_step(self) -> None:
+        """An optimizer that the clipper is attached to begins a step."""
+        if not self._is_in_step:
+            self.check(in_clip=True)
+        self._is_in_step = True  # within it, closures are evaluated wherever parameters are
+
+    def end_step(self) -> None:
+        """It has ended."""
+        self._has_stepped, self._is_in_step = True, False
+
+    def check(self, *, in_clip: bool) -> None:
+        """Look whether something without hooks moved parameters.
+
+        Args:
+            in_clip: A clip begins. Before the first one, parameters may have been loaded.
+        """
+        if self._is_told or not self._attached:
+            return
+        if self._is_in_step or self._has_stepped or self._stepped:
+            return
+        if not self._has_clipped and (in_clip or not _any_grad(self._parameters.values())):
+            return
+        if _written(self._parameters.values()) != self._writes:
+            who = type(self._attached[0]).__name__
+            self._tell(
+                f"parameters have changed since the last clip, and {who}, which this clipper is "
+                "attached to, made no step that runs hooks: something else moved them (a step "
+                "method that was replaced, a functional optimizer, an update by hand), and its "
+                "gradients weren't clipped. Call clip() before each step that goes past the "
+                "optimizer's own. If you set them yourself (a checkpoint, an average of weights), "
+                "all is well."
+            )
+
+    def see(self, optimizer: Optimizer) -> None:
+        """Take in that an optimizer has stepped."""
+        in_use = self._attached or self._has_clipped
+        if self._is_told or not in_use or any(optimizer is one for one in self._attached):
+            return
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        ours = set(self._parameters.values())
+        if not any(p in ours for p in stepped) or is_within_its_own(optimizer):
+            return
+        is_second = optimizer in self._stepped or not self._has_clipped
+        self._stepped.add(optimizer)
+        # With a rate of 0 torch makes an optimizer's state before a checkpoint is loaded.
+        moves = any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups)
+        if is_second and moves and _any_grad(stepped) and not self._are_clipped():
+            self._tell(
+                f"{type(optimizer).__name__} stepped with gradients that weren't clipped: there "
+                "was no clip() since its last step. Call clip() before each step, or attach the "
+                "clipper to the optimizer that makes the steps (clipper.attach(optimizer))."
+            )
+
+    def _are_clipped(self) -> bool:
+        """Whether the gradients in place are still those of the last clip."""
+        if self._clipped_grad is None:
+            return False
+        grad, before = self._clipped_grad[0](), self._clipped_grad[1]
+        held = any(p.grad is grad for p in self._parameters.values())
+        return grad is not None and held and writes(grad) == before
+
+    def _note(self, parameters: Mapping[str, Parameter]) -> None:
+        self._parameters = parameters
+        grad = next((p.grad for p in parameters.values() if p.grad is not None), None)
+        self._clipped_grad = None if grad is None else (TensorWeakRef(grad), writes(grad))
+        if self._attached:
+            self._writes = _written(parameters.values())
+
+    def _tell(self, what: str) -> None:
+        self._is_told = True
+        _logger.warning("gradclip: %s This is said once.", what)
+
+
+def _any_grad(parameters: Iterable[Tensor]) -> bool:
+    return any(p.grad is not None for p in parameters)
+
+
+def _written(parameters: Iterable[Parameter]) -> int:
+    return all_writes([p if type(p) is Parameter else local_part(p) for p in parameters])
+
+
+_watches: WeakSet[Watch] = WeakSet()
+_is_begun = False
+
+
+def _begin() -> None:
+    """Have torch tell of each step of each optimizer, from the first clipper on."""
+    global _is_begun
+    if not _is_begun:
+        register_optimizer_step_post_hook(_see_step)
+        _is_begun = True
+
+
+def _see_step(optimizer: Optimizer, *_: object) -> None:
+    if not torch.compiler.is_compiling():
+        for watch in list(_watches):
+            watch.see(optimizer)
