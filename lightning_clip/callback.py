@@ -329,7 +329,8 @@ class GradientClip(Callback):
         if self._engine is None:
             scaler = live_scaler(trainer.precision_plugin)
             self._clippers = ClipperSet.build(self.config, module, self._optimizers, scaler=scaler)
-            self._steps = Steps(self._optimizers, self._patches)
+            claims = not isinstance(self, _ForFinder)  # that for which it stands in has done so
+            self._steps = Steps(self._optimizers, self._patches, claims=claims)
         else:
             clipper = GradientClipper(self.config, module, self._engine)
             self._patches.callback(clipper.attach(self._engine).remove)

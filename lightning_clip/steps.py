@@ -20,9 +20,12 @@ class Steps:
     Args:
         optimizers: Those that have a clipper, in that order.
         patches: Whose `undo` takes the hooks off the optimizers.
+        claims: Refuse optimizers that somebody else clips.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer | Any], patches: Patches) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer | Any], patches: Patches, *, claims: bool = True
+    ) -> None:
         self._names = [f"Optimizer {i} ({type(o).__name__})" for i, o in enumerate(optimizers)]
         self._announced: set[int] = set()
         self._stepping: set[int] = set()
@@ -31,7 +34,8 @@ class Steps:
         self._is_in_batch = False
         for index, optimizer in enumerate(optimizers):
             if isinstance(optimizer, Optimizer):
-                claim_steps(optimizer, patches, "GradientClip")
+                if claims:
+                    claim_steps(optimizer, patches, "GradientClip")
                 begin, end = partial(self._begin, index), partial(self._end, index)
                 follow_steps(optimizer, patches, before=begin, after=end)
 
