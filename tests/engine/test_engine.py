@@ -109,7 +109,7 @@ class TestWhatIsClipped:
         assert model[0].weight.grad.norm() <= 0.01 * (1 + 1e-6)
         after = clipper.state_dict()["policies"][0]
         assert after["slots"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
-        assert torch.equal(after["state"]["seen"], torch.tensor([4.0, 4.0, 1.0, 1.0]).double())
+        assert torch.equal(after["state"]["seen"], torch.tensor([1.0, 1.0, 4.0, 4.0]).double())
         assert before["slots"] == ["2.weight", "2.bias"]
         assert record.clipped
 

@@ -79,7 +79,9 @@ def check(built, name):
             for parameter, got in after.items():
                 want = wanted[parameter].view_as(got)
                 tolerance = 8e-3 if "mixed" in name else 1e-6
-                torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-12)
+                # Parts that cancel out leave the rounding of the largest.
+                near = 1e-6 * float(want.abs().max())
+                torch.testing.assert_close(got, want, rtol=tolerance, atol=near)
             norm = torch.cat([g.reshape(-1) for g in wanted.values()]).norm()
             assert float(record.clipped_norm) == pytest.approx(float(norm), rel=1e-6)
         assert bool(record.clipped)
