@@ -62,11 +62,10 @@ def collect_parameters(
             for index, group in enumerate(optimizer.param_groups)
             for column, parameter in enumerate(group["params"])
         ]
-        own_names = {
+        names = {
             parameter: names.get(parameter, own[column] if own else f"{group}.{column}")
             for parameter, own, group, column in listed
         }
-        names = {p: name for p, name in names.items() if p in own_names} | own_names
     found: dict[str, Parameter] = {}
     for parameter, name in names.items():
         if name in found:
