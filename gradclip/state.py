@@ -119,12 +119,14 @@ def unpack(
 def _unpack_one(entry: Mapping[str, Any], where: str, rule: Rule, state: State) -> State:
     """The state of one policy."""
     slots = list(read_list(entry["slots"], f"{where}.slots", str))
-    if state and slots != list(rule.names):
+    if state and sorted(slots) != sorted(rule.names):
         msg = (
             f"Saved clip state has slots {slots}, this model has "
             f"{list(rule.names)}. Start with fresh state or use the same scope."
         )
         raise ConfigError(msg)
+    places = [slots.index(name) for name in rule.names] if state else []
+    order = torch.tensor(places, dtype=torch.int64, device="cpu")  # another run's may be another
     saved = read_mapping(entry["state"], f"{where}.state", tuple(state))
     found: State = {}
     for name, value in state.items():
@@ -137,7 +139,8 @@ def _unpack_one(entry: Mapping[str, Any], where: str, rule: Rule, state: State) 
             )
             raise ConfigError(msg)
         allowed = rule.policy.ranges.get(name, ANYTHING)
-        found[name] = read_numbers(saved[name], at, value.shape, allowed, rule.names).double()
+        numbers = read_numbers(saved[name], at, value.shape, allowed, slots).double()
+        found[name] = numbers[..., order.to(numbers.device)]
     for what, is_so in rule.policy.contradictions(found).items():
         if bool(is_so.any()):
             at = f"{where}.state of {rule.policy.type!r}"

@@ -6,11 +6,13 @@ import gc
 import hashlib
 import logging
 import math
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,8 @@ _logger = logging.getLogger("gradclip")
 _CPU = torch.device("cpu")
 _FIRST, _AGAIN = timedelta(seconds=1), timedelta(milliseconds=250)
 """How long a step waits for ranks that are late to a comparison: at first, and in later steps."""
+TOGETHER = timedelta(seconds=60)
+"""How long ranks that build a clipper, or load state, wait for others to do so too."""
 _FAILED = 0
 _WAYS_OUT = {
     "configuration": "Read it from one file, or from values that don't depend on the rank.",
@@ -86,7 +90,7 @@ class Agreement:
         self._aside: ProcessGroup | None = None
         self._ranks: list[int] = []
         self._pending: deque[_Exchange] = deque()
-        self._warned = False
+        self._warned = self._is_alone = False
         self.same_names = same_names
         self._in_order = same_names
         self._setup = 0
@@ -167,6 +171,8 @@ class Agreement:
     def compare(self, where: str, facts: Facts | None, order: Iterable[str] = ()) -> None:
         """Compare facts over ranks, which must all call: one message of 32 bytes.
 
+        If one doesn't, the others say so and compare no more.
+
         Args:
             where: What the user called, for the error.
             facts: This rank's, in two parts; None if it has none and raises an error of its own.
@@ -175,13 +181,21 @@ class Agreement:
         Raises:
             ConfigError: On every rank, if they differ; names ranks, and what differs.
         """
-        if not self._groups:
+        if not self._groups or self._is_alone:
             return
         hashes = [_FAILED] * 3
         if facts is not None:
             hashes = [*(_number(sorted(own.items())) for own in facts.values()), _number([*order])]
-        row = [[dist.get_rank(), *hashes]]
-        table = self._gathered(torch.tensor(row, dtype=torch.int64, device=_CPU))
+        table = self._gathered([dist.get_rank(), *hashes])
+        if table is None:
+            self._is_alone, self._aside = True, None
+            _logger.warning(
+                "gradclip: %s: some ranks that share the model didn't call it within %d seconds, "
+                "so ranks are not compared; call it on all of them.",
+                where,
+                TOGETHER.total_seconds(),
+            )
+            return
         self._ranks = sorted(table[:, 0].tolist())
         rows = {rank: row[:2] for rank, *row in sorted(table.tolist())}
         if failed := [rank for rank, row in rows.items() if _FAILED in row]:
@@ -253,8 +267,12 @@ class Agreement:
                     "fixed limit."
                 )
 
-    def _gathered(self, table: Tensor) -> Tensor:
+    def _gathered(self, mine: Sequence[int]) -> Tensor | None:
+        """What each rank has, in rows; None if not all of them came."""
+        table = torch.tensor([mine], dtype=torch.int64, device=_CPU)
         for group in self._groups:
+            if not _all_come(group):
+                return None
             table = table.to(device_of(group, _CPU))
             parts = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
             dist.all_gather(parts, table, group)
@@ -342,6 +360,32 @@ def shape_of(parameter: Tensor) -> tuple[int, ...] | None:
     if is_flattened(parameter):
         return unflattened_shape(parameter)
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _all_come(group: ProcessGroup) -> bool:
+    """Whether all ranks of a group come to a comparison; the same answer on those that do.
+
+    A collective would hang where they don't, so they meet in the group's store first.
+    """
+    store, number = group.get_group_store(), _meetings.get(group, 0)
+    _meetings[group] = number + 1
+    come, decided = f"gradclip/{number}/come", f"gradclip/{number}/decided"
+    try:
+        if store.add(come, 1) == dist.get_world_size(group):
+            store.compare_set(decided, "", "all")
+    except RuntimeError:  # torch's fake process group has no store
+        return True
+    pause, until = 0.001, time.monotonic() + TOGETHER.total_seconds()
+    while not store.check([decided]):  # a file store's own wait looks once a second
+        if time.monotonic() > until:
+            store.compare_set(decided, "", "not all")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    return store.get(decided) == b"all"
+
+
+_meetings: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
+"""How many there were, by group."""
 
 
 def _mixed(bits: Tensor) -> Tensor:

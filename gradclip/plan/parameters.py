@@ -120,7 +120,7 @@ def collect_parameters(
             listed |= zip(held, own, strict=True)
         unnamed = [(name, p) for p, name in listed.items() if p not in names]
         names |= {p: name for name, p in _unwrapped(unnamed)}
-        names = {p: name for p, name in names.items() if p in listed}
+        names = {p: names[p] for p in listed}
     found: dict[str, Parameter] = {}
     for parameter, name in names.items():
         if name in found:

@@ -17,6 +17,7 @@ from support.gradients import (
 )
 
 from gradclip import (
+    AutoClip,
     ClipByNorm,
     ClipConfig,
     ConfigError,
@@ -108,10 +109,31 @@ class TestWhatIsClipped:
         record = clipper.clip()
         assert model[0].weight.grad.norm() <= 0.01 * (1 + 1e-6)
         after = clipper.state_dict()["policies"][0]
-        assert after["slots"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
-        assert torch.equal(after["state"]["seen"], torch.tensor([1.0, 1.0, 4.0, 4.0]).double())
+        assert after["slots"] == ["2.weight", "2.bias", "0.weight", "0.bias"]
+        assert torch.equal(after["state"]["seen"], torch.tensor([4.0, 4.0, 1.0, 1.0]).double())
         assert before["slots"] == ["2.weight", "2.bias"]
         assert record.clipped
+
+    def test_state_finds_its_parameters_in_whatever_order_an_optimizer_lists_them(self):
+        saved = []
+        for order in (1, -1):
+            model = small_model()
+            optimizer = torch.optim.SGD(list(model.parameters())[::order], lr=0.1)
+            policies = [AutoClip(warmup_steps=1, window=4, scope="parameter"), Spam(moment="own")]
+            clipper = GradientClipper(policies, model.named_parameters(), optimizer)
+            if saved:
+                clipper.load_state_dict(saved[0])
+            else:
+                for step in range(3):
+                    backward(model, step)
+                    clipper.clip()
+            saved.append(clipper.state_dict())
+        first, second = (state["policies"] for state in saved)
+        assert second[0]["slots"] == first[0]["slots"][::-1]
+        for name, value in first[0]["state"].items():
+            assert torch.equal(second[0]["state"][name].flip(-1), value)
+        for name, memory in first[1]["elements"].items():
+            assert torch.equal(second[1]["elements"][name]["square"], memory["square"])
 
     def test_clippers_of_new_optimizers_go_on_by_name(self, subtests):
         """With more parameters, with fewer, and with those of several before or after."""

@@ -64,14 +64,6 @@ def test_wrappers_leave_no_trace_in_names(subtests):
                 assert clipper.state_dict()["policies"][0]["slots"] == NAMES[:2]
 
 
-def test_parameters_stand_in_the_order_of_the_names_that_are_given():
-    """An optimizer may list them in another order in every process (from a set)."""
-    model = small_model()
-    optimizer = torch.optim.SGD(list(model.parameters())[::-1], lr=0.1)
-    clipper = GradientClipper(CONFIG, model, optimizer)
-    assert clipper.state_dict()["policies"][0]["slots"] == NAMES[:2]
-
-
 class Wrapping(nn.Module):
     """A wrapper of one's own, as many write them, whose only child is called `module`."""
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gradclip import ClipByNorm, ConfigError, GradientClipper, ZClip
+from gradclip.layouts import agreement
 
 ADAPTIVE = {"policies": [{"type": "zclip", "warmup_steps": 2, "max_norm": None}]}
 
@@ -350,6 +352,30 @@ def test_unreduced_gradients_and_uneven_data_are_told():
         assert texts[7] == ""
         assert steps == 0
         assert [line[:40] for line in warned] == ["gradclip: clip: within join() of Distrib"] * 3
+
+
+def on_one_rank(rank, world):
+    """A clipper on the first rank alone, beside that of all ranks; and one that loads alone."""
+    del world
+    warned, longest = [], agreement.TOGETHER
+    logging.getLogger("gradclip").addFilter(lambda record: warned.append(record.getMessage()))
+    agreement.TOGETHER = timedelta(milliseconds=200)
+    net = DistributedDataParallel(uneven_net(1))
+    dist.barrier()
+    clipper = GradientClipper(ADAPTIVE | {"verify_every": 1}, net)
+    for step in range(3):
+        backward(net, step, rank)
+        if rank == 0 and step == 1:
+            GradientClipper(ClipByNorm(max_norm=math.inf), net).clip()
+            clipper.load_state_dict(clipper.state_dict())
+        clipper.clip()
+    agreement.TOGETHER = longest
+    return [line.split("some")[0] for line in warned]
+
+
+def test_what_one_rank_does_alone_hangs_nobody():
+    wanted = ["gradclip: GradientClipper: ", "gradclip: load_state_dict: "]
+    assert run_on_ranks(on_one_rank, 2, fresh=True) == [wanted, []]
 
 
 def messages(rank, world):
