@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from gradclip import (
     SpikeMax,
     ZClip,
 )
-from gradclip.policies import Policy
+from gradclip.policies import AnyPolicy
 
 GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The norms among which the oracle chooses, and the best constant."""
@@ -142,13 +144,14 @@ class Rival:
         return hashlib.sha256(self.source.encode()).hexdigest()[:12]
 
 
-def ours(policy: Policy, *, each: bool = False, candidate: bool = False) -> Rival:
+def ours(policy: AnyPolicy, *, each: bool = False, candidate: bool = False) -> Rival:
     """One of gradclip's policies; with `each`, clipping every micro-batch by itself."""
     quiet = LogConfig(warn_after=None, warn_skips=None)
-    stage = "after_backward" if each else "step"
+    stage: Literal["step", "after_backward"] = "after_backward" if each else "step"
     config = ClipConfig(policies=[policy], stage=stage, log=quiet)
-    code = inspect.getsource(inspect.getmodule(type(policy)) or type(policy))
-    source = config.model_dump_json() + code
+    bases = [base for base in type(policy).__mro__ if base.__module__.startswith("gradclip.")]
+    code = [inspect.getsource(sys.modules[base.__module__]) for base in bases]
+    source = "".join([config.model_dump_json(), *code])
     return Rival(partial(Ours, config), source, accumulating=each, candidate=candidate)
 
 
@@ -157,22 +160,18 @@ def _nobody(training: Training) -> Guard:
 
 
 def _zclip(training: Training) -> Guard:
-    from zclip import ZClip as Theirs
-
-    return Called(partial(Theirs().step, training.model), training)
+    theirs = import_module("zclip").ZClip()
+    return Called(partial(theirs.step, training.model), training)
 
 
 def _smartclip(training: Training) -> Guard:
-    import smartclip
-
+    smartclip = import_module("smartclip")
     return Called(partial(smartclip.apply, training.model, smartclip.AutoClip()), training)
 
 
 def _autoclip(training: Training) -> Guard:
-    from autoclip.torch import QuantileClip
-
     trained = [p for p in training.model.parameters() if p.requires_grad]
-    return Called(QuantileClip(trained).step, training)
+    return Called(import_module("autoclip.torch").QuantileClip(trained).step, training)
 
 
 PEERS = {"zclip": _zclip, "smartclip": _smartclip, "autoclip": _autoclip}

@@ -88,11 +88,9 @@ def test_two_rivals_see_the_same(short, monkeypatch):
 )
 def test_the_same_run_gives_the_same_bits(short, name):
     cell = CELLS[name]
-    each = "norm 1, each micro-batch" if cell.accumulate > 1 else "AdaGC"
-    for rival in (each, "none"):
-        once, again = (train.run(cell, 1, rivals.RIVALS[rival]) for _ in range(2))
-        nothing = {"seconds": 0.0}
-        assert repr(replace(once, **nothing)) == repr(replace(again, **nothing))
+    rival = rivals.RIVALS["norm 1, each micro-batch" if cell.accumulate > 1 else "AdaGC"]
+    once, again = (replace(train.run(cell, 1, rival), seconds=0.0) for _ in range(2))
+    assert repr(once) == repr(again)  # repr: NaN is NaN
 
 
 def test_every_fault_happens_as_often_as_it_says():
