@@ -1,10 +1,11 @@
-"""Table and picture of the results, into the README beside this file.
+"""Tables and a picture of the results, into the README and files beside it.
 
 python -m benchmarks.outcome.report
 """
 
 from __future__ import annotations
 
+import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from benchmarks.outcome.train import Result
 
 README = Path(__file__).with_name("README.md")
 PICTURE = Path(__file__).with_name("regret.png")
+BY_CELL = Path(__file__).with_name("regret.csv")
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 CONSTANT, ONE = "best constant", "norm 1"
 HEADS = (
@@ -245,6 +247,23 @@ def draw(comparisons: Mapping[str, Comparison], path: Path) -> None:
     plt.close(figure)
 
 
+def write_cells(comparisons: Mapping[str, Comparison], path: Path) -> None:
+    """One CSV row a cell: the oracle's loss, what its rerun loses, and every rival's regret."""
+    rivals = list({name: None for found in comparisons.values() for name in found.outcomes})
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["cell", "oracle's loss", "rerun", *rivals])
+        for found in comparisons.values():
+            fixed = found.fixed
+            for i, cell in enumerate(found.cells):
+                numbers = [fixed.oracle[i].mean(), fixed.rerun[i]]
+                numbers += [
+                    found.outcomes[name].regrets[i].mean() if name in found.outcomes else np.nan
+                    for name in rivals
+                ]
+                writer.writerow([cell.name, *(f"{number:.4f}" for number in numbers)])
+
+
 def _line(parts: Sequence[str]) -> str:
     return f"| {' | '.join(parts)} |"
 
@@ -254,7 +273,7 @@ def _percent(share: float | np.floating) -> str:
 
 
 def main(results: Annotated[Path, typer.Argument(help="the CSV file")] = RESULTS) -> None:
-    """Write the tables into README.md between its markers, and regret.png."""
+    """Write the tables into README.md between its markers, regret.png, and regret.csv by cell."""
     rows = read(results)
     comparisons = {}
     for half in ("tuning", "reporting"):
@@ -269,6 +288,7 @@ def main(results: Annotated[Path, typer.Argument(help="the CSV file")] = RESULTS
     after = rest.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n\n{told}\n{END}{after}", encoding="utf-8")
     draw(comparisons, PICTURE)
+    write_cells(comparisons, BY_CELL)
     print(told)
 
 

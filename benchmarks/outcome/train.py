@@ -99,17 +99,19 @@ def run(cell: Cell, seed: int, rival: Rival) -> Result:
         for p in frozen:
             p.requires_grad_(step >= change)
         times = 4 if cell.change == "batch" and step >= change else 1
+        total = torch.zeros(())
         for part in range(parts):
             batch = batch_of(task, cell.fault, seed, step, part, times=times)
             with guard.micro_batch(1 / parts):
                 loss = task.loss(model, batch.inputs, batch.targets)
                 weighted = batch.weight / parts * loss
                 (weighted if scaler is None else scaler.scale(weighted)).backward()
+            total += weighted.detach()
             if not batch.spoilt:
                 losses.append(float(loss.detach()))
         if scaler is not None:
             _through_half(model)
-        guard.before_step(weighted.detach() * parts)
+        guard.before_step(total)
         for optimizer in optimizers:
             if scaler is None:
                 optimizer.step()

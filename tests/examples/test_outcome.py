@@ -243,6 +243,7 @@ def test_the_report_writes_table_and_picture(tmp_path, monkeypatch):
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     monkeypatch.setattr(report, "README", readme)
     monkeypatch.setattr(report, "PICTURE", tmp_path / "regret.png")
+    monkeypatch.setattr(report, "BY_CELL", tmp_path / "regret.csv")
     report.main(path)
     told = readme.read_text()
     assert told.startswith("before\n")
@@ -251,6 +252,9 @@ def test_the_report_writes_table_and_picture(tmp_path, monkeypatch):
     assert "| none | 2 | 300.0 % |" in told
     assert "| ZClip | 2 | 0.0 % |" in told
     assert (tmp_path / "regret.png").stat().st_size > 5000
+    heads, *cells_of = (tmp_path / "regret.csv").read_text().splitlines()
+    assert heads.startswith("cell,oracle's loss,rerun,none,norm 0.03,")
+    assert cells_of[0].startswith("signals-sgd-low,1.0000,0.0000,3.0000,0.0000,")
     other = made[0].job._replace(setup="other", rival="ZClip")
     with pytest.raises(ValueError, match="different versions"):
         report.newest([*made, SimpleNamespace(job=other)])
