@@ -9,12 +9,13 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import log_softmax
 
 HORIZON = 200
+SPREAD = (1.0, 0.5, 0.1, 0.8)  # far from upright, so that some starts are lost to anyone
 Floats = NDArray[np.float64]
 
 
 def episodes(generator: Generator, count: int) -> tuple[Tensor, Tensor]:
     """Starts and the chance of each action (count, 4 + HORIZON); what rewards count (count,)."""
-    starts = 0.1 * torch.rand(count, 4, generator=generator) - 0.05
+    starts = (2 * torch.rand(count, 4, generator=generator) - 1) * torch.tensor(SPREAD)
     chance = torch.rand(count, HORIZON, generator=generator)
     return torch.cat([starts, chance], 1), torch.ones(count)
 

@@ -26,8 +26,10 @@ def steps_to_follow(clipped: Sequence[bool], change: int) -> int:
     """Steps after a lasting change until clipping is as rare as it was before.
 
     That is when 10 steps clip at most a tenth more of them than the 50 before the change did. If
-    that never happens, all steps that were left.
+    that never happens, all steps that were left; -1 if the run ended before the change.
     """
+    if len(clipped) <= change:
+        return -1
     usual = float(np.mean(clipped[max(0, change - BEFORE) : change]))
     for start in range(change, len(clipped) - AFTER + 1):
         if np.mean(clipped[start : start + AFTER]) <= usual + MORE:

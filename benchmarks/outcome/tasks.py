@@ -120,8 +120,8 @@ TASKS: Mapping[str, Task] = {
     ),
     "cartpole": Task(
         "reporting",
-        200,
-        16,
+        150,
+        8,
         pilot,
         cartpole.episodes,
         cartpole.loss,

@@ -135,7 +135,7 @@ def run(cell: Cell, seed: int, rival: Rival) -> Result:
         clip_rate=sum(clipped) / steps,
         skipped=skipped,
         spike_score=spike_score(losses),
-        follow=-1 if cell.change == "none" else steps_to_follow(clipped, change),
+        follow=steps_to_follow(clipped, change) if cell.change != "none" else -1,
         seconds=time.process_time() - began,
     )
 

@@ -131,6 +131,7 @@ def test_measures():
     clipped = [i % 10 == 0 for i in range(100)] + [True] * 7 + [False] * 20
     assert steps_to_follow(clipped, 100) == 5
     assert steps_to_follow([False] * 50 + [True] * 30, 50) == 30
+    assert steps_to_follow([False] * 50, 50) == -1
 
 
 def grid_of(cells, seeds, better=0.0):
