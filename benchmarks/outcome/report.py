@@ -70,20 +70,22 @@ class Comparison:
 
 
 def newest(rows: Sequence[Row]) -> dict[tuple[str, int, str], Row]:
-    """The last row of each cell, seed and rival; all of a cell must come from one version.
+    """The last row of each cell, seed and rival.
 
     Raises:
-        ValueError: If they don't.
+        ValueError: If a cell's rows come from several versions of the benchmark or torch, or a
+            rival's from several of its own.
     """
     latest = {(row.job.cell, row.job.seed, row.job.rival): row for row in rows}
     versions = defaultdict[str, set[str]](set)
     for row in latest.values():
-        versions[row.job.cell].add(row.job.setup)
-    mixed = [cell for cell, found in versions.items() if len(found) > 1]
+        versions[f"cell {row.job.cell}"].add(row.job.setup)
+        versions[f"rival {row.job.rival}"].add(row.job.constants)
+    mixed = [name for name, found in versions.items() if len(found) > 1]
     if mixed:
         msg = (
-            f"{', '.join(mixed)}: rows come from different versions of the benchmark or of torch, "
-            "so they can't be compared. Run these cells again."
+            f"{', '.join(mixed)}: rows come from different versions (columns setup, constants), so "
+            "they can't be compared. Run the missing ones, or start a new file with --out."
         )
         raise ValueError(msg)
     return latest

@@ -1,7 +1,6 @@
 """The benchmark of outcomes: pairing, the same bits twice, honest regret, resuming."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +255,10 @@ def test_the_report_writes_table_and_picture(tmp_path, monkeypatch):
     heads, *cells_of = (tmp_path / "regret.csv").read_text().splitlines()
     assert heads.startswith("cell,oracle's loss,rerun,none,norm 0.03,")
     assert cells_of[0].startswith("signals-sgd-low,1.0000,0.0000,3.0000,0.0000,")
-    other = made[0].job._replace(setup="other", rival="ZClip")
-    with pytest.raises(ValueError, match="different versions"):
-        report.newest([*made, SimpleNamespace(job=other)])
+    for other, name in (
+        ({"setup": "other"}, "cell signals-sgd-low"),
+        ({"constants": ""}, "rival none"),
+    ):
+        job = made[0].job._replace(**other)
+        with pytest.raises(ValueError, match=f"^{name}: rows come from different versions"):
+            report.newest([*made, rows.Row(job, made[0].result)])
