@@ -28,7 +28,7 @@ from benchmarks.outcome.regret import (
     summary,
     worth,
 )
-from benchmarks.outcome.rivals import CONSTANTS, GRID, NOT_INSTALLED
+from benchmarks.outcome.rivals import CONSTANTS, GRID, PEERS
 from benchmarks.outcome.rows import Row, read
 from benchmarks.outcome.run import RESULTS
 from benchmarks.outcome.train import Result
@@ -124,7 +124,7 @@ def compare(rows: Sequence[Row], cells: Sequence[Cell]) -> Comparison | None:
 def _losses(results: Mapping[tuple[int, int], Result], untrained: Floats) -> Floats:
     raw = np.full(untrained.shape, np.nan)
     for at, result in results.items():
-        raw[at] = untrained[at] if result.diverged else result.loss
+        raw[at] = np.inf if np.isnan(result.loss) else result.loss
     return np.where(np.isnan(raw), np.nan, worth(raw, untrained))
 
 
@@ -209,7 +209,8 @@ def text_of(title: str, comparison: Comparison) -> str:
     fixed = comparison.fixed
     norms = " and ".join(f"{GRID[i]:g}" for i in sorted(set(fixed.chosen)))
     count, seeds = len(comparison.cells), len(comparison.seeds)
-    missing = f" Not installed, so not run: {', '.join(NOT_INSTALLED)}." if NOT_INSTALLED else ""
+    peers = [package for package in PEERS if f"{package} package" not in comparison.outcomes]
+    missing = f" Not installed, so not run: {', '.join(peers)}." if peers else ""
     mean, worst = _percent(fixed.rerun.mean()), _percent(fixed.rerun.max())
     return f"""### {title}
 
@@ -230,20 +231,22 @@ def draw(comparisons: Mapping[str, Comparison], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        1, len(comparisons), figsize=(7 * len(comparisons), 5), squeeze=False
+        1, len(comparisons), figsize=(6 * len(comparisons) + 2, 5), sharey=True, squeeze=False
     )
+    colors = plt.get_cmap("tab20").colors
     for axis, (title, comparison) in zip(axes[0], comparisons.items(), strict=True):
-        for name, outcome in comparison.outcomes.items():
-            run = _was_run(outcome)
-            if run.all() and (name == ONE or name not in CONSTANTS):
-                of_cells = np.sort(outcome.regrets.mean(1))
-                share = np.arange(1, len(of_cells) + 1) / len(of_cells)
+        shown = [name for name in comparison.outcomes if name == ONE or name not in CONSTANTS]
+        for i, name in enumerate(shown):
+            outcome = comparison.outcomes[name]
+            if _was_run(outcome).all():
                 style = "--" if name in (ONE, CONSTANT, "none") else "-"
-                axis.step(100 * of_cells, share, style, where="post", label=name)
+                color = colors[i % len(colors)]
+                axis.ecdf(100 * outcome.regrets.mean(1), label=name, ls=style, color=color)
         axis.axvspan(0, 100 * comparison.fixed.rerun.mean(), color="0.9")
-        axis.set(title=title, xlabel="regret, %", ylabel="share of cells", ylim=(0, 1))
+        axis.set(title=title, xlabel="regret, %", ylabel="share of cells")
         axis.set_xscale("symlog", linthresh=2)
-        axis.legend(fontsize=7)
+        axis.xaxis.set_major_formatter("{x:g}")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -271,7 +274,7 @@ def _line(parts: Sequence[str]) -> str:
 
 
 def _percent(share: float | np.floating) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{round(100 * float(share), 1) + 0.0:.1f} %"  # + 0.0: no minus before a zero
 
 
 def main(results: Annotated[Path, typer.Argument(help="the CSV file")] = RESULTS) -> None:

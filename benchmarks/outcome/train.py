@@ -22,6 +22,7 @@ from benchmarks.outcome.rivals import Rival, Training
 from benchmarks.outcome.tasks import TASKS
 
 WARMUP, LAST_SHARE = 0.1, 0.01
+LEARNT = 0.95
 CHECK_EVERY = 25
 SOURCES = ("cartpole", "data", "faults", "lora", "measures", "models", "tasks", "train")
 
@@ -33,7 +34,7 @@ class Result:
     Attributes:
         loss: At the end, on validation samples.
         untrained: The same before the first step.
-        diverged: The end is no better than the beginning, or isn't a number.
+        diverged: The end is hardly better than the beginning (95 % of it), or isn't a number.
         clip_rate: Share of the steps whose gradients were changed.
         skipped: Steps that were withheld.
         spike_score: Share of the training losses that stand out.
@@ -131,7 +132,7 @@ def run(cell: Cell, seed: int, rival: Rival) -> Result:
     return Result(
         loss=final,
         untrained=untrained,
-        diverged=not final < untrained,
+        diverged=not final < LEARNT * untrained,
         clip_rate=sum(clipped) / steps,
         skipped=skipped,
         spike_score=spike_score(losses),
