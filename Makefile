@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks docs/pictures.py docs/report_picture.py
 
-.PHONY: setup demo test lint schema pictures bench kill clean
+.PHONY: setup demo test lint schema pictures bench outcome kill clean
 
 setup: .venv/ready
 
@@ -36,6 +36,10 @@ bench: setup  ## Times against torch, as ratios within one run.
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_policies.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ranks.py
+
+outcome: setup  ## Final losses of every policy; goes on where it was broken off.
+	$(BIN)/python -m benchmarks.outcome.run
+	$(BIN)/python -m benchmarks.outcome.report
 
 kill: setup  ## Kill a run 20 times at random moments and compare it with one that never died.
 	PYTHONPATH=tests $(BIN)/python tests/faults/kill.py --kills 20
