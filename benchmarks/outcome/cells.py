@@ -98,7 +98,7 @@ CHOSEN = (
     # Reporting half.
     Cell("gpt_post", "adamw", "low", 2e-3, "post-norm, tame"),
     Cell("gpt_post", "adamw", "middle", 1e-2, "post-norm, near the best rate"),
-    Cell("gpt_post", "adamw", "high", 3e-2, "post-norm, unstable by nature"),
+    Cell("gpt_post", "adamw", "high", 0.015, "post-norm, unstable by nature"),
     Cell("gpt_post", "muon", "middle", 1e-2, "Muon, one batch that ruins all", "catastrophe"),
     Cell("gpt_post", "adamw", "middle", 1e-2, "norms rise at the end", decay=3.0, note="decay"),
     Cell("moe", "adamw", "middle", 1e-2, "experts with rare gradients"),
