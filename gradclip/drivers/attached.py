@@ -147,15 +147,21 @@ class Attached:
                     self._core.amend(self._found)
                 else:
                     self._core.commit(self._found)
-            self._known, self._found = self._core.last_record, None
-        elif not self._evaluations and self._has_new_gradients():
+            self._found = None
+        elif not self._evaluations and self._has_new_gradients() and not self._is_by_hand:
             msg = (
                 f"{type(optimizer).__name__} stepped without evaluating its closure, and a policy "
                 "watches the loss that the closure returns, so this step went unclipped; allowed: "
                 "step() without a closure. Leave it out, or set watch to 'norm'."
             )
             raise ConfigError(msg)
+        self._known = self._core.last_record
         self._left = GradientSnapshot(self._core.machinery.plan.parameters.values())
+
+    @property
+    def _is_by_hand(self) -> bool:
+        """Whether `clip()` was called since the last step."""
+        return self._core.last_record is not self._known
 
     def _has_new_gradients(self) -> bool:
         """Whether there are gradients, other ones than the last step left behind."""
@@ -165,8 +171,8 @@ class Attached:
 
     def _clip_what_is_there(self) -> None:
         """Clip gradients that the optimizer may use before it evaluates the closure, or instead."""
-        if self._losses is not None or self._core.last_record is not self._known:
-            return  # of which no loss is known, or which were clipped by hand
+        if self._losses is not None or self._is_by_hand:
+            return  # of which no loss is known
         self.is_stepping = True
         try:
             with torch.no_grad():
@@ -188,7 +194,7 @@ class Attached:
         return closure_then_clip
 
     def _clip(self, grad_scale: Tensor | None = None, *, repeat: bool = False) -> None:
-        if self._core.last_record is not self._known and not self._once:
+        if self._is_by_hand and not self._once:
             msg = (
                 "clip() was called since the last step and the clipper is attached, so this step "
                 "would be clipped and counted twice; allowed: one of the two. Leave clip() out, "

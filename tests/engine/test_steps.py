@@ -266,6 +266,20 @@ def test_parameters_may_move_between_evaluations_that_clip_by_hand(caplog):
     assert not caplog.records
 
 
+def test_a_closure_that_is_not_evaluated_after_a_clip_by_hand_and_without_one():
+    program = Program(NORM, lambda params: Ignores(params, lr=1.0))
+    once = OncePerStep(program.clipper, program.optimizer)
+    for number in range(1, 5):
+        before = program.weights
+        program.optimizer.zero_grad()
+        program.backward(number, 50)
+        if number % 2:
+            once.clip()
+        program.optimizer.step(lambda: torch.tensor(1.0))
+        assert float((program.weights - before).norm()) <= NORM.max_norm * 1.0001
+        assert program.counts["steps"] == once.steps == number
+
+
 def test_a_wrapper_and_what_it_wraps_are_one():
     loop = Loop(Sam, attach=lambda sam: sam.base)
     for number in range(1, 3):
