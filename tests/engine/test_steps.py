@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import pickle
 from collections import OrderedDict, defaultdict
@@ -155,12 +156,16 @@ def with_a_closure(program, *args, after_backward=False, name=None):
 class Loop:
     """A model, an optimizer whose rate is 1, and a clipper that is attached to it."""
 
-    def __init__(self, make, attach=lambda optimizer: optimizer, policy=POLICY, **config):
+    def __init__(
+        self, make, attach=lambda optimizer: optimizer, policy=POLICY, adapter=False, **config
+    ):
         self.model = small_model()
         self.optimizer = make(self.model.parameters())
         clip = {"policies": [policy], **config}
         self.clipper = GradientClipper(clip, self.model.named_parameters(), self.optimizer)
-        self.handle = self.clipper.attach(attach(self.optimizer))
+        attached = attach(self.optimizer)
+        once = adapter and OncePerStep(self.clipper, attached)
+        self.handle = once or self.clipper.attach(attached)
 
     def backward(self):
         self.model.zero_grad()
@@ -199,12 +204,14 @@ ONCE = {
 }
 
 
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("apply", ["auto", "in_place"])
-def test_each_step_is_clipped_and_counted_once_whoever_calls_whom(apply, subtests, caplog):
+def test_each_step_is_clipped_and_counted_once_whoever_calls_whom(apply, adapter, subtests, caplog):
     for name, (make, step) in ONCE.items():
         with subtests.test(name):
             # torch hooks classes, so a class of its own keeps one case from hiding another.
-            loop = Loop(lambda params, make=make: _fresh(make(params)), apply=apply)
+            made = functools.partial(_made, make)
+            loop = Loop(made, apply=apply, adapter=adapter)
             for number in range(1, 4):
                 before = loop.weights
                 step(loop)
@@ -221,7 +228,8 @@ def test_each_step_is_clipped_and_counted_once_whoever_calls_whom(apply, subtest
     assert not caplog.records
 
 
-def _fresh(optimizer):
+def _made(make, params):
+    optimizer = make(params)
     cls = type(optimizer)
     if cls.__module__ == __name__:
         optimizer.__class__ = type(cls.__name__, (cls,), {"step": vars(cls).get("step", cls.step)})
