@@ -26,10 +26,11 @@ _logger = logging.getLogger("gradclip")
 class Watch:
     """Warns, once, of parameters that moved with gradients that weren't clipped.
 
-    It has two signs. torch calls a hook after the step of every optimizer: one that steps these
-    parameters twice without a clip in between used gradients that nobody clipped. And torch counts
-    the writes to each tensor: where a clipper is attached, parameters that were written to although
-    no optimizer stepped since the last clip were moved by something that has no hooks.
+    It has two signs. torch calls a hook after each optimizer's step. A step lacks a clip if its
+    gradients aren't those of the last clip, and its optimizer has stepped since then already, or
+    isn't the one that the clipper is attached to. And torch counts the writes to each tensor: where
+    a clipper is attached, parameters that were written to although no optimizer stepped since the
+    last clip were moved by something that has no hooks.
 
     A write through `.data` isn't counted, and a step within a compiled region isn't seen. Nothing
     is read of any tensor.
@@ -98,20 +99,24 @@ class Watch:
     def see(self, optimizer: Optimizer) -> None:
         """Take in that an optimizer has stepped."""
         in_use = self._attached or self._has_clipped
-        if self._is_told or not in_use or any(optimizer is one for one in self._attached):
+        # What steps within the step of an attached optimizer is part of that.
+        if self._is_told or not in_use or self._is_in_step:
+            return
+        if any(optimizer is one for one in self._attached):
             return
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         ours = set(self._parameters.values())
         if not any(p in ours for p in stepped) or is_within_its_own(optimizer):
             return
-        is_second = optimizer in self._stepped or not self._has_clipped
+        # Where the clipper is attached, clips are for the steps of that optimizer.
+        has_no_clip = optimizer in self._stepped or not self._has_clipped or bool(self._attached)
         self._stepped.add(optimizer)
         # With a rate of 0 torch makes an optimizer's state before a checkpoint is loaded.
         moves = any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups)
-        if is_second and moves and _any_grad(stepped) and not self._are_clipped():
+        if has_no_clip and moves and _any_grad(stepped) and not self._are_clipped():
             self._tell(
                 f"{type(optimizer).__name__} stepped with gradients that weren't clipped: there "
-                "was no clip() since its last step. Call clip() before each step, or attach the "
+                "was no clip() for this step. Call clip() before each step, or attach the "
                 "clipper to the optimizer that makes the steps (clipper.attach(optimizer))."
             )
 

@@ -118,9 +118,9 @@ class Attached:
         if isinstance(found_inf, Tensor) and found_inf.ndim:
             # FSDP's scaler of torch 2.13 gives shape (1,), which fused steps refuse.
             vars(optimizer)["found_inf"] = found_inf.reshape(())
+        self._core.watch.begin_step()
         if self._clipped_by_scaler:  # around the scaler's step, which looks for overflows first
             return None
-        self._core.watch.begin_step()
         place = closure_place(type(optimizer).step, args, kwargs)
         if place is None:
             found = getattr(optimizer, "grad_scale", None)

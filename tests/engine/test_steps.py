@@ -30,6 +30,16 @@ class Calls(SGD):
         return super().step(closure)
 
 
+class Halves(SGD):
+    """Halves its gradients before it steps."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.grad.mul_(0.5)
+        super().step(closure)
+
+
 class Decays(SGD):
     """Writes to gradients before it steps, and must not see unclipped ones."""
 
@@ -76,6 +86,19 @@ class Scheduled(Uninitialised):
     def __init__(self, params):
         super().__init__(params)
         self.schedule = LambdaLR(self, lambda _: 1.0)
+
+
+class Parts(Uninitialised):
+    """Two optimizers, the first of which writes to its gradients."""
+
+    def __init__(self, params):
+        super().__init__(params)
+        held = self.param_groups[0]["params"]
+        self.parts = [Halves(held[:2], lr=2.0), SGD(held[2:], lr=1.0)]
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step(closure)
 
 
 class NoOptimizer:
@@ -186,6 +209,7 @@ ONCE = {
     "the same, with a schedule": (Scheduled, plainly),
     "the same, around an optimizer": (Wraps, plainly),
     "no optimizer of torch's": (NoOptimizer, plainly),
+    "two parts": (Parts, plainly),
     "SAM in two calls": (Sam, in_two_calls),
     "SAM with a closure": (Sam, with_a_closure),
     "keyword closure": (lambda p: Keyword(p, lr=1.0), lambda x: with_a_closure(x, name="closure")),
@@ -372,10 +396,8 @@ def replaced_method(loop):
 
 
 def another_optimizer(loop):
-    other = sgd(loop.model.parameters())
-    for _ in range(2):
-        loop.backward()
-        other.step()
+    loop.backward()
+    sgd(loop.model.parameters()).step()
 
 
 @pytest.mark.parametrize("look", ["clip", "flush"])
