@@ -38,9 +38,10 @@ class Watch:
 
     def __init__(self) -> None:
         self._parameters: Mapping[str, Parameter] = {}
+        self._held: set[Parameter] = set()
         self._attached: Sequence[Any] = ()
         self._stepped: WeakSet[Any] = WeakSet()  # since the last clip
-        self._has_stepped = False  # the same, of those that the clipper is attached to
+        self._has_stepped = False  # any of them, also one that is gone
         self._is_in_step = False
         self._has_clipped = self._is_told = False
         self._writes = 0
@@ -59,9 +60,21 @@ class Watch:
 
     def clipped(self, parameters: Mapping[str, Parameter]) -> None:
         """These parameters' gradients have been clipped, or the step is withheld."""
+        self._note_clip(parameters)
+        one = next(iter(parameters.values()))
+        for other in _watches:
+            # Another clipper's clip is one, too: a finder clips with its own for a while.
+            if other is not self and other._is_in_use and one in other._held:
+                other._note_clip(other._parameters)
+
+    def _note_clip(self, parameters: Mapping[str, Parameter]) -> None:
         self._has_clipped, self._has_stepped = True, False
         self._stepped.clear()
         self._note(parameters)
+
+    @property
+    def _is_in_use(self) -> bool:
+        return self._has_clipped or bool(self._attached)
 
     def begin_step(self) -> None:
         """An optimizer that the clipper is attached to begins a step."""
@@ -81,7 +94,7 @@ class Watch:
         """
         if self._is_told or not self._attached:
             return
-        if self._is_in_step or self._has_stepped or self._stepped:
+        if self._is_in_step or self._has_stepped:
             return
         if not self._has_clipped and (in_clip or not _any_grad(self._parameters.values())):
             return
@@ -98,19 +111,18 @@ class Watch:
 
     def see(self, optimizer: Optimizer) -> None:
         """Take in that an optimizer has stepped."""
-        in_use = self._attached or self._has_clipped
         # What steps within the step of an attached optimizer is part of that.
-        if self._is_told or not in_use or self._is_in_step:
+        if self._is_told or not self._is_in_use or self._is_in_step:
             return
         if any(optimizer is one for one in self._attached):
             return
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
-        ours = set(self._parameters.values())
-        if not any(p in ours for p in stepped) or is_within_its_own(optimizer):
+        if not any(p in self._held for p in stepped) or is_within_its_own(optimizer):
             return
         # Where the clipper is attached, clips are for the steps of that optimizer.
         has_no_clip = optimizer in self._stepped or not self._has_clipped or bool(self._attached)
         self._stepped.add(optimizer)
+        self._has_stepped = True
         # With a rate of 0 torch makes an optimizer's state before a checkpoint is loaded.
         moves = any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups)
         if has_no_clip and moves and _any_grad(stepped) and not self._are_clipped():
@@ -129,7 +141,8 @@ class Watch:
         return grad is not None and held and writes(grad) == before
 
     def _note(self, parameters: Mapping[str, Parameter]) -> None:
-        self._parameters = parameters
+        if parameters is not self._parameters:
+            self._parameters, self._held = parameters, set(parameters.values())
         grad = next((p.grad for p in parameters.values() if p.grad is not None), None)
         self._clipped_grad = None if grad is None else (TensorWeakRef(grad), writes(grad))
         if self._attached:

@@ -482,6 +482,17 @@ def other_parameters(program):
     del program
 
 
+def another_clipper(program):
+    """Clips the same parameters for a while, and another optimizer steps them."""
+    other = sgd(program.model.parameters())
+    clipper = GradientClipper(NORM, program.model, other)
+    for seed in range(3):
+        program.optimizer.zero_grad()
+        program.backward(seed)
+        clipper.clip()
+        other.step()
+
+
 def closed(program):
     program.clipper.close()
     for _ in range(2):
@@ -494,7 +505,7 @@ def closed(program):
 
 @pytest.mark.parametrize("call", ["attached", "called"])
 def test_what_is_no_step_is_not_told(call, subtests, caplog):
-    harmless = [average, bound_weights, no_gradients, other_parameters, closed]
+    harmless = [average, bound_weights, no_gradients, other_parameters, another_clipper, closed]
     # An attached clipper clips these as well.
     harmless += [] if call == "attached" else [make_state, same_gradients]
     for what in harmless:
