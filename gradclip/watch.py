@@ -61,7 +61,7 @@ class Watch:
     def clipped(self, parameters: Mapping[str, Parameter]) -> None:
         """These parameters' gradients have been clipped, or the step is withheld."""
         self._note_clip(parameters)
-        one = next(iter(parameters.values()))
+        one = next(iter(parameters.values()), None)
         for other in _watches:
             # Another clipper's clip is one, too: a finder clips with its own for a while.
             if other is not self and other._is_in_use and one in other._held:
@@ -123,9 +123,8 @@ class Watch:
         has_no_clip = optimizer in self._stepped or not self._has_clipped or bool(self._attached)
         self._stepped.add(optimizer)
         self._has_stepped = True
-        # With a rate of 0 torch makes an optimizer's state before a checkpoint is loaded.
-        moves = any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups)
-        if has_no_clip and moves and _any_grad(stepped) and not self._are_clipped():
+        uses_others = _any_grad(stepped) and not self._are_clipped()
+        if has_no_clip and uses_others and _moves(optimizer):
             self._tell(
                 f"{type(optimizer).__name__} stepped with gradients that weren't clipped: there "
                 "was no clip() for this step. Call clip() before each step, or attach the "
@@ -151,6 +150,14 @@ class Watch:
     def _tell(self, what: str) -> None:
         self._is_told = True
         _logger.warning("gradclip: %s This is said once.", what)
+
+
+def _moves(optimizer: Optimizer) -> bool:
+    """Whether a step changes parameters; reads a rate that is a tensor on the host.
+
+    With a rate of 0 torch makes an optimizer's state before a checkpoint is loaded.
+    """
+    return any(bool(group.get("lr", 1) != 0) for group in optimizer.param_groups)
 
 
 def _any_grad(parameters: Iterable[Tensor]) -> bool:
