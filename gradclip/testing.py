@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,6 +39,9 @@ from gradclip.records import recorder
 from gradclip.steps import follow_steps
 
 __all__ = ["Fault", "Faults", "InjectedError", "inject"]
+
+
+Kind = Literal["nan", "no_gradient", "backward", "step", "record", "dead"]
 
 
 class InjectedError(RuntimeError):
@@ -63,7 +66,7 @@ class Fault:
         rank: On which rank; None for each.
     """
 
-    kind: Literal["nan", "no_gradient", "backward", "step", "record", "dead"]
+    kind: Kind
     step: int
     rank: int | None = None
 
@@ -150,8 +153,17 @@ def inject(optimizer: Optimizer, *faults: Fault) -> Iterator[Faults]:
         What happened so far.
 
     Raises:
-        ConfigError: If the optimizer holds no parameter.
+        ConfigError: If the optimizer's first group holds no parameter, or a fault can't happen: its
+            kind is unknown, or its step below 0.
     """
+    kinds = get_args(Kind)
+    for fault in faults:
+        if fault.kind not in kinds or fault.step < 0:
+            msg = (
+                f"inject: {fault} can't happen; allowed: one of the kinds {', '.join(kinds)} in a "
+                "step from 0 on. Correct the fault, or leave it out."
+            )
+            raise ConfigError(msg)
     if not any(group["params"] for group in optimizer.param_groups[:1]):
         msg = (
             f"inject: the first group of this {type(optimizer).__name__} holds no parameter, and "

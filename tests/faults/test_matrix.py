@@ -13,7 +13,7 @@ from support.ranks import run_on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradclip import GradientClipper
+from gradclip import ConfigError, GradientClipper
 from gradclip.testing import Fault, InjectedError, inject
 
 STEPS = 6
@@ -205,6 +205,14 @@ def test_whatever_fails_ranks_end_alike_and_each_step_was_clipped(program, subte
             for one, other in zip(first["states"], second["states"], strict=True):
                 assert one.keys() == other.keys()
                 assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_fault_that_cannot_happen_is_refused():
+    optimizer = memoryless(net().parameters())
+    for fault in (Fault("Nan", 1), Fault("nan", -1)):
+        with pytest.raises(ConfigError, match="can't happen; allowed: one of the kinds nan, no_"):
+            inject(optimizer, fault).__enter__()
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def one_dies(rank, world):
