@@ -1,7 +1,7 @@
 """Gradient clipping for PyTorch: right under sharding, adaptive, nearly free.
 
 >>> import gradclip
->>> clipper = gradclip.GradientClipper(gradclip.ZClip(), optimizer=optimizer)  # doctest: +SKIP
+>>> clipper = gradclip.GradientClipper(model, optimizer)  # doctest: +SKIP
 >>> record = clipper.clip()  # doctest: +SKIP
 """
 
@@ -29,6 +29,7 @@ from gradclip.plan.parameters import configs_for
 from gradclip.policies import (
     AGC,
     AdaGC,
+    Auto,
     AutoClip,
     ClipByNorm,
     ClipByRMS,
@@ -49,6 +50,7 @@ from gradclip.records.record import ClipRecord
 __all__ = [
     "AGC",
     "AdaGC",
+    "Auto",
     "AutoClip",
     "ClipByNorm",
     "ClipByRMS",

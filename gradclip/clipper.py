@@ -29,7 +29,7 @@ from gradclip.errors import ConfigError
 from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
 from gradclip.layouts.deepspeed import DeepSpeedLayout
-from gradclip.plan.parameters import Named, as_pairs, told_apart
+from gradclip.plan.parameters import Named, as_pairs, in_place, told_apart
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
 from gradclip.state import pack, unpack
@@ -48,7 +48,7 @@ class GradientClipper:
 
     Args:
         policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file.
+            path of a YAML file. If it is left out, `Auto()`: `GradientClipper(model, optimizer)`.
         named_parameters: The model, or names for the parameters as from
             `model.named_parameters()`, where wrappers (DDP, FSDP1, `torch.compile`) leave no
             trace; without an optimizer, also which parameters to clip. The optimizer may stand
@@ -89,7 +89,7 @@ class GradientClipper:
     @_outside_inference
     def __init__(
         self,
-        policy: PolicyLike | None = None,
+        policy: PolicyLike | Named | Optimizer | None = None,
         named_parameters: Named | None = None,
         optimizer: Optimizer | Any | None = None,
         *,
@@ -98,7 +98,8 @@ class GradientClipper:
         kernel: KernelName | None = None,
         scaler: GradScaler | None = None,
     ) -> None:
-        self.config: ClipConfig = as_config(policy)
+        chosen, named_parameters, optimizer = in_place(policy, named_parameters, optimizer)
+        self.config: ClipConfig = as_config(chosen)
         self._engine_layout = DeepSpeedLayout.of(optimizer, layout)
         in_engine = self._engine_layout is not None
         if self._engine_layout is not None:

@@ -45,6 +45,7 @@ from gradclip.plan.build import build_plan, needs_regions
 from gradclip.plan.in_backward import BackwardWatch, refuse_taken
 from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
+from gradclip.plan.rates import rate_of
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import TAKEN, Recorder, Tally
 from gradclip.state import carry_over, fresh_states
@@ -149,6 +150,7 @@ class Core:
         self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
         self.last_record: ClipRecord | None = None
         self._has_met = False
+        self._uses_rate = any(policy.uses_rate for chain in config.lists for policy in chain)
         self._by_steps = any(self.states) or config.follows_steps
         self._stop = DeferredStop(config.log.every_n_steps or 10)
         self.watch = Watch()
@@ -268,6 +270,7 @@ class Core:
             step=taken,
             probed=probed,
             weights=weights,
+            rate=rate_of(self.sources.optimizer, on.device) if self._uses_rate else None,
             loss=given.loss,
             watched=on.plan.watched,
             skip_nonfinite=given.on_nonfinite == "skip",
@@ -441,7 +444,7 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
     # Where a host read waits, the recorder can't ask on the host when it needs each norm.
     fine = config.log.per_parameter or (config.recorder is not None and kernel.reads_block)
     plan = build_plan(config, facts, parameters, regions, layout.devices[0], fine=fine)
-    if any(rule.policy.uses_sizes for rule in plan.rules):
+    if any(rule.policy.uses_sizes or rule.policy.uses_rate for rule in plan.rules):
         plan = plan.with_sizes(layout.sizes(plan.slots))
     flat = [name for name, p in parameters.items() if is_flat(p)]
     _refuse_scopes(plan, config, grouped=optimizer is not None, flat=flat)

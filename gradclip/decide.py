@@ -24,6 +24,7 @@ def decide_all(
     step: Tensor,
     probed: Mapping[int, Tensor] = MappingProxyType({}),
     weights: Mapping[float, Tensor] | None = None,
+    rate: Tensor | None = None,
     loss: Tensor | None = None,
     watched: Tensor | None = None,
     skip_nonfinite: bool,
@@ -45,6 +46,7 @@ def decide_all(
         probed: By index of a rule, the norms that it decides on in place of those of the
             gradients, float64 of shape (measured slots,).
         weights: The norms of the parameters, for each p that a policy asks for.
+        rate: 0-d float64, of an optimizer whose steps grow with the gradient.
         loss: 0-d float64, equal on every rank, if the caller gave one.
         watched: Int64 indices of the measured slots that may withhold a step; None for all.
         skip_nonfinite: Whether a step that isn't finite is withheld.
@@ -68,7 +70,8 @@ def decide_all(
     for index, (rule, state) in enumerate(zip(rules, states, strict=True)):
         norm_type = rule.policy.measured[1] or next(iter(norms))
         measured = probed[index] if index in probed else norms[norm_type]
-        weight_norms = weights.get(norm_type) if weights and rule.policy.uses_weights else None
+        weighs = rule.policy.uses_weights or rule.policy.uses_rate
+        weight_norms = weights.get(norm_type) if weights and weighs else None
         # A policy on elements remembers elements, which no division of norms would reach.
         seen_share = 1.0 if not state or rule.elementwise is not None else share
         stats = Stats(
@@ -77,6 +80,7 @@ def decide_all(
             step=step,
             sizes=rule.sizes,
             weights=None if weight_norms is None else rule.gather(weight_norms, norm_type),
+            rate=rate if rule.policy.uses_rate else None,
             loss=loss,
             share=seen_share,
         )

@@ -150,6 +150,9 @@ class Stats:
         sizes: Shape (slots,), float64: elements of each slot; None unless the policy asks.
         weights: Shape (slots,), float64: the p-norm of each slot's parameters; None unless the
             policy asks.
+        rate: 0-d float64: how far the optimizer's steps move a parameter in all, beside the
+            gradient that moves it. None where they don't grow with the gradient (Adam, Lion, Muon),
+            where no optimizer is known, and unless the policy asks.
         loss: 0-d float64, the mean over ranks; None where the caller gave none.
         share: What the norms were divided by. A limit that the user gives is a norm of the
             gradients as they are, so a policy divides it by `share` too.
@@ -160,6 +163,7 @@ class Stats:
     step: Tensor
     sizes: Tensor | None = None
     weights: Tensor | None = None
+    rate: Tensor | None = None
     loss: Tensor | None = None
     share: float = 1.0
 
@@ -222,6 +226,11 @@ class Decides(Protocol):
     @property
     def uses_sizes(self) -> bool:
         """Whether it needs the number of elements of each slot."""
+        ...
+
+    @property
+    def uses_rate(self) -> bool:
+        """Whether it needs the optimizer's rate, and with it norms and sizes of parameters."""
         ...
 
     @property

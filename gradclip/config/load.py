@@ -15,7 +15,7 @@ from gradclip.config.by_class import as_written
 from gradclip.config.models import ClipConfig
 from gradclip.errors import ConfigError
 from gradclip.models import KeyPath, Lines, dotted, explain
-from gradclip.policies import Policy
+from gradclip.policies import Auto, Policy
 
 __all__ = ["PolicyLike", "as_config", "load_section", "load_yaml", "parse_mapping"]
 
@@ -51,11 +51,13 @@ _Loader.add_implicit_resolver(
 
 
 def as_config(policy: PolicyLike | None) -> ClipConfig:
-    """Validate a configuration given in any of the accepted forms.
+    """Validate a configuration given in any of the accepted forms; None stands for `Auto()`.
 
     Raises:
         ConfigError: If it isn't valid. The message says where, what was found, and what is allowed.
     """
+    if policy is None:
+        return ClipConfig(policies=[Auto()])
     if isinstance(policy, ClipConfig):
         return policy
     if isinstance(policy, str | Path):
@@ -69,9 +71,9 @@ def as_config(policy: PolicyLike | None) -> ClipConfig:
             msg = "policy is nested too deeply, or contains itself. Write it out."
             raise ConfigError(msg) from None
     msg = (
-        f"policy is {policy!r:.80}; allowed: a policy such as ZClip(), a list of them, a "
+        f"policy is {policy!r:.80}; allowed: a policy such as Auto(), a list of them, a "
         "ClipConfig, a mapping with the key 'policies', or the path of a YAML file. Write, for "
-        "instance, ClipByNorm(max_norm=1.0) in its place."
+        "instance, ClipByNorm(max_norm=1.0) in its place, or nothing for Auto()."
     )
     raise ConfigError(msg)
 

@@ -14,6 +14,7 @@ from gradclip.errors import ConfigError
 from gradclip.norms import is_wide
 from gradclip.plan.groups import Fact, Membership, matched, members_of
 from gradclip.plan.plan import Plan, Rule
+from gradclip.plan.rates import grows_with_gradient
 from gradclip.plan.units import UnitDims, UnitMap
 from gradclip.policies import ElementPolicy, NormPolicy, Policy
 from gradclip.types import Region
@@ -86,7 +87,9 @@ def build_plan(
         groups.setdefault(path[1] if depth else "group0", []).append(i)
     recorded = next((p.norm_type for p in policies if isinstance(p, NormPolicy)), 2.0)
     needed = [p for policy in policies if not _probes(policy) and (p := policy.measured[1])]
-    weighed = [p.measured[1] for p in policies if p.uses_weights and p.measured[1] is not None]
+    rated = any(grows_with_gradient(fact.kinds) for fact in facts.values())
+    weighing = [p for p in policies if p.uses_weights or (p.uses_rate and rated)]
+    weighed = [p for policy in weighing if (p := policy.measured[1]) is not None]
     dtypes = {fact.dtype for fact in facts.values()}
     return Plan(
         parameters=parameters,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
 from gradclip.plan.groups import Fact, for_each
 from gradclip.plan.in_backward import refuse_marked
+from gradclip.plan.rates import kinds_of
 
 __all__ = [
     "Named",
@@ -24,6 +25,7 @@ __all__ = [
     "facts_of",
     "grad_dtype",
     "group_names",
+    "in_place",
     "refuse_differentiable",
     "told_apart",
 ]
@@ -40,6 +42,13 @@ _WRAPPERS = (
 """What Fabric, FSDP1, activation checkpointing and torch.compile put into names."""
 _PARALLEL = {"DataParallel", "DistributedDataParallel", "DeepSpeedEngine"}
 """Modules that hold the user's own as `module`, which may be a name of the user's too."""
+
+
+def in_place(policy: Any, named: Any, optimizer: Any) -> tuple[Any, Any, Any]:
+    """The three as given, also where no policy was: `GradientClipper(model, optimizer)`."""
+    if isinstance(policy, Module | Iterator | ItemsView) or hasattr(policy, "param_groups"):
+        return None, policy, named if optimizer is None else optimizer
+    return policy, named, optimizer
 
 
 def told_apart(named: Any, optimizer: Any) -> tuple[Any, Any]:
@@ -233,8 +242,7 @@ def facts_of(
     if optimizer is not None:
         for group, label in zip(optimizer.param_groups, group_names(optimizer), strict=True):
             groups |= dict.fromkeys(group["params"], label)
-    stepping = getattr(optimizer, "stepping", optimizer)
-    kinds = tuple(c.__name__ for c in type(stepping).__mro__[:-1]) if optimizer else ()
+    kinds = kinds_of(optimizer) if optimizer is not None else ()
     return {
         name: Fact(groups.get(p, "group0"), grad_dtype(p), kinds, shapes.get(name, ()))
         for name, p in parameters.items()

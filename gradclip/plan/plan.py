@@ -145,7 +145,9 @@ class Plan:
     def with_sizes(self, sizes: Tensor) -> Plan:
         """The same, with the elements of each slot, float64 of shape (slots,), for who asks."""
         rules = [
-            replace(rule, sizes=rule.sized(sizes)) if rule.policy.uses_sizes else rule
+            replace(rule, sizes=rule.sized(sizes))
+            if rule.policy.uses_sizes or rule.policy.uses_rate
+            else rule
             for rule in self.rules
         ]
         return replace(self, rules=rules)

@@ -7,6 +7,7 @@ from pydantic import Field
 from gradclip.models import MODELS, POLICIES
 from gradclip.policies.adagc import AdaGC
 from gradclip.policies.agc import AGC
+from gradclip.policies.auto import Auto
 from gradclip.policies.autoclip import AutoClip
 from gradclip.policies.base import AdaptivePolicy, NormPolicy, Policy, after
 from gradclip.policies.elements import ClipByValue, ElementPolicy
@@ -25,6 +26,7 @@ __all__ = [
     "AdaGC",
     "AdaptivePolicy",
     "AnyPolicy",
+    "Auto",
     "AutoClip",
     "ClipByNorm",
     "ClipByRMS",
@@ -45,7 +47,8 @@ __all__ = [
 ]
 
 AnyPolicy = Annotated[
-    ClipByNorm
+    Auto
+    | ClipByNorm
     | ClipByValue
     | ClipByRMS
     | AGC

@@ -77,6 +77,8 @@ class Policy(Model):
     """Whether it needs the norms of the parameters themselves."""
     uses_sizes: ClassVar[bool] = False
     """Whether it needs the number of elements of each slot."""
+    uses_rate: ClassVar[bool] = False
+    """Whether it needs the optimizer's rate, and the norms of the parameters where there is one."""
     watches_loss: ClassVar[bool] = False
     """Whether it needs the loss, which `clip(loss=...)` is given."""
 

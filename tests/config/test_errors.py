@@ -78,7 +78,7 @@ FAULTS = [
     (
         "  - type: norm",
         "  - kind: norm",
-        r"line 5: policies\[1\]\.type is missing; add one of: norm",
+        r"line 5: policies\[1\]\.type is missing; add one of: auto",
     ),
 ]
 
@@ -196,8 +196,8 @@ def test_thresholds_refused_in_python_and_mappings(subtests):
 
 
 def test_what_is_no_policy():
-    for wrong in (7, [1.0], None):
-        with pytest.raises(ConfigError, match="allowed: a policy such as ZClip"):
+    for wrong in (7, [1.0], [None]):
+        with pytest.raises(ConfigError, match="allowed: a policy such as Auto"):
             GradientClipper(wrong, parameters().items())
     with pytest.raises(ConfigError, match=r"policies is \[\]; at least one policy is needed"):
         GradientClipper([], parameters().items())
@@ -224,10 +224,11 @@ ALIKE = {
     "optimizer and model swapped": lambda: GradientClipper(UNIT, SGD, MODEL).config.policies[0],
 }
 SLIPS = {
-    "no policy": (GradientClipper, "policy is None; allowed: .* Write, for instance, ClipByNorm"),
-    "no policy, but a model": (
-        lambda: GradientClipper(MODEL),
-        r"policy is Linear\(.*; allowed: a policy such as",
+    "nothing at all": (GradientClipper, "got neither named_parameters nor optimizer"),
+    "a number": (lambda: GradientClipper(3.0), "policy is 3.0; .* Write, for instance, ClipByNorm"),
+    "no policy, and no names": (
+        lambda: GradientClipper(MODEL.parameters()),
+        "holds a Parameter without a name",
     ),
     "parameters without names": (
         lambda: GradientClipper(UNIT, MODEL.parameters()),

@@ -6,6 +6,7 @@ from torch import nn
 from gradclip import (
     AGC,
     AdaGC,
+    Auto,
     AutoClip,
     ClipByNorm,
     ClipByRMS,
@@ -22,6 +23,8 @@ from gradclip import (
 )
 
 POLICIES = {
+    "auto": Auto(),
+    "auto_parameter": Auto(scope="parameter", max_norm=5.0, min_norm=0.01),
     "norm": ClipByNorm(max_norm=1.0),
     "norm_parameter": ClipByNorm(max_norm=0.5, scope="parameter"),
     "norm_inf": ClipByNorm(max_norm=0.3, norm_type=float("inf")),
