@@ -13,7 +13,7 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-demo: setup  ## Train a small GPT four times and compare: without clipping, fixed, ZClip, Accelerate.
+demo: setup  ## Train a small GPT four times and compare: without clipping, fixed, auto, Accelerate.
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py
 
 lint: setup

@@ -23,7 +23,7 @@ def enable(accelerator: Accelerator, policy: PolicyLike | None = None) -> Accele
     Args:
         accelerator: Before or after `prepare`.
         policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file.
+            path of a YAML file; `Auto()` if left out.
 
     Returns:
         A handle that shows what happened; its `detach` undoes this.

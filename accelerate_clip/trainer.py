@@ -34,7 +34,7 @@ class GradientClipCallback(TrainerCallback):
 
     Args:
         policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file.
+            path of a YAML file; `Auto()` if left out.
 
     Attributes:
         config: The validated configuration.

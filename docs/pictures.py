@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from gradclip import (
     AGC,
     AdaGC,
+    Auto,
     AutoClip,
     ClipByNorm,
     ClipByRMS,
@@ -69,6 +70,10 @@ class Picture:
 
 LAYER = "attention.weight"  # the layer that also has spikes which the others don't have
 PICTURES = {
+    "auto": Picture(
+        Auto(),
+        "The limit starts at 0.12 of the first norm, rises slowly, and meets the norms from below",
+    ),
     "norm": Picture(
         ClipByNorm(max_norm=2.0),
         "A fixed limit catches spikes, but also the first steps and a new level",

@@ -27,13 +27,13 @@ CONFIGS = ROOT / "configs"
 RUNS = {
     "no clipping": "measure_only.yaml",
     "fixed norm 1.0": "fixed_norm.yaml",
-    "ZClip": "recorder.yaml",
+    "auto": "recorder.yaml",
 }
-ACCELERATE = "ZClip, Accelerate, 2 processes"
+ACCELERATE = "auto, Accelerate, 2 processes"
 
 
 def run_accelerate(setting: Setting, small: bool, lines: Path) -> Run:
-    """Launch the Accelerate script, which doesn't know of ZClip, on two processes."""
+    """Launch the Accelerate script, which doesn't know of clipping, on two processes."""
     launch = [sys.executable, "-m", "accelerate_clip.launch", "launch", "--config_file"]
     config = CONFIGS / "accelerate" / "two_processes.yaml"
     script = [ROOT / "examples" / "accelerate_gpt.py", "--steps", setting.steps, "--out", lines]
@@ -67,7 +67,7 @@ def report(runs: Mapping[str, Run], folder: Path) -> None:
         Console(file=file, width=100).print(table)
     numbers = {name: vars(run) for name, run in runs.items()}
     (folder / "runs.json").write_text(json.dumps(numbers), encoding="utf-8")
-    draw(runs, "ZClip", folder / "clipping.png")
+    draw(runs, "auto", folder / "clipping.png")
     Console().print(f"Picture: {folder / 'clipping.png'}")
     page, logs = str(folder / "report.html"), "demo/lightning_logs"
     gradclip = [sys.executable, "-m", "gradclip.tools.main"]

@@ -1,4 +1,4 @@
-"""The picture: what the corrupted batches did to each run, and what ZClip did about them."""
+"""The picture: what the corrupted batches did to each run, and what `auto` did about them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ STYLES = ((VERMILION, "-"), (BLUE, "--"), (GREEN, "-"), ("black", ":"))
 WINDOW = 15  # steps that the loss is averaged over
 
 
-def draw(runs: Mapping[str, Run], zclip: str, path: Path) -> None:
+def draw(runs: Mapping[str, Run], auto: str, path: Path) -> None:
     """Write the picture.
 
     Args:
         runs: By name, at most four.
-        zclip: The name of the run whose gradient norms to show.
+        auto: The name of the run whose gradient norms to show.
         path: A PNG file.
     """
     mpl.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
@@ -30,7 +30,7 @@ def draw(runs: Mapping[str, Run], zclip: str, path: Path) -> None:
     figure.suptitle("A small GPT learns English; some of its batches are corrupted", size=14)
     above, below = figure.subplots(2, 1, sharex=True)
     _losses(above, runs)
-    _norms(below, runs[zclip])
+    _norms(below, runs[auto])
     figure.savefig(path)
 
 
@@ -55,13 +55,13 @@ def _norms(axes: Axes, run: Run) -> None:
     _mark(axes, run, used)
     axes.plot(norms, color=VERMILION, linewidth=1.3, label="before clipping")
     axes.plot(clipped, color=GREEN, linewidth=1.8, label="after clipping")
-    axes.plot(limit, color=GREY, linestyle="--", linewidth=1.2, label="ZClip's limit")
+    axes.plot(limit, color=GREY, linestyle="--", linewidth=1.2, label="its limit")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * (high / low) ** (1 / used - 1))
     worst = int(norms.argmax())
     fate = f"the largest, {norms[worst]:.0f}, was clipped to {clipped[worst]:.1f}"
-    axes.set_title(f"Gradient norms of the run with ZClip: {fate}", loc="left", weight="bold")
+    axes.set_title(f"Gradient norms of the run with auto: {fate}", loc="left", weight="bold")
     axes.set_ylabel("gradient norm (log scale)")
     axes.set_xlabel("training step")
     axes.legend(loc="upper right", ncols=4, frameon=False)

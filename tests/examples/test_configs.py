@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from gradclip import ClipByNorm, GradientClipper, ZClip, load_section, load_yaml
+from gradclip import Auto, ClipByNorm, GradientClipper, ZClip, load_section, load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -40,7 +40,7 @@ def test_named_files_hold_what_their_names_say():
     assert policies["measure_only"] == [ClipByNorm(max_norm=float("inf"))]
     assert policies["fixed_norm"] == [ClipByNorm(max_norm=1.0)]
     assert isinstance(policies["zclip"][0], ZClip)
-    assert policies["recorder"] == policies["zclip"]
+    assert policies["recorder"] == policies["auto"] == [Auto()]
     assert policies["zclip_per_parameter"][0].scope == "parameter"
 
 
@@ -51,7 +51,7 @@ def test_readme_lists_every_file():
             assert f"[{path.name}]({path.name})" in listed
 
 
-def test_accelerate_file_clips_as_zclip_yaml():
+def test_accelerate_file_clips_as_auto_yaml():
     file = ROOT / "configs" / "accelerate" / "two_processes.yaml"
     config = load_section(file, "gradient_clip_config")
-    assert config.policies == load_yaml(ROOT / "configs" / "zclip.yaml").policies
+    assert config.policies == load_yaml(ROOT / "configs" / "auto.yaml").policies

@@ -80,7 +80,7 @@ def code_of(name):
 def test_demo_leaves_table_and_picture(finished):
     printed, folder = finished
     table = (folder / "demo" / "table.txt").read_text(encoding="utf-8")
-    for name in ("no clipping", "fixed norm 1.0", "ZClip", "ZClip, Accelerate"):
+    for name in ("no clipping", "fixed norm 1.0", "auto", "auto, Accelerate"):
         assert name in table
         assert name in printed["demo"]
     picture = (folder / "demo" / "clipping.png").read_bytes()
@@ -92,11 +92,11 @@ def test_demo_leaves_table_and_picture(finished):
     assert [json.loads(step)["batch"] for step in steps] == [0, 1, 2]
     runs = json.loads((folder / "demo" / "runs.json").read_text(encoding="utf-8"))
     assert [len(run["loss"]) for run in runs.values()] == [3, 3, 3, 3]
-    free, fixed, zclip, accelerated = runs.values()
+    free, fixed, auto, accelerated = runs.values()
     assert (free["clip_rate"], fixed["clip_rate"]) == (0, 1)
-    assert free["grad_norm"] == pytest.approx(zclip["grad_norm"], rel=0.2)
-    assert accelerated["grad_norm"] == pytest.approx(zclip["grad_norm"], rel=1e-4)
-    assert accelerated["validation_loss"] == pytest.approx(zclip["validation_loss"], rel=1e-4)
+    assert free["grad_norm"] == pytest.approx(auto["grad_norm"], rel=0.2)
+    assert accelerated["grad_norm"] == pytest.approx(auto["grad_norm"], rel=1e-4)
+    assert accelerated["validation_loss"] == pytest.approx(auto["validation_loss"], rel=1e-4)
 
 
 def test_examples_are_short_and_listed():

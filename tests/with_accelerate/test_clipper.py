@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import accelerate_clip
+from accelerate_clip import GradientClipCallback
 from gradclip import (
+    Auto,
     ClipByNorm,
     ClipByValue,
     ClipConfig,
@@ -33,6 +35,18 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(GradientClipper, "clip", clip_and_count)
     return records
+
+
+def test_without_a_policy_it_is_auto_and_knows_the_optimizer():
+    assert GradientClipCallback().config.policies == [Auto()]
+    accelerator, clip, model, opt = prepared(None, before=False)
+    assert clip.config.policies == [Auto()]
+    [rate] = {group["lr"] for group in opt.param_groups}
+    size = torch.cat([p.detach().flatten() for p in model.parameters()]).norm()
+    accelerator.backward(1e6 * model(batch(0)).sum())
+    opt.step()
+    # SGD: what moves the parameters by 7 % of their size.
+    assert float(clip.last_record.limit) == pytest.approx(0.07 * float(size) / rate, rel=1e-5)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before prepare", "after prepare"])

@@ -12,7 +12,7 @@ from support.nets import parallel_net, whole_parameters
 from support.ranks import run_on_ranks
 
 import lightning_clip
-from gradclip import ClipByNorm, ConfigError, ZClip
+from gradclip import Auto, ClipByNorm, ConfigError, ZClip
 
 NORM = ClipByNorm(max_norm=0.1)
 ZCLIP = ZClip(warmup_steps=3, max_norm=None)
@@ -148,6 +148,18 @@ def test_state_goes_through_save_and_load(tmp_path):
     assert max(whole[5:]) < float("inf")
 
 
+def test_without_a_policy_it_is_auto_and_knows_the_optimizer():
+    assert lightning_clip.GradientClip().config.policies == [Auto()]
+    fabric, net = one_process(), small_net()
+    model, optimizer, clipper = set_up(fabric, net, None)
+    assert clipper.config.policies == [Auto()]
+    size = torch.cat([p.detach().flatten() for p in net.parameters()]).norm()
+    fabric.backward(1e6 * model(inputs(0)).sum())
+    optimizer.step()
+    # SGD: what moves the parameters by 7 % of their size.
+    assert float(clipper.last_record.limit) == pytest.approx(0.07 * float(size) / 0.01, rel=1e-5)
+
+
 def test_what_is_refused():
     fabric = one_process()
     net = small_net()
@@ -158,8 +170,8 @@ def test_what_is_refused():
     stepped = fabric.setup_optimizers(torch.optim.SGD(small_net().parameters(), lr=0.01))
     with pytest.raises(ConfigError, match=r"the model \(FabricSGD\) .*\(fabric, model, optimizer"):
         lightning_clip.enable(fabric, stepped, model, NORM)
-    with pytest.raises(ConfigError, match="policy is None; allowed: a policy such as"):
-        lightning_clip.enable(fabric, model, stepped)
+    with pytest.raises(ConfigError, match="policy is 3; allowed: a policy such as"):
+        lightning_clip.enable(fabric, model, stepped, 3)
     with pytest.raises(ConfigError, match=r"the optimizer \(SGD\) isn't set up by Fabric"):
         lightning_clip.enable(fabric, model, optimizer, NORM)
     optimizer = fabric.setup_optimizers(optimizer)
