@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -21,6 +23,7 @@ from torch.optim import Optimizer
 from gradclip import (
     AGC,
     AdaGC,
+    Auto,
     AutoClip,
     ClipByNorm,
     ClipConfig,
@@ -33,6 +36,7 @@ from gradclip import (
     SpikeMax,
     ZClip,
 )
+from gradclip.plan import rates
 from gradclip.policies import AnyPolicy
 
 GRID = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -144,14 +148,26 @@ class Rival:
         return hashlib.sha256(self.source.encode()).hexdigest()[:12]
 
 
+class _WithoutText(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
+
+
+def _said_to_python(module: ModuleType) -> str:
+    """A module's code without comments and docstrings, whose wording changes no result."""
+    tree = _WithoutText().visit(ast.parse(inspect.getsource(module)))
+    return ast.unparse(tree)
+
+
 def ours(policy: AnyPolicy, *, each: bool = False, candidate: bool = False) -> Rival:
     """One of gradclip's policies; with `each`, clipping every micro-batch by itself."""
     quiet = LogConfig(warn_after=None, warn_skips=None)
     stage: Literal["step", "after_backward"] = "after_backward" if each else "step"
     config = ClipConfig(policies=[policy], stage=stage, log=quiet)
     bases = [base for base in type(policy).__mro__ if base.__module__.startswith("gradclip.")]
-    code = [inspect.getsource(sys.modules[base.__module__]) for base in bases]
-    source = "".join([config.model_dump_json(), *code])
+    modules = [sys.modules[base.__module__] for base in bases] + [rates] * policy.uses_rate
+    source = "".join([policy.model_dump_json(), stage, *map(_said_to_python, modules)])
     return Rival(partial(Ours, config), source, accumulating=each, candidate=candidate)
 
 
@@ -195,6 +211,7 @@ CONSTANTS: Mapping[str, float] = {f"norm {limit:g}": limit for limit in GRID}
 RIVALS: Mapping[str, Rival] = {
     "none": Rival(_nobody, "none"),
     **{name: ours(ClipByNorm(max_norm=limit)) for name, limit in CONSTANTS.items()},
+    "auto": ours(Auto(), candidate=True),
     "ZClip": ours(ZClip()),
     "ZClip without ceiling": ours(ZClip(max_norm=None)),
     "EmaClip": ours(EmaClip()),
@@ -205,6 +222,7 @@ RIVALS: Mapping[str, Rival] = {
     "SpikeMax": ours(SpikeMax()),
     "SkipSpike": ours(SkipSpike()),
     "SkipNonfinite": ours(SkipNonfinite()),
+    "auto, each micro-batch": ours(Auto(), each=True, candidate=True),
     "norm 1, each micro-batch": ours(ClipByNorm(max_norm=1.0), each=True),
     "ZClip, each micro-batch": ours(ZClip(), each=True),
     **_PEERS,

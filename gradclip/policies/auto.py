@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gradclip.policies.base import NORM, AdaptivePolicy, coefficient
@@ -59,6 +60,8 @@ class Auto(AdaptivePolicy):
 
     type: Literal["auto"] = "auto"
     """Selects this policy in YAML."""
+    eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Added to the norm when dividing by it; with 0 nothing depends on the scale of the loss."""
 
     def init(self, slots: int, device: torch.device) -> State:
         """Nothing seen yet."""
