@@ -150,10 +150,10 @@ class Core:
         self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
         self.last_record: ClipRecord | None = None
         self._has_met = False
-        self._uses_rate = any(policy.uses_rate for chain in config.lists for policy in chain)
         self._by_steps = any(self.states) or config.follows_steps
         self._stop = DeferredStop(config.log.every_n_steps or 10)
-        self.watch = Watch()
+        self._uses_rate = any(policy.uses_rate for chain in config.lists for policy in chain)
+        self.watch = Watch(lacks_rate=self._uses_rate and sources.optimizer is None)
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
 
     def current(self) -> Machinery:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from gradclip.layouts.local import local_part
+from gradclip.plan.rates import grows_with_gradient, kinds_of
 from gradclip.private import all_writes, writes
 from gradclip.steps import is_within_its_own
 
@@ -34,9 +35,14 @@ class Watch:
 
     A write through `.data` isn't counted, and a step within a compiled region isn't seen. Nothing
     is read of any tensor.
+
+    Args:
+        lacks_rate: A policy asks for the optimizer's rate, and the clipper knows no optimizer. One
+            whose steps grow with the gradient is then named once, when it has stepped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, lacks_rate: bool = False) -> None:
+        self._lacks_rate = lacks_rate
         self._parameters: Mapping[str, Parameter] = {}
         self._held: set[Parameter] = set()
         self._attached: Sequence[Any] = ()
@@ -119,6 +125,14 @@ class Watch:
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(p in self._held for p in stepped) or is_within_its_own(optimizer):
             return
+        if self._lacks_rate and grows_with_gradient(kinds_of(optimizer)):
+            self._lacks_rate = False
+            _logger.warning(
+                "gradclip: a policy asks for the optimizer's rate, and this clipper was built "
+                "without the %s that steps its parameters, so its limit has no ceiling. Write "
+                "GradientClipper(model, optimizer). This is said once.",
+                type(optimizer).__name__,
+            )
         # Where the clipper is attached, clips are for the steps of that optimizer.
         has_no_clip = optimizer in self._stepped or not self._has_clipped or bool(self._attached)
         self._stepped.add(optimizer)

@@ -141,6 +141,22 @@ def test_what_never_had_a_gradient_has_no_limit():
     assert 0 < float(clipper.clip().limit) < math.inf
 
 
+@pytest.mark.parametrize(
+    ("optimizer_of", "is_known", "told"),
+    [(torch.optim.SGD, False, 1), (torch.optim.SGD, True, 0), (torch.optim.AdamW, False, 0)],
+)
+def test_an_optimizer_that_it_should_know_is_named_once(optimizer_of, is_known, told, caplog):
+    model = nn.Linear(3, 2)
+    optimizer = optimizer_of(model.parameters(), lr=0.1)
+    clipper = GradientClipper(model, optimizer if is_known else None)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        clipper.clip()
+        optimizer.step()
+    assert caplog.text.count("without the SGD that steps its parameters") == told
+
+
 DEFAULTS = {
     "a model": lambda: GradientClipper(MODEL),
     "an optimizer": lambda: GradientClipper(SGD),
