@@ -143,6 +143,8 @@ class Core:
     """
 
     def __init__(self, config: ClipConfig, sources: Sources) -> None:
+        if config.log.update_norm_every is not None:
+            refuse_unseen_steps(sources.optimizer, sources.layout)
         self.config = config
         self.sources = sources
         self.machinery = on = _build(config, sources)
@@ -157,7 +159,6 @@ class Core:
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
         self._updates: Updates | None = None
         if config.log.update_norm_every is not None:
-            refuse_unseen_steps(sources.optimizer, sources.layout)
             self._updates = Updates(config.log.update_norm_every)
             follow_while_alive(
                 self, sources.optimizer, before=Core._begin_step, after=Core._end_step
