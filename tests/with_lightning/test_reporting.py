@@ -130,9 +130,11 @@ def test_an_interval_of_its_own_is_kept_exactly(tmp_path):
 def test_updates_are_logged_with_the_steps_that_were_measured(tmp_path):
     table, rate = CSVLogger(tmp_path), 0.1
     module = Small(lambda parameters: torch.optim.SGD(parameters, lr=rate))
-    log = {"every_n_steps": 4, "update_norm_every": 2}
-    _, before = run(table, module=module, log=log)
-    for end, row in ours(table_entries(table.log_dir)).items():
+    log = {"update_norm_every": 2}
+    _, before = run(table, module=module, log=log, log_every_n_steps=4)
+    entries = ours(table_entries(table.log_dir))
+    assert list(entries) == [3, 7, 11]
+    for end, row in entries.items():
         seen = expected_entries(before.grads, range(end + 1), MAX_NORM)
         clipped = [seen[step]["clip/clipped_norm"] for step in (end - 3, end - 1)]
         assert row["clip/update_norm"] == pytest.approx(rate * sum(clipped) / 2, rel=1e-4)
