@@ -404,9 +404,9 @@ class Core:
         """It has ended. Where ranks hold parts, their sums go with the message of the next look."""
         assert self._updates is not None
         on = self.machinery
-        self._updates.end(self.last_record, on.layout, on.kernel)
+        self._updates.end(self.last_record, on.kernel)
         if self._updates.found is not None and not on.layout.reduces:
-            self.recorder.add_update(self._updates.found.sqrt())
+            self.recorder.add_update(self._updates.found.sqrt().to(on.device))
             self._updates.found = None
 
     def _decided(self, step: Step) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +36,10 @@ class Updates:
         self.found: Tensor | None = None
         self._every = every
         self._known: object = None
-        self._held: list[Parameter] = []
-        self._copies: list[Tensor] | None = None
+        self._begun: tuple[list[Parameter], Layout, list[Tensor]] | None = None
 
     def begin(
-        self, made: int, record: object, parameters: Iterable[Parameter], layout: Layout
+        self, made: int, record: object, parameters: Collection[Parameter], layout: Layout
     ) -> None:
         """A step begins.
 
@@ -52,20 +51,30 @@ class Updates:
             parameters: What may move.
             layout: Which parts of them this rank counts.
         """
-        self._held, self._copies = list(parameters), None
+        self._begun = None
         before = made if record is self._known else made - 1
-        if before % self._every == 0 and not any(map(is_lazy, self._held)):
-            self._copies = [part.clone() for part in self._parts(layout)]
+        if before % self._every == 0 and not any(map(is_lazy, parameters)):
+            held = list(parameters)
+            copies = [part.clone() for part in _counted(held, layout)]
+            # At the end the same ones count, even if the clipper was built anew within the step.
+            self._begun = held, layout, copies
 
-    def end(self, record: object, layout: Layout, kernel: Kernel) -> None:
-        """The step has ended; arguments as for `begin`, and what measures."""
+    def end(self, record: object, kernel: Kernel) -> None:
+        """The step has ended.
+
+        Args:
+            record: As for `begin`.
+            kernel: What measures this rank's tensors.
+        """
         self._known = record
-        copies, self._copies = self._copies, None
-        if copies is not None:
-            weights = kernel.power_sums([copies], 2.0)
-            if copies:  # in place, so that there is never more than one copy
-                torch._foreach_sub_(copies, self._parts(layout))
-            self.found = torch.cat([kernel.power_sums([copies], 2.0), weights])
+        if self._begun is None:
+            return
+        held, layout, copies = self._begun
+        self._begun = None
+        weights = kernel.power_sums([copies], 2.0)
+        if copies:  # in place, so that there is never more than one copy
+            torch._foreach_sub_(copies, _counted(held, layout))
+        self.found = torch.cat([kernel.power_sums([copies], 2.0), weights])
 
     def share(self, layout: Layout) -> Tensor | None:
         """What this rank adds to the next message, as `found`; None where ranks hold it all.
@@ -79,9 +88,11 @@ class Updates:
             return torch.zeros(2, dtype=torch.float64, device=layout.devices[0])
         return self.found.to(layout.devices[0])
 
-    def _parts(self, layout: Layout) -> list[Tensor]:
-        (parts,) = layout.weights([self._held]).counted
-        return parts
+
+def _counted(parameters: Sequence[Parameter], layout: Layout) -> list[Tensor]:
+    """What this rank holds, and counts, of the parameters as they are now."""
+    (parts,) = layout.weights([parameters]).counted
+    return parts
 
 
 def refuse_unseen_steps(optimizer: Any | None, layout: Layout | None) -> None:
