@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.nn import Parameter
 
-from gradclip import ClipByNorm, ClipConfig, GradientClipper, RecorderConfig
+from gradclip import ClipByNorm, ClipConfig, GradientClipper, LogConfig, RecorderConfig
 
 
 def gpt2_small() -> list[torch.Size]:
@@ -37,6 +37,11 @@ def gpt2_small() -> list[torch.Size]:
 def many_small() -> list[torch.Size]:
     """2000 tensors of 64 values, where dispatch is all there is."""
     return [torch.Size((64,))] * 2000
+
+
+def ten_million() -> list[torch.Size]:
+    """Five blocks of two layers: 20 tensors, 10.5 M values."""
+    return [torch.Size(shape) for shape in [(2048, 512), (2048,), (512, 2048), (512,)] * 5]
 
 
 def parameters(shapes: list[torch.Size], dtype: torch.dtype) -> list[Parameter]:
@@ -154,6 +159,29 @@ def compare_recorded(
     return found
 
 
+def compare_updates(
+    shapes: list[torch.Size],
+    every: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float, float]:
+    """So many clipping steps with AdamW's, the first of them measured, against none measured."""
+    runs = []
+    for measured in (every, None):
+        params = parameters(shapes, torch.float32)
+        optimizer = torch.optim.AdamW(params, lr=1e-6)
+        log = LogConfig(update_norm_every=measured)
+        config = ClipConfig(policies=[ClipByNorm(max_norm=1e6)], log=log)
+        GradientClipper(config, optimizer=optimizer).attach(optimizer)
+
+        def steps(step: Callable[[], object] = optimizer.step) -> None:
+            for _ in range(every):
+                step()
+
+        runs.append(steps)
+    return alternate(*runs, lambda: None, repeats, clock)
+
+
 def print_heads(other: str = "torch") -> None:
     heads = ("gradients", "clips", "ratio", "ours ms", f"{other} ms", "aim")
     print("{:32s} {:>6s} {:>7s} {:>9s} {:>9s} {:>6s}".format(*heads))
@@ -207,6 +235,12 @@ def main() -> None:
         name_of = f"{name}, recorder, entries"
         rows.append({"gradients": name_of, "clips": False, "ratio": found[0], "aim": 1.05})
         print_row(name_of, False, found, 1.05)
+    print_heads("unseen")
+    for every in (1, 50):
+        found = compare_updates(ten_million(), every, options.repeats)
+        name_of = f"10 M, AdamW, update of 1 in {every}"
+        rows.append({"gradients": name_of, "clips": False, "ratio": found[0], "aim": None})
+        print_row(name_of, False, found, None)
     write_json(rows, options.json)
 
 

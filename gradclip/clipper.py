@@ -256,8 +256,10 @@ class GradientClipper:
             `clip/grad_norm`, `clip/limit`, `clip/coef`, `clip/clipped_norm`: means over the steps
             that were finite; `clip/grad_norm_max`; `clip/clipped`, `clip/skipped`,
             `clip/nonfinite`, `clip/dropped`: how many; `clip/clip_rate` of all steps so far and
-            `clip/clip_rate_window` of these; `clip/grad_norms/<parameter>` and
-            `clip/grad_norms/group/<name>`: means, where configured. Empty without a step.
+            `clip/clip_rate_window` of these; `clip/grad_norms/<parameter>`,
+            `clip/grad_norms/group/<name>` and `clip/update_norm`: means, where configured;
+            `clip/update_ratio`: the latter over the mean norm of the parameters. Empty without a
+            step.
         """
         self._core.watch.check(in_clip=False)
         return self.recorder.flush()

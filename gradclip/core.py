@@ -49,8 +49,10 @@ from gradclip.plan.rates import rate_of
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import TAKEN, Recorder, Tally
 from gradclip.state import carry_over, fresh_states
+from gradclip.steps import follow_while_alive
 from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
 from gradclip.types import Beginning, Given, Grads, Kernel, Layout, Region, State, Step
+from gradclip.updates import Updates, refuse_unseen_steps
 from gradclip.watch import Watch
 
 __all__ = ["Core", "Machinery", "Sources"]
@@ -142,6 +144,8 @@ class Core:
     """
 
     def __init__(self, config: ClipConfig, sources: Sources) -> None:
+        if config.log.update_norm_every is not None:
+            refuse_unseen_steps(sources.optimizer, sources.layout)
         self.config = config
         self.sources = sources
         self.machinery = on = _build(config, sources)
@@ -155,6 +159,12 @@ class Core:
         self._uses_rate = any(policy.uses_rate for chain in config.lists for policy in chain)
         self.watch = Watch(lacks_rate=self._uses_rate and sources.optimizer is None)
         self._backward_watch = BackwardWatch(on.plan.parameters) if sources.layout is None else None
+        self._updates: Updates | None = None
+        if config.log.update_norm_every is not None:
+            self._updates = Updates(config.log.update_norm_every)
+            follow_while_alive(
+                self, sources.optimizer, before=Core._begin_step, after=Core._end_step
+            )
 
     def current(self) -> Machinery:
         """The machinery, built anew if parameters were added, replaced, moved or given a shape.
@@ -258,8 +268,9 @@ class Core:
             self._backward_watch = None
         scale, memory = given.grad_scale, on.memory
         probes = {} if memory is None else memory.probes(grads.counted, scale)
-        norms, probed, weights, has_gradient = measure_step(
-            on.plan, grads, probes, on.layout, on.kernel
+        update = None if self._updates is None else self._updates.share(on.layout)
+        norms, probed, weights, has_gradient, update = measure_step(
+            on.plan, grads, probes, on.layout, on.kernel, update
         )
         if scale is not None:  # policies think in gradients without a loss scale
             norms = {p: norm / scale for p, norm in norms.items()}
@@ -279,7 +290,7 @@ class Core:
         )
         each = partial(measure_each, on.plan, on.layout, on.kernel, scale)
         recorded = norms[on.plan.recorded]
-        step = Step(given, grads, recorded, verdict, states, has_gradient, each)
+        step = Step(given, grads, recorded, verdict, states, has_gradient, each, update)
         # On a CPU a read costs nothing, and lets `write` drop gradients of a withheld step.
         return step if self._stays_on_device(given) else self._read_on_host(step)
 
@@ -308,6 +319,9 @@ class Core:
         if self._stays_on_device(step.given):  # else the error was raised while looking
             self._stop.check(step.verdict, self.machinery.plan.rules)
         self.states = step.states
+        if self._updates is not None and step.update is not None:
+            self._updates.found = None
+            self.recorder.add_update(step.update)
 
     def compare_loaded(
         self,
@@ -379,6 +393,24 @@ class Core:
 
     def refuse_stale(self) -> None:
         """With `debug: true`: refuse gradients that are left from an earlier step."""
+
+    @torch.no_grad()
+    def _begin_step(self) -> None:
+        """The optimizer's step begins."""
+        assert self._updates is not None
+        on, tally = self.machinery, self.recorder.tally
+        held = on.plan.parameters.values()
+        self._updates.begin(tally.first + tally.made, self.last_record, held, on.layout)
+
+    @torch.no_grad()
+    def _end_step(self) -> None:
+        """It has ended. Where ranks hold parts, their sums go with the message of the next look."""
+        assert self._updates is not None
+        on = self.machinery
+        self._updates.end(self.last_record, on.kernel)
+        if self._updates.found is not None and not on.layout.reduces:
+            self.recorder.add_update(self._updates.found.sqrt().to(on.device))
+            self._updates.found = None
 
     def _decided(self, step: Step) -> dict[str, Tensor]:
         """What ranks have to agree on bitwise after a step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 
 import torch
@@ -17,10 +16,9 @@ from gradclip.errors import ConfigError, DebugError
 from gradclip.layouts.local import local_part
 from gradclip.measure import measure_recorded
 from gradclip.norms import combine
-from gradclip.patches import Patches
 from gradclip.policies import ElementPolicy
 from gradclip.private import writes
-from gradclip.steps import follow_steps
+from gradclip.steps import follow_while_alive
 from gradclip.types import Beginning, Given, Grads, Step, Verdict
 
 __all__ = ["CheckedCore"]
@@ -54,15 +52,7 @@ class CheckedCore(Core):
         self._norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._folded: Step | None = None
         if isinstance(self._stepper, Optimizer):
-            known = weakref.ref(self)  # an optimizer may outlive its clipper
-
-            def after_step(*_: object) -> None:
-                if (core := known()) is not None:
-                    core._after_step()
-
-            patches = Patches()
-            follow_steps(self._stepper, patches, after=after_step)
-            weakref.finalize(self, patches.undo)
+            follow_while_alive(self, self._stepper, after=CheckedCore._after_step)
 
     def look(self, given: Given, since: Beginning | None = None) -> Step:
         """As `Core.look`, of gradients that are new.

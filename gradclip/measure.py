@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from gradclip.plan.plan import Plan
 from gradclip.types import Collected, Grads, Kernel, Layout, Measurable, Units
 
 __all__ = [
+    "Measured",
     "Source",
     "measure",
     "measure_each",
@@ -21,8 +23,8 @@ __all__ = [
 
 Norms = dict[float, Tensor]
 
-Source = Grads | Units | Measurable
-"""What can be measured."""
+Source = Grads | Units | Measurable | Tensor
+"""What can be measured; a tensor was measured earlier: float64 (slots,), what a kernel gives."""
 
 
 def measure(
@@ -39,21 +41,21 @@ def measure(
     Args:
         sources: What this rank adds to the norms (gradients, parameters, what element policies
             make of them), one list per slot or divided into units; and for each p whether it is
-            wide (see `gradclip.norms.is_wide`). The same p on every rank.
+            wide (see `gradclip.norms.is_wide`). The same p and slots on every rank.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
         flag: Float64 of shape (1,), 0 or 1, that travels in the same messages; None for none.
 
     Returns:
-        For each source and p a float64 tensor of shape (slots,) on the layout's first device, NaN
-        or inf where an element is; and the flag, above 0 if it was on any rank.
+        For each source and p a float64 tensor of shape (its slots,) on the layout's first device,
+        NaN or inf where an element is; and the flag, above 0 if it was on any rank.
     """
     device = layout.devices[0]
     norms: list[dict[float, Tensor]] = [{} for _ in sources]
     ranged = [i for i, (_, p) in enumerate(sources) if math.inf in p or any(p.values())]
     if ranged:
-        peaks = torch.stack([_peaks(sources[i][0], kernel).to(device) for i in ranged])
-        peaks, flag = _reduced(layout.max, peaks, flag)
+        local = [_peaks(sources[i][0], kernel).to(device) for i in ranged]
+        peaks, flag = _reduced(layout.max, local, flag)
         for i, peak in zip(ranged, peaks, strict=True):
             norms[i][math.inf] = peak
     exponents = {i: _exponent(norms[i][math.inf]) for i in ranged}
@@ -61,13 +63,12 @@ def measure(
     local = [
         _power_sums(
             sources[i][0], kernel, p, torch.exp2(-exponents[i]) if sources[i][1][p] else None
-        )
+        ).to(device)
         for i, p in summed
     ]
     if local:
-        sums = torch.stack([values.to(device) for values in local])
-        sums, flag = _reduced(layout.sum, sums, flag)
-        for (i, p), total in zip(summed, sums.unbind(), strict=True):
+        sums, flag = _reduced(layout.sum, local, flag)
+        for (i, p), total in zip(summed, sums, strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
             norms[i][p] = root * torch.exp2(exponents[i]) if sources[i][1][p] else root
     asked = zip(sources, norms, strict=True)
@@ -75,20 +76,23 @@ def measure(
 
 
 def _reduced(
-    reduce: Callable[[Tensor], Tensor], values: Tensor, flag: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    reduce: Callable[[Tensor], Tensor], values: Sequence[Tensor], flag: Tensor | None
+) -> tuple[Sequence[Tensor], Tensor | None]:
     """Values over all ranks, and the flag that travels with them."""
-    if flag is None:
-        return reduce(values), None
-    message = reduce(torch.cat([values.view(-1), flag]))
-    return message[:-1].view_as(values), message[-1:]
+    message = [*values] if flag is None else [*values, flag]
+    found = reduce(torch.cat(message)).split([len(part) for part in message])
+    return (found, None) if flag is None else (found[:-1], found[-1])
 
 
 def _peaks(source: Source, kernel: Kernel) -> Tensor:
+    if isinstance(source, Tensor):
+        return source
     return kernel.peaks(source) if isinstance(source, Sequence | Units) else source.peaks(kernel)
 
 
 def _power_sums(source: Source, kernel: Kernel, norm_type: float, scale: Tensor | None) -> Tensor:
+    if isinstance(source, Tensor):
+        return source
     if isinstance(source, Sequence | Units):
         return kernel.power_sums(source, norm_type, scale)
     return source.power_sums(kernel, norm_type, scale)
@@ -100,13 +104,33 @@ def _exponent(peaks: Tensor) -> Tensor:
     return torch.where(usable, peaks, 1.0).log2().floor().clamp(-1000, 1000)
 
 
+class Measured(NamedTuple):
+    """What is measured in one look.
+
+    Attributes:
+        norms: For each p the norms of the measured slots.
+        probed: The norms of each probe, by index of its rule.
+        weights: For each p the norms of the weights; None where no policy asks.
+        has_gradient: 0-d bool, any rank holds a gradient.
+        update: Float64 of shape (2,): the norms of the change that an earlier step made and of the
+            parameters before it, 0 without such a step; None where nobody asks.
+    """
+
+    norms: Norms
+    probed: dict[int, Tensor]
+    weights: Norms | None
+    has_gradient: Tensor
+    update: Tensor | None
+
+
 def measure_step(
     plan: Plan,
     grads: Collected,
     probes: Mapping[int, Measurable],
     layout: Layout,
     kernel: Kernel,
-) -> tuple[Norms, dict[int, Tensor], Norms | None, Tensor]:
+    update: Tensor | None = None,
+) -> Measured:
     """Norms of gradients, of what element policies make of them, and of weights.
 
     A gradient of zeros has the norm of none at all, so whether there is one is found out beside.
@@ -117,11 +141,8 @@ def measure_step(
         probes: What element policies measure in place of gradients, by index of their rule.
         layout: How measures combine over ranks.
         kernel: What measures this rank's tensors.
-
-    Returns:
-        For each p the norms of the measured slots; for each probe, by index of its rule, its
-        norms; for each p the norms of the weights, None where no policy asks; and whether any
-        rank holds a gradient, 0-d bool.
+        update: What was found after an earlier step (`gradclip.updates`), to be added up over ranks
+            in the same message; on every rank or on none.
     """
     sources: list[tuple[Source, Mapping[float, bool]]] = [
         (_as_measured(plan, grads.counted), plan.norm_types),
@@ -130,6 +151,8 @@ def measure_step(
     if plan.weight_types:
         weights = layout.weights(plan.slots).counted
         sources.append((_as_measured(plan, weights), plan.weight_types))
+    if update is not None:
+        sources.append((update, {2.0: False}))
     holds, device = any(grads.all), layout.devices[0]
     if layout.reduces:
         flag = torch.full((1,), float(holds), dtype=torch.float64, device=device)
@@ -140,7 +163,10 @@ def measure_step(
         (norms, *more), _ = measure(sources, layout, kernel)
         has_gradient = torch.full((), holds, dtype=torch.bool, device=device)
     probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
-    return norms, probed, more[0] if more else None, has_gradient
+    weight_norms = more.pop(0) if plan.weight_types else None
+    if update is not None:
+        update = more.pop(0)[2.0]
+    return Measured(norms, probed, weight_norms, has_gradient, update)
 
 
 def measure_recorded(plan: Plan, grads: Collected, layout: Layout, kernel: Kernel) -> Tensor:

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from types import MethodType
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch.nn import Module
@@ -17,10 +17,18 @@ from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.private import has_step_hooks, make_step_hooks_run, steps_under_way
 
-__all__ = ["claim_steps", "closure_place", "follow_steps", "is_within_its_own"]
+__all__ = [
+    "claim_steps",
+    "closure_place",
+    "follow_steps",
+    "follow_while_alive",
+    "is_within_its_own",
+]
 
 Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called with the optimizer whose step it is, and the step's arguments (the optimizer first)."""
+
+Owner = TypeVar("Owner")
 
 _claimed: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
@@ -81,6 +89,38 @@ def follow_steps(
             hook = torch.compiler.disable(run_after)
             patches.callback(one.register_step_post_hook(hook).remove)
     return family
+
+
+def follow_while_alive(
+    owner: Owner,
+    optimizer: Any,
+    *,
+    before: Callable[[Owner], object] | None = None,
+    after: Callable[[Owner], object] | None = None,
+) -> None:
+    """`follow_steps` for as long as something lives, which the optimizer may outlive.
+
+    Args:
+        owner: What `before` and `after` are called with; the hooks don't keep it alive.
+        optimizer: Whose steps.
+        before: Called before each step.
+        after: Called after each step that didn't raise.
+
+    Raises:
+        ConfigError: As `follow_steps`.
+    """
+    known, patches = ref(owner), Patches()
+
+    def hook(run: Callable[[Owner], object]) -> Hook:
+        def call(*_: object) -> None:
+            if (one := known()) is not None:
+                run(one)
+
+        return call
+
+    first, last = (run and hook(run) for run in (before, after))
+    follow_steps(optimizer, patches, before=first, after=last)
+    finalize(owner, patches.undo)
 
 
 def is_within_its_own(optimizer: Any) -> bool:

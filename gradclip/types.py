@@ -371,6 +371,8 @@ class Step:
         has_gradient: 0-d bool, equal on every rank: some rank has a gradient, of zeros or not.
         measure_each: Gives the norm of each parameter, float64 of shape (parameters,): one more
             read of the gradients, and a message where ranks share them. Every rank calls it.
+        update: Float64 of shape (2,): the norms of what an earlier step changed, and of the
+            parameters before it; 0 if no step was measured, None where its norm needs no message.
     """
 
     given: Given
@@ -380,6 +382,7 @@ class Step:
     states: Sequence[State]
     has_gradient: Tensor
     measure_each: Callable[[], Tensor]
+    update: Tensor | None
 
 
 class Beginning(NamedTuple):

@@ -23,7 +23,7 @@ FLOORS = (  # a room imports from the floors below its own, and from its own
     {"config"},
     {"plan"},
     {"measure", "decide", "effect", "records", "stops"},
-    {"functional", "state", "watch"},
+    {"functional", "state", "updates", "watch"},
     {"core"},
     {"debug", "drivers"},
     {"clipper"},

@@ -49,6 +49,10 @@ class LogConfig(Model):
     per_group: bool = False
     """Also log the norm of each of the optimizer's parameter groups, as
     `clip/grad_norms/group/<name>`."""
+    update_norm_every: Annotated[int, Field(ge=1)] | None = None
+    """Each so many steps also log how far the optimizer's step moved the parameters, as
+    `clip/update_norm` and, as a share of their norm, `clip/update_ratio`. Such a step holds a copy
+    of the parameters; null never measures it."""
     histograms: bool = False
     """Also give the norms of the last steps to loggers that have histograms."""
     warn_after: Annotated[int, Field(ge=1)] | None = 1000

@@ -40,6 +40,7 @@ class Interval:
         self._counted = (*_COUNTS, "dropped") if drops else _COUNTS
         self._counts = torch.zeros(len(self._counted), dtype=torch.float64, device="cpu")
         self._means = torch.zeros(2, len(_MEANS), dtype=torch.float64, device="cpu")
+        self._updates = torch.zeros(3, dtype=torch.float64, device="cpu")
         self._largest = math.nan
         self._clip_rate = 0.0
         self._earlier: dict[str, tuple[float, float]] = {}
@@ -54,14 +55,17 @@ class Interval:
         self._names = names
         self._sums = torch.zeros(1 + len(names), dtype=torch.float64, device="cpu")
 
-    def add(self, rows: Tensor, sums: Tensor) -> None:
+    def add(self, rows: Tensor, sums: Tensor, updates: Tensor) -> None:
         """Take in steps.
 
         Args:
             rows: Float64 of shape (steps, columns), in order, as in `COLUMNS`.
             sums: Float64 of shape (1 + names,): the number of finite steps with a gradient, and
                 the sum of each norm over those.
+            updates: Float64 of shape (3,): the number of steps whose update was measured, and the
+                sums of the norms of the update and of the parameters before it.
         """
+        self._updates += updates
         if not len(rows):
             return
         self.rows += len(rows)
@@ -98,6 +102,10 @@ class Interval:
         metrics |= {f"clip/{name}": count for name, count in named}
         metrics["clip/clip_rate"] = self._clip_rate
         metrics["clip/clip_rate_window"] = counts[0] / max(steps, 1)
+        number, moved, weights = self._updates.tolist()
+        if number:
+            metrics["clip/update_norm"] = moved / number
+            metrics["clip/update_ratio"] = _mean(moved, weights)
         named_totals = self._totals().items()
         return metrics | {f"clip/{name}": _mean(*total) for name, total in named_totals}
 

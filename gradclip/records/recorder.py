@@ -220,6 +220,8 @@ class Recorder:
         self._interval = Interval(keeps=keeps, drops=drops)
         self._worst: WorstSteps | None = None
         self._sums = torch.zeros(1, dtype=torch.float64, device=device)
+        self._updates = torch.zeros(3, dtype=torch.float64, device=device)
+        self._has_updates = False
         self._names: Sequence[str] = ()
         if (flight := config.recorder) is not None:
             if flight.file.endswith(".parquet"):
@@ -253,6 +255,7 @@ class Recorder:
             logged += [f"grad_norms/group/{name}" for name in plan.group_names]
         self._interval.follow(logged)
         self._sums = torch.zeros(1 + len(logged), dtype=torch.float64, device=device)
+        self._updates = torch.zeros(3, dtype=torch.float64, device=device)
         if self._worst is not None:
             self._worst.follow(self._names, device)
         elif flight is not None:
@@ -333,6 +336,19 @@ class Recorder:
         """Join to the last step what one more evaluation of its closure found."""
         return self.tally.amend(record, verdict)
 
+    def add_update(self, norms: Tensor) -> None:
+        """Take in how far a step moved the parameters.
+
+        One that moved nothing, as a withheld one, is left out, and so is one whose norm isn't
+        finite.
+
+        Args:
+            norms: Float64 of shape (2,), of the change, and of the parameters before it.
+        """
+        moved = torch.isfinite(norms).all() & (norms.select(0, 0) > 0)
+        self._updates += torch.where(moved, torch.cat([norms.new_ones(1), norms]), 0.0)
+        self._has_updates = True
+
     def witness(self, step: Step) -> None:
         """Write a step that stops the run to the file, where alone it is counted."""
         if self._config.recorder is not None:
@@ -346,7 +362,8 @@ class Recorder:
         """What to log of the steps since the last call; see `GradientClipper.flush`."""
         self._drain()
         metrics, self.norms = self._interval.metrics(), self._interval.norms
-        self._interval = self._interval.next()
+        if metrics:
+            self._interval = self._interval.next()
         return metrics
 
     def write(self, path: str | Path | None = None) -> Path | None:
@@ -483,14 +500,16 @@ class Recorder:
 
     def _drain(self) -> None:
         """Read what is new."""
-        if self._read == self.tally.made:
+        if self._read == self.tally.made and not self._has_updates:
             return
         rows = self._last(self.tally.made - self._read)
-        read = torch.cat([rows.flatten(), self._sums]).cpu()
-        self._read = self.tally.made
+        parts = [rows.flatten(), self._sums, self._updates]
+        flat, sums, updates = torch.cat(parts).cpu().split([len(part) for part in parts])
+        self._read, self._has_updates = self.tally.made, False
         self._sums.zero_()
-        rows = read[: rows.numel()].view_as(rows)
-        self._interval.add(rows, read[rows.numel() :])
+        self._updates.zero_()
+        rows = flat.view_as(rows)
+        self._interval.add(rows, sums, updates)
         if self._streaks is not None:
             self._streaks.follow(rows, self.tag)
         nonfinite = bool(rows[:, COLUMNS.index("nonfinite")].any())

@@ -157,7 +157,8 @@ def test_an_attached_step_of_a_capturable_optimizer_neither_syncs_nor_copies(kin
         }
         optimizer = torch.optim.AdamW(params.values(), capturable=True, **kind)
         rule = "skip" if "fused" in kind else "ignore"
-        config = ClipConfig(policies=[ClipByNorm(max_norm=1.0)], on_nonfinite=rule)
+        log = {"update_norm_every": 1}
+        config = ClipConfig(policies=[ClipByNorm(max_norm=1.0)], on_nonfinite=rule, log=log)
         GradientClipper(config, params.items(), optimizer).attach(optimizer)
         for step in range(2):
             for p in params.values():

@@ -98,6 +98,20 @@ def test_rules_for_some_parameters_do_not_take_the_square_of_their_number():
     assert peak_bytes(clipper_of(config, params).clip) <= budget(len(params))
 
 
+def test_a_measured_update_holds_one_copy_of_the_parameters_until_the_step_ends():
+    params = parameters(MODELS["several"], torch.float32)
+    optimizer = torch.optim.SGD(params.values(), lr=0.1)
+    config = ClipConfig(policies=[POLICIES["p2"]], log={"update_norm_every": 2})
+    clipper = GradientClipper(config, params.items(), optimizer)
+
+    def step():
+        clipper.clip()
+        optimizer.step()
+
+    for copy in (sum(p.nbytes for p in params.values()), 0):  # each other step is measured
+        assert copy <= peak_bytes(step) <= copy + budget(len(params))
+
+
 @pytest.mark.parametrize("name", ["p2", "p3", "inf"])
 def test_a_gradient_that_is_not_dense_is_copied_in_chunks(name):
     params = parameters([(3000, 1500)], torch.float32)

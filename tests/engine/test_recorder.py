@@ -104,6 +104,102 @@ def test_the_clip_rate_goes_on_after_a_resume_and_so_do_step_numbers(tmp_path):
     assert [row["step"] for row in rows] == [3]
 
 
+def sgd():
+    """What SGD with momentum changes, by its formula."""
+    momentum = 0.0
+
+    def change(value, grad):
+        nonlocal momentum
+        del value
+        momentum = 0.9 * momentum + grad
+        return -0.1 * momentum
+
+    return change
+
+
+def adamw():
+    """The same for AdamW."""
+    first, second, steps = 0.0, 0.0, 0
+
+    def change(value, grad):
+        nonlocal first, second, steps
+        steps += 1
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        root = np.sqrt(second / (1 - 0.999**steps)) + 1e-8
+        return -0.1 * (0.01 * value + first / (1 - 0.9**steps) / root)
+
+    return change
+
+
+STEPPED = {
+    "SGD": (sgd, lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)),
+    "AdamW": (adamw, lambda parameters: torch.optim.AdamW(parameters, lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("stepped", STEPPED)
+@pytest.mark.parametrize(("is_attached", "kernel"), [(True, "cpu"), (False, "accelerator")])
+def test_updates_are_what_the_optimizers_formula_says(stepped, is_attached, kernel):
+    formula, make = STEPPED[stepped]
+    change, value = formula(), np.array([3.0, -4.0, 0.5])
+    parameter = torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
+    optimizer = make([parameter])
+    config = {"policies": FIXED, "log": {"update_norm_every": 3}}
+
+    def begin(state=None):
+        clipper = GradientClipper(config, {"p": parameter}.items(), optimizer, kernel=kernel)
+        if state is not None:
+            clipper.load_state_dict(state)
+        return clipper, clipper.attach(optimizer) if is_attached else None
+
+    clipper, handle = begin()
+    grads, measured = np.array(noise(14)), []
+    grads[3, 1] = math.nan  # the step is withheld, though it was to be measured
+    for step, grad in enumerate(grads):
+        if step == 5:  # another run goes on from here: steps are counted on
+            state = clipper.state_dict()
+            if handle is not None:
+                handle.remove()
+            del clipper, handle
+            clipper, handle = begin(state)
+            assert len(optimizer._optimizer_step_post_hooks) == (2 if is_attached else 1)
+        parameter.grad = torch.tensor(grad)
+        if not is_attached:
+            clipper.clip()
+        optimizer.step()
+        if np.isfinite(grad).all():
+            moved = change(value, grad * min(1.0, 1.0 / (np.linalg.norm(grad) + 1e-6)))
+            if step % 3 == 0:
+                measured.append((np.linalg.norm(moved), np.linalg.norm(value)))
+            value = value + moved
+        if step in (1, 4, 13):  # nothing was measured between the first two
+            metrics = clipper.flush()
+            assert ("clip/update_norm" in metrics) == (len(measured) > 0)
+            if measured:
+                sizes, weights = np.array(measured).sum(0)
+                assert metrics["clip/update_norm"] == pytest.approx(sizes / len(measured))
+                assert metrics["clip/update_ratio"] == pytest.approx(sizes / weights)
+            measured = []
+    np.testing.assert_allclose(parameter.detach().numpy(), value)
+
+
+class Stepped:
+    """An optimizer of its own, without torch's hooks."""
+
+    def __init__(self, parameters):
+        self.param_groups = [{"params": list(parameters)}]
+
+
+@pytest.mark.parametrize(
+    ("make", "found"), [(lambda _: None, "without an optimizer"), (Stepped, "no step hooks")]
+)
+def test_updates_without_steps_that_are_seen_are_refused(make, found):
+    params = {"p": torch.nn.Parameter(torch.zeros(2))}
+    config = {"policies": FIXED, "log": {"update_norm_every": 1}}
+    with pytest.raises(ConfigError, match=f"log.update_norm_every is set, and .*{found}.*allowed"):
+        GradientClipper(config, params.items(), make(params.values()))
+
+
 @pytest.mark.parametrize("kernel", ["cpu", "accelerator"])
 def test_a_gradient_of_zeros_is_a_step_and_no_gradient_is_none(kernel):
     limit = {"schedule": "linear", "start": 1.0, "end": 0.5, "steps": 5}

@@ -179,6 +179,34 @@ def faults(rank, world, fault, norm_type):
     return odd, limits
 
 
+def one_rank_steps(rank, world):
+    """The second step is left out on one rank, as by a scaler that saw an overflow there alone."""
+    net = uneven_net(1)
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    config = {"policies": [ClipByNorm(max_norm=0.5)], "log": {"update_norm_every": 2}}
+    clipper = GradientClipper(config, net, optimizer)
+    found = []
+    for step in range(6):
+        net.zero_grad()
+        net(batch(step)).square().mean().backward()
+        record = clipper.clip()
+        if step != 2 or rank == 0:
+            optimizer.step()
+        found.append((float(record.clipped_norm), clipper.flush().get("clip/update_norm")))
+    return found
+
+
+def test_updates_are_of_all_ranks_and_one_that_steps_less_holds_up_no_other():
+    first, second = run_on_ranks(one_rank_steps, 2)
+    assert first == second
+    norms, updates = zip(*first, strict=True)
+    assert [update is None for update in updates] == [step % 2 == 0 for step in range(6)]
+    assert updates[1] == pytest.approx(0.1 * norms[0], rel=1e-5)  # with the next step's message
+    assert 0 < updates[3] < 0.1 * norms[2]
+    assert updates[5] == pytest.approx(0.1 * norms[4], rel=1e-5)
+
+
 def faults_of_all_kinds(rank, world):
     pairs = itertools.product(FAULTS, (2.0, math.inf))
     return {(fault, p): faults(rank, world, fault, p) for fault, p in pairs}

@@ -56,6 +56,8 @@ def refused(rank, world):
         GradientClipper(ClipConfig(policies=[NORM], stage="after_backward"), optimizer=engine)
     with pytest.raises(ConfigError, match="debug is true with a DeepSpeed engine"):
         GradientClipper(ClipConfig(policies=[NORM], debug=True), optimizer=engine)
+    with pytest.raises(ConfigError, match="a DeepSpeed engine makes the steps"):
+        GradientClipper(ClipConfig(policies=[NORM], log={"update_norm_every": 1}), optimizer=engine)
     GradientClipper(NORM, optimizer=engine)
 
     whole = engine.optimizer

@@ -17,6 +17,8 @@ import accelerate_clip
 from accelerate_clip.report import describe
 from gradclip import ClipByNorm, ClipConfig, GroupConfig, LogConfig, RecorderConfig, ZClip
 
+RATE = 0.01
+
 
 class FileTracker(GeneralTracker):
     name = "file"
@@ -50,7 +52,7 @@ def run(tracker, config, steps, init=True, end=False, script=None, **options):
         accelerator.init_trackers("run")
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    model, opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=RATE))
     norms = []
     script = script or (lambda *_: None)
     for step in range(steps):
@@ -91,13 +93,17 @@ CONFIG = ClipConfig(policies=[ClipByNorm(max_norm=1.5)], log=LogConfig(every_n_s
 @pytest.mark.parametrize("end", [False, True])
 def test_an_entry_holds_the_steps_since_the_last(tmp_path, end):
     file = tmp_path / "log"
-    _, norms = run(FileTracker(file), CONFIG, 100, end=end)
+    log = LogConfig(every_n_steps=3, update_norm_every=1)
+    _, norms = run(FileTracker(file), CONFIG.model_copy(update={"log": log}), 100, end=end)
     assert min(norms) < 1.5 < max(norms)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(3, 100, 3), *([100] if end else [])]
     first = 0
     for line in lines:
         stop = line.pop("step")
+        moved = line.pop("clip/update_norm")
+        assert moved == pytest.approx(RATE * line["clip/clipped_norm"], rel=1e-4)
+        assert 0 < moved / line.pop("clip/update_ratio") < 3  # the norm of the weights
         assert line == pytest.approx(expected(norms, first, stop), rel=1e-5)
         first = stop
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from support.lit import NAN, NOTHING, After, Before, Pair, Small, adamw, trainer_of
@@ -124,6 +125,20 @@ def test_an_interval_of_its_own_is_kept_exactly(tmp_path):
     last = expected_entries(before.grads[-1:], [0], MAX_NORM)[0]
     for key in ("clip/grad_norm", "clip/clipped", "clip/coef"):
         assert float(trainer.callback_metrics[key]) == pytest.approx(last[key], rel=1e-6)
+
+
+def test_updates_are_logged_with_the_steps_that_were_measured(tmp_path):
+    table, rate = CSVLogger(tmp_path), 0.1
+    module = Small(lambda parameters: torch.optim.SGD(parameters, lr=rate))
+    log = {"update_norm_every": 2}
+    _, before = run(table, module=module, log=log, log_every_n_steps=4)
+    entries = ours(table_entries(table.log_dir))
+    assert list(entries) == [3, 7, 11]
+    for end, row in entries.items():
+        seen = expected_entries(before.grads, range(end + 1), MAX_NORM)
+        clipped = [seen[step]["clip/clipped_norm"] for step in (end - 3, end - 1)]
+        assert row["clip/update_norm"] == pytest.approx(rate * sum(clipped) / 2, rel=1e-4)
+        assert 0 < row["clip/update_ratio"] < row["clip/update_norm"]
 
 
 class LogsToo(Small):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from gradclip import ClipByNorm
 from support.comms import CountComms
-from support.layouts import LAYOUTS, alone, bits
+from support.layouts import LAYOUTS, alone, bits, network
 
 NORMS = (1.0, 2.0, 3.0, 9.0, math.inf)
 LIMITS = {"global": 0.5, "group": 0.3, "parameter": 0.1}
@@ -72,4 +72,28 @@ def check(built, name):
         metrics = {key: float(value) for key, value in record.as_metrics().items()}
         found[case] = metrics, bits(after)
     assert any(metrics["clip/clipped"] for metrics, _ in found.values())
-    return found
+    return found | {"update": update(built, name, is_whole=set(whole) == set(alone()))}
+
+
+def update(built, name, *, is_whole):
+    """SGD moves parameters by its rate times the clipped norm; no message of its own says so."""
+    optimizer = torch.optim.SGD([p for _, p in built.named], lr=8.0)
+    config = {"policies": [ClipByNorm(max_norm=0.5)], "log": {"update_norm_every": 1}}
+    clipper = built.clipper(config, optimizer)
+    values = [p.detach().clone() for _, p in built.named]
+    for comms in (CountComms(), CountComms()):
+        built.renew()
+        with comms:
+            record = clipper.clip()
+        optimizer.step()
+        with torch.no_grad():
+            for (_, p), value in zip(built.named, values, strict=True):
+                p.copy_(value)
+    assert len(comms.messages) == LAYOUTS[name].partial + LAYOUTS[name].sums
+    metrics, rough = clipper.flush(), 2e-2 if "mixed" in name else 1e-5
+    moved, ratio = metrics["clip/update_norm"], metrics["clip/update_ratio"]
+    assert moved == pytest.approx(8.0 * float(record.clipped_norm), rel=rough)
+    if is_whole:
+        weights = torch.nn.utils.parameters_to_vector(network().parameters()).norm()
+        assert moved / ratio == pytest.approx(float(weights), rel=rough)
+    return moved, ratio
