@@ -183,10 +183,12 @@ class GradientClipper:
             self._core.watch.check(in_clip=True)
         if self._micro_batches is not None:  # stage: after_backward
             return self._micro_batches.end_step(given, grad_scale, loss, repeat=repeat)
+        is_again = repeat and self.last_record is not None
+        if not is_again:  # first of all, as an alarm may end the run there
+            self._beginning = self._core.begin()  # for evaluations of a closure that may follow
         given = self._completed(given, grad_scale, loss)
-        if repeat and self.last_record is not None:
+        if is_again:
             return clip_again(self._core, given, self._beginning)
-        self._beginning = self._core.begin()  # for evaluations of a closure that may follow
         step = self._core.look(given, self._beginning)
         record = self._core.commit(step)
         self._core.write(step)

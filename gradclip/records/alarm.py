@@ -50,13 +50,12 @@ class Spike:
     checkpoint: str | None = None
 
     def __str__(self) -> str:
-        """What happened, in two sentences."""
-        last = "the last checkpoint from before is " + str(self.checkpoint)
-        if self.checkpoint is None:
-            last = "no checkpoint from before is known"
-        return f"{_HAPPENED[self.kind].format(step=self.step)} (norm {self.norm:.4g}, usually " + (
-            f"{self.usual:.4g}); {last}."
-        )
+        """What happened, as part of a message."""
+        norms = f"norm {self.norm:.4g}, usually {self.usual:.4g}"
+        saved = "no checkpoint from before is known"
+        if self.checkpoint is not None:
+            saved = f"the last checkpoint from before is {self.checkpoint}"
+        return f"{_HAPPENED[self.kind].format(step=self.step)} ({norms}); {saved}."
 
 
 _HAPPENED = {
