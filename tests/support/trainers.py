@@ -33,7 +33,7 @@ class Poisoned(GPT2LMHeadModel):
 
 
 class Rising(GPT2LMHeadModel):
-    """Whose loss is fifty times as high from the 25th backward on."""
+    """Whose loss is a million times as high from the 25th backward on."""
 
     calls = 0
 
@@ -41,7 +41,7 @@ class Rising(GPT2LMHeadModel):
         result = super().forward(input_ids=input_ids, labels=labels, **kwargs)
         self.calls += 1
         if self.calls > 24:
-            result.loss = 50 * result.loss
+            result.loss = 1e6 * result.loss
         return result
 
 

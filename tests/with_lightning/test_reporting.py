@@ -241,10 +241,10 @@ def test_a_warning_says_which_optimizer_it_is_of(caplog):
 
 
 class Rising(Small):
-    """Whose norms are fifty times as high from the 40th batch on."""
+    """Whose norms are a million times as high from the 40th batch on."""
 
     def training_step(self, batch, index):
-        return super().training_step(batch, index) * (50 if index >= 40 else 1)
+        return super().training_step(batch, index) * (1e6 if index >= 40 else 1)
 
 
 class Saves(Callback):
