@@ -57,7 +57,7 @@ CASES = {
     "nothing": (rows(times([])), []),
     "a spike that comes back": (rows(times([(700, 701, 1e6), (900, 901, 1e6)])), []),
     "two steps in a row": (rows(times([(700, 702, 1e6)])), []),
-    "some high steps that come back": (rows(times([(700, 720, 5)])), [("rise", 700)]),
+    "some high steps that come back": (rows(times([(700, 760, 5)])), [("rise", 700)]),
     "a spike that lingers": (rows(times([(700, 2000, 5)])), [("rise", 700), ("lingering", 700)]),
     "a small step up": (rows(times([(700, 2000, 2)])), [("rise", 700), ("lingering", 700)]),
     "a slow drift": (rows(times([(700, 2000, 1.005 ** np.arange(1300))]))[:900], [("rise", 740)]),
@@ -65,7 +65,10 @@ CASES = {
     "a drop": (rows(times([(700, 2000, 0.01)])), []),
     "norms that hardly vary": (rows(1 + 0.01 * np.sin(STEPS / 50)), []),
     "NaN": (rows(np.where(EVERY_20TH, math.nan, times([]))), []),
-    "infinities that were let through": (rows(np.where(EVERY_20TH, math.inf, times([]))), []),
+    "infinities that were let through": (
+        rows(np.where(EVERY_20TH, math.inf, times([(700, 2000, 5)]))),
+        [("rise", 700), ("lingering", 700)],
+    ),
     "zeros": (rows(times([(700, 800, 0), (900, 901, 0)])), []),
     "no gradients": (rows(times([(700, 800, 0)]), has_gradient=(STEPS < 700) | (STEPS > 800)), []),
     "high, and withheld": (
@@ -74,6 +77,10 @@ CASES = {
     ),
     "a tenth withheld": (rows(times([]), skipped=TENTH), []),
     "more than a tenth": (rows(times([]), skipped=TENTH | (STEPS == 900)), [("withheld", 3)]),
+    "more than a tenth of those with a gradient": (
+        rows(times([]), has_gradient=STEPS % 2 == 0, skipped=STEPS % 16 == 4),
+        [("withheld", 4)],
+    ),
     "withheld long ago": (rows(times([]), skipped=(STEPS < 90) | (STEPS > 1989)), []),
     "all withheld": (rows(times([])[:150], skipped=np.ones(150)), [("withheld", 0)]),
 }
@@ -113,11 +120,11 @@ def test_false_alarms_come_as_rarely_as_the_docstring_says():
     assert theory == pytest.approx(2073, rel=1e-3)
 
 
-def made(listener=None, kernel=None, **alarm):
+def made(listener=None, kernel=None, recorder=None, **alarm):
     """A clipper of one parameter that steps by itself, and what makes a step of a norm."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    config = {"policies": FIXED, "alarm": {"warmup_steps": 20} | alarm}
+    config = {"policies": FIXED, "alarm": {"warmup_steps": 20} | alarm, "recorder": recorder}
     clipper = GradientClipper(config, [("p", parameter)], optimizer, kernel=kernel)
     if listener is not None:
         clipper.on_spike(listener)
@@ -202,6 +209,18 @@ def test_a_run_that_ends_leaves_the_step_as_it_was(caplog, alarm, skipped, reaso
         step(norm)
 
 
+def test_the_flight_record_of_a_run_that_ends_is_written_at_once(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    _, step, _ = made(recorder={"file": str(file), "steps": 512}, stop="rise")
+    norms = high_from(203)
+    for norm in norms[:210]:
+        step(norm)
+    file.unlink(missing_ok=True)
+    with pytest.raises(AlarmError):
+        step(norms[210])
+    assert len(file.read_text().splitlines()) == 1 + 210
+
+
 def test_what_a_listener_raises_ends_the_step():
     def refuse(spike):
         raise InterruptedError(spike.kind)
@@ -253,6 +272,15 @@ def test_a_restart_learns_anew_and_knows_older_checkpoints_alone():
         step(norm)
     assert [(spike.kind, spike.step) for spike in told] == [("rise", 303), ("lingering", 303)]
     assert told[0].checkpoint == "s3://at/100"
+
+
+def test_withheld_steps_are_counted_anew_after_a_restart():
+    clipper, step, _ = made(withheld=0.05)
+    for _ in range(2):
+        for _ in range(49):
+            step(math.nan)
+        clipper.load_state_dict(clipper.state_dict())
+        step(1.0)
 
 
 def test_parameters_that_join_raise_no_alarm():
