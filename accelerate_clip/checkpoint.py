@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from accelerate.logging import get_logger
 from accelerate.utils import load, save
@@ -17,7 +18,11 @@ _FILE = "gradient_clip.bin"
 _logger = get_logger(__name__)
 
 
-def save_state(of: Stateful, folder: str, *, each_node: bool) -> None:
+class _Clips(Stateful, Protocol):
+    def saved_to(self, path: str) -> None: ...
+
+
+def save_state(of: _Clips, folder: str, *, each_node: bool) -> None:
     """Write its state, on the main process; every process must call it.
 
     Args:
@@ -28,9 +33,10 @@ def save_state(of: Stateful, folder: str, *, each_node: bool) -> None:
     state = of.state_dict()
     Path(folder).mkdir(parents=True, exist_ok=True)
     save(state, Path(folder) / _FILE, save_on_each_node=each_node)
+    of.saved_to(folder)
 
 
-def load_state(into: Stateful, folder: str) -> None:
+def load_state(into: _Clips, folder: str) -> None:
     """Continue from a checkpoint; if it has no state, start with fresh state and say so.
 
     Raises:
@@ -44,6 +50,7 @@ def load_state(into: Stateful, folder: str) -> None:
             folder,
             _FILE,
         )
+        into.saved_to(folder)
         return
     try:
         state = load(file, map_location="cpu")
@@ -58,3 +65,4 @@ def load_state(into: Stateful, folder: str) -> None:
     except ConfigError as error:
         msg = f"{error} Delete {file} to start with fresh state."
         raise ConfigError(msg) from None
+    into.saved_to(folder)

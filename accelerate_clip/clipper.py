@@ -36,6 +36,7 @@ from gradclip import (
     ConfigError,
     GradientClipper,
     PolicyLike,
+    Spike,
     as_config,
 )
 from gradclip.adapters import ClipperSet, Patches
@@ -73,6 +74,7 @@ class AcceleratorClip:
         self._gone: list[Clipped] = []  # until others are prepared, which may go on from them
         self._set = ClipperSet()
         self._reporter = Reporter(accelerator, self.config.log, lambda: self.steps)
+        self._listeners: list[Callable[[Spike], object]] = []
         self._last_record: ClipRecord | None = None
         self._said: set[str] = set()
         self._sees_backwards = False
@@ -181,6 +183,18 @@ class AcceleratorClip:
         `accelerator.log`, with its next call.
         """
         return self._set.flush()
+
+    def on_spike(self, call: Callable[[Spike], object]) -> None:
+        """Call this at every alarm of any optimizer; see `gradclip.GradientClipper.on_spike`."""
+        self._set.on_spike(call)
+        self._listeners.append(call)
+
+    def saved_to(self, path: str) -> None:
+        """Say where a checkpoint was saved; see `gradclip.GradientClipper.saved_to`.
+
+        `accelerator.save_state` and transformers' `Trainer` say so by themselves.
+        """
+        self._set.saved_to(path)
 
     def place_record(self, folder: str) -> None:
         """Where the flight record goes, unless the accelerator has a folder of its own."""
@@ -298,6 +312,8 @@ class AcceleratorClip:
         new = [one for one in now if one not in self._clipped]
         for one in new:
             self._go_on(one)
+            for call in self._listeners:
+                one.clipper.on_spike(call)
         self._gone = [] if new else self._gone
         self._clipped, self._set = now, clippers
         self._reporter.follow(clippers)

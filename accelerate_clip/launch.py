@@ -6,17 +6,20 @@ import json
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import yaml
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import patch_environment
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from accelerate_clip.run import CONFIG_VARIABLE
-from gradclip import ConfigError, load_section
+from gradclip import AlarmError, ConfigError, load_section
 
 __all__ = ["SECTION", "main"]
 
@@ -84,8 +87,23 @@ def _launch(arguments: Namespace) -> None:
             )
             raise ConfigError(msg) from None
         arguments.config_file = str(stock)
-        with patch_environment(**environment):
+        with patch_environment(**environment), _exit_code_of_alarms():
             launch_command(arguments)
+
+
+@contextmanager
+def _exit_code_of_alarms() -> Iterator[None]:
+    """End with the exit code of a script that an alarm ended; any other failure is an error."""
+    try:
+        yield
+    except (CalledProcessError, ChildFailedError) as error:
+        if isinstance(error, CalledProcessError):
+            code = error.returncode
+        else:
+            code = error.get_first_failure()[1].exitcode
+        if code == AlarmError.code:
+            sys.exit(code)
+        raise
 
 
 def _config_file(arguments: Namespace) -> Path:

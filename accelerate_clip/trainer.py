@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from accelerate_clip.checkpoint import load_state, save_state
 from accelerate_clip.clipper import AcceleratorClip
 from accelerate_clip.private import around_training
-from gradclip import ConfigError, PolicyLike, as_config
+from gradclip import ConfigError, PolicyLike, Spike, as_config
 from gradclip.adapters import Patches
 
 __all__ = ["GradientClipCallback", "follow_trainers"]
@@ -48,7 +48,12 @@ class GradientClipCallback(TrainerCallback):
     def __init__(self, policy: PolicyLike | None = None) -> None:
         self.config = as_config(policy)
         self.clip: AcceleratorClip | None = None
+        self._listeners: list[Callable[[Spike], object]] = []
         weakref.finalize(self, follow_trainers())
+
+    def on_spike(self, call: Callable[[Spike], object]) -> None:
+        """Call this at every alarm, from the next `train` on; see `GradientClipper.on_spike`."""
+        self._listeners.append(call)
 
     def bind(self, trainer: Trainer) -> None:
         """Clip with this Trainer's accelerator, unless this callback does so already."""
@@ -57,6 +62,8 @@ class GradientClipCallback(TrainerCallback):
                 self.clip.detach()  # another Trainer's, or an earlier trial's accelerator
             self.clip = AcceleratorClip(trainer.accelerator, self.config)
             self.clip.owner = self
+            for call in self._listeners:
+                self.clip.on_spike(call)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **kwargs: Any

@@ -7,6 +7,7 @@
 
 from gradclip.clipper import GradientClipper
 from gradclip.config import (
+    AlarmConfig,
     ClipConfig,
     GroupConfig,
     LogConfig,
@@ -17,6 +18,7 @@ from gradclip.config import (
     load_yaml,
 )
 from gradclip.errors import (
+    AlarmError,
     ClipError,
     ConfigError,
     DebugError,
@@ -45,11 +47,14 @@ from gradclip.policies import (
     ZClip,
     after,
 )
+from gradclip.records.alarm import Spike
 from gradclip.records.record import ClipRecord
 
 __all__ = [
     "AGC",
     "AdaGC",
+    "AlarmConfig",
+    "AlarmError",
     "Auto",
     "AutoClip",
     "ClipByNorm",
@@ -74,6 +79,7 @@ __all__ = [
     "SkipNonfinite",
     "SkipSpike",
     "Spam",
+    "Spike",
     "SpikeMax",
     "UClip",
     "ZClip",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gradclip.config import PolicyLike, as_config
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.plan.parameters import Named, as_pairs, configs_for, group_names
+from gradclip.records.alarm import Spike
 from gradclip.records.record import ClipRecord
 from gradclip.saved import read_list, read_mapping, read_whole, refuse_saved
 from gradclip.steps import claim_steps, closure_place, follow_steps
@@ -225,6 +227,16 @@ class ClipperSet(Sequence[GradientClipper]):
         """
         for index, clipper in enumerate(self):
             clipper.recorder.place(folder, self.suffix(index).replace("/", "."))
+
+    def on_spike(self, call: Callable[[Spike], object]) -> None:
+        """Call this at every alarm of any of them; see `GradientClipper.on_spike`."""
+        for clipper in self:
+            clipper.on_spike(call)
+
+    def saved_to(self, path: str | PathLike[str]) -> None:
+        """Say where a checkpoint was saved; see `GradientClipper.saved_to`."""
+        for clipper in self:
+            clipper.saved_to(path)
 
     def close(self) -> None:
         """End training, also where it raised: see `GradientClipper.close`."""

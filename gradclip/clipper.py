@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
 from gradclip.layouts.deepspeed import DeepSpeedLayout
 from gradclip.plan.parameters import Named, as_pairs, in_place, told_apart
+from gradclip.records.alarm import Spike
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
 from gradclip.state import pack, unpack
@@ -173,6 +175,7 @@ class GradientClipper:
             SkipLimitError: If a policy's bound on withheld steps in a row is reached, and it is to
                 stop then; up to `log.every_n_steps` steps later, all withheld, where the device
                 withholds. Gradients and state are as they were.
+            AlarmError: If an alarm ends the run; of steps before this one, which is as it was.
             ConfigError: If `share` is out of range; a hook stepped an optimizer in backward; or a
                 policy watches the loss and no rank has one.
         """
@@ -181,10 +184,12 @@ class GradientClipper:
             self._core.watch.check(in_clip=True)
         if self._micro_batches is not None:  # stage: after_backward
             return self._micro_batches.end_step(given, grad_scale, loss, repeat=repeat)
+        is_again = repeat and self.last_record is not None
+        if not is_again:  # first of all, as an alarm may end the run there
+            self._beginning = self._core.begin()  # for evaluations of a closure that may follow
         given = self._completed(given, grad_scale, loss)
-        if repeat and self.last_record is not None:
+        if is_again:
             return clip_again(self._core, given, self._beginning)
-        self._beginning = self._core.begin()  # for evaluations of a closure that may follow
         step = self._core.look(given, self._beginning)
         record = self._core.commit(step)
         self._core.write(step)
@@ -271,6 +276,37 @@ class GradientClipper:
         """
         self._core.watch.end()
         self.recorder.close()
+
+    def on_spike(self, call: Callable[[Spike], object]) -> None:
+        """Call this at every alarm, in place of a warning; needs `alarm:` in the configuration.
+
+        It is called inside `clip`, before the step's gradients are looked at; on every rank, at the
+        same step. What it raises ends the step.
+
+        Args:
+            call: Gets a `Spike`, at most `log.every_n_steps` (10) steps after it was to be seen.
+
+        Raises:
+            ConfigError: If there is no such section.
+        """
+        if self.config.alarm is None:
+            msg = (
+                "on_spike: the configuration has no section alarm, so nothing would ever be told; "
+                "allowed: with it. Add `alarm: {}`."
+            )
+            raise ConfigError(msg)
+        self._core.listeners.append(call)
+
+    def saved_to(self, path: str | PathLike[str]) -> None:
+        """Say that a checkpoint of the steps so far was saved, or was loaded, here.
+
+        Alarms name the last one from before the trouble. Adapters call this by themselves.
+
+        Args:
+            path: A file or folder, or an address such as `s3://...`. One that is named again was
+                written over; one that is gone when an alarm is told isn't named.
+        """
+        self.recorder.saved_to(str(path))
 
     @property
     def recorder(self) -> Recorder:

@@ -10,7 +10,7 @@ Who calls them, and when, is a driver: `GradientClipper.clip` for the plain step
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -46,6 +46,7 @@ from gradclip.plan.in_backward import BackwardWatch, refuse_taken
 from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
 from gradclip.plan.rates import rate_of
+from gradclip.records.alarm import Spike
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import TAKEN, Recorder, Tally
 from gradclip.state import carry_over, fresh_states
@@ -136,6 +137,7 @@ class Core:
         recorder: What happened.
         last_record: What the last `commit` returned; None before it.
         watch: Sees steps that nobody clipped.
+        listeners: Called with each spike that an alarm finds.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters, or a layout and a
@@ -153,6 +155,7 @@ class Core:
         self.recorder = Recorder(config, on.device, is_first=is_first_rank())
         self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
         self.last_record: ClipRecord | None = None
+        self.listeners: list[Callable[[Spike], object]] = []
         self._has_met = False
         self._by_steps = any(self.states) or config.follows_steps
         self._stop = DeferredStop(config.log.every_n_steps or 10)
@@ -239,8 +242,18 @@ class Core:
         return last
 
     def begin(self) -> Beginning:
-        """What the next step begins with, for the parameters as they are now."""
+        """What the next step begins with, for the parameters as they are now.
+
+        Before it alarms are told, of the steps before: nothing of this one has happened yet.
+
+        Raises:
+            AlarmError: If one of them ends the run.
+        """
         self.current()
+        for spike in self.recorder.spikes():
+            for call in self.listeners:
+                call(spike)
+            self.recorder.report(spike, is_told=bool(self.listeners))
         return Beginning(self.states, self.recorder.tally.counts.select(0, TAKEN))
 
     def look(self, given: Given, since: Beginning | None = None) -> Step:
@@ -254,6 +267,7 @@ class Core:
             NonFiniteError: If a gradient isn't finite and that is an error.
             SkipLimitError: If a policy's bound on withheld steps in a row is reached, and it is
                 to stop then.
+            AlarmError: As `begin`.
             ConfigError: If gradients were lost, or used, before a clip could see them.
         """
         if not self._has_met and self._meet():

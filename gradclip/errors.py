@@ -3,6 +3,7 @@
 import logging
 
 __all__ = [
+    "AlarmError",
     "ClipError",
     "ConfigError",
     "DebugError",
@@ -63,3 +64,25 @@ class NonFiniteError(ClipError, RuntimeError):
 
 class SkipLimitError(ClipError, RuntimeError):
     """More steps in a row would be withheld than allowed, and `fallback` is "raise"."""
+
+
+class AlarmError(ClipError, SystemExit):
+    """An alarm ends the run (`alarm:` in the configuration).
+
+    If nobody catches it, the process ends with exit code 76 and without a traceback, as after
+    `sys.exit(76)`; the message was logged by the first rank. `except Exception` catches it.
+
+    Args:
+        message: Why, since when, and what to do.
+        checkpoint: The last checkpoint from before the trouble, if one is known.
+
+    Attributes:
+        checkpoint: As given.
+        code: 76.
+    """
+
+    code = 76
+
+    def __init__(self, message: str, checkpoint: str | None = None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint

@@ -17,6 +17,7 @@ from gradclip import (
     ConfigError,
     GradientClipper,
     PolicyLike,
+    Spike,
     as_config,
 )
 from gradclip.adapters import ClipperSet, Patches, claim_steps, window_share
@@ -106,6 +107,7 @@ class GradientClip(Callback):
         self._finder_patches = Patches()
         self._steps = Steps([], self._patches)
         self._micro_batch = ExitStack()
+        self._listeners: list[Callable[[Spike], object]] = []
         self._last_record: ClipRecord | None = None
         self._record_before: ClipRecord | None = None  # this batch
         self._backward_ran = self._zeroed = False  # in this batch
@@ -125,6 +127,11 @@ class GradientClip(Callback):
     def last_record(self) -> ClipRecord | None:
         """What the last step measured and did; None before the first."""
         return self._last_record
+
+    def on_spike(self, call: Callable[[Spike], object]) -> None:
+        """Call this at every alarm, in every fit from now on; see `GradientClipper.on_spike`."""
+        self._clippers.on_spike(call)
+        self._listeners.append(call)
 
     @property
     def state_key(self) -> str:
@@ -193,6 +200,8 @@ class GradientClip(Callback):
         self._follow_optimizers(trainer, pl_module)
         if self._saved:
             self._take_in(self._saved)
+            if trainer.ckpt_path:
+                self._clippers.saved_to(trainer.ckpt_path)
         elif self._earlier is not None:
             steps = self._clippers.go_on_from(*self._earlier, same_run=False)
             self._reporter.resume(steps)
@@ -301,7 +310,7 @@ class GradientClip(Callback):
             for known in [c for c in trainer.callbacks if isinstance(c, _ForFinder)]:
                 known.teardown(trainer, module, stage="fit")  # of an earlier trial
                 trainer.callbacks.remove(known)
-            stand_in = _ForFinder(self.config.model_copy(update={"recorder": None}))
+            stand_in = _ForFinder(self.config.model_copy(update={"recorder": None, "alarm": None}))
             if self._module in (None, module):
                 stand_in.load_state_dict(self.state_dict())
             trainer.callbacks.append(stand_in)
@@ -345,7 +354,23 @@ class GradientClip(Callback):
         refuse_second_clip(trainer, module, after_clip, self._patches)
         if self.config.schedule_on_skip == "hold":
             hold_schedule(trainer, module, self._is_withheld, self._patches)
+        for call in self._listeners:
+            self._clippers.on_spike(call)
+        self._patches.wrap(trainer, "save_checkpoint", self._save_checkpoint)
         self._reporter.begin(trainer, self._clippers)
+
+    def _save_checkpoint(
+        self,
+        save: Callable[..., None],
+        filepath: str,
+        weights_only: bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """`trainer.save_checkpoint`, which checkpoint callbacks call too."""
+        save(filepath, weights_only, *args, **kwargs)
+        if not weights_only:
+            self._clippers.saved_to(filepath)
 
     def _claim_steps(self) -> None:
         for optimizer in self._optimizers:

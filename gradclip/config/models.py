@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from gradclip.models import MODELS, Model
 from gradclip.policies import AnyPolicy, ElementPolicy, Policy
 
-__all__ = ["ClipConfig", "GroupConfig", "LogConfig", "RecorderConfig"]
+__all__ = ["AlarmConfig", "ClipConfig", "GroupConfig", "LogConfig", "RecorderConfig"]
 
 
 def _elements_stand_last(policies: list[Policy]) -> list[Policy]:
@@ -73,6 +73,23 @@ class RecorderConfig(Model):
     """Where, from the trainer's folder for logs, else the working directory; a number is added
     rather than replacing another run's. `.parquet` needs pyarrow. A path that can't be written is
     an error when the clipper is built."""
+
+
+class AlarmConfig(Model):
+    """Alarms: norms that rise, norms that don't come back, too many withheld steps."""
+
+    rise: Annotated[float, Field(gt=0)] = 8.0
+    """Early warning: by how many deviations in sum the logarithms of norms have to be above usual,
+    of which one a step is free and one step counts for at most three. Lower warns earlier, and
+    in vain more often: at 8 once in some million steps."""
+    lingers: Annotated[int, Field(ge=1)] = 100
+    """After how many steps a rise that hasn't come back is told as lingering."""
+    warmup_steps: Annotated[int, Field(ge=2)] = 100
+    """Steps that are only learnt from, at the start and after every restart."""
+    withheld: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The run ends when more than this share of the last 1000 steps were withheld; 1 never does."""
+    stop: Literal["rise", "lingering"] | None = None
+    """What else ends the run: any rise, or one that lingers; null only tells."""
 
 
 class GroupConfig(Model):
@@ -143,6 +160,8 @@ class ClipConfig(Model):
     """Logging."""
     recorder: RecorderConfig | None = None
     """The flight recorder; null, the default, writes no file."""
+    alarm: AlarmConfig | None = None
+    """Alarms of norms that rise and of withheld steps; null, the default, has none."""
     verify_every: Annotated[int, Field(ge=0)] = 0
     """Compare configuration, parameters, state and norms over ranks every so many steps, in one
     message of 32 bytes and with a read on the host; 0, the default, when built and loaded alone."""
@@ -185,4 +204,9 @@ def _leaves(place: str, value: object) -> Iterator[tuple[str, object]]:
         yield place, value
 
 
-MODELS |= {"groups": GroupConfig, "log": LogConfig, "recorder": RecorderConfig}
+MODELS |= {
+    "alarm": AlarmConfig,
+    "groups": GroupConfig,
+    "log": LogConfig,
+    "recorder": RecorderConfig,
+}

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gradclip.errors import ConfigError
+from gradclip.errors import AlarmError, ConfigError
 from gradclip.norms import combine
 from gradclip.plan.plan import Plan
+from gradclip.records.alarm import Spike, SpikeDetector
 from gradclip.records.ends import close_at_end
 from gradclip.records.interval import Interval, Streaks
 from gradclip.records.record import COLUMNS, ByName, ClipRecord
@@ -180,6 +181,9 @@ class Recorder:
     overwritten, and, with a flight record, every `log.every_n_steps` (10) steps; on a CPU, where
     reading is free, also at a step that isn't finite.
 
+    With `alarm:` in the configuration rows are also read every so many steps, on every rank, by
+    what looks for spikes (`spikes`): always at the same steps, whichever rank logs.
+
     With `recorder:` in the configuration the first rank writes the last steps to a file: when a
     step isn't finite, when a bound or `on_nonfinite: raise` stops the run, when the clipper or the
     program ends, and on request. If that fails, one warning says so and training goes on.
@@ -213,7 +217,12 @@ class Recorder:
         self._config = config
         self._is_first = is_first
         self._streaks = Streaks(config.log) if is_first else None
-        self._read = self._written = self._tried = self._alarms = 0
+        self._detector = None if config.alarm is None else SpikeDetector(config.alarm)
+        self._looks_every = min(config.log.every_n_steps or 10, len(self.tally.rows))
+        self._spikes: list[Spike] = []
+        self._saved: dict[str, int] = {}  # checkpoints, with the number of the step after them
+        self._looked_at = 0
+        self._read = self._written = self._tried = self._saves = 0
         self._path: Path | None = None
         self._warned = False
         keeps, drops = config.log.histograms and is_first, config.stage == "after_backward"
@@ -246,6 +255,9 @@ class Recorder:
         """
         log, flight = self._config.log, self._config.recorder
         self._drain()
+        if self._detector is not None:
+            self._look()
+            self._detector.learn_anew()  # other parameters have other norms
         self.tally.to(device)
         self._plan, self._reads_block = plan, reads_block
         self._names = list(plan.each or plan.slot_names)
@@ -272,7 +284,10 @@ class Recorder:
         self.close()
         self._path = None
         self.tally.first, self.tally.made, self.tally.counts = step, 0, counts
-        self._read = self._written = self._tried = self._alarms = 0
+        self._read = self._written = self._tried = self._saves = self._looked_at = 0
+        if self._config.alarm is not None:
+            self._detector, self._spikes = SpikeDetector(self._config.alarm), []
+        self._saved = {path: after for path, after in self._saved.items() if after <= step}
         self._interval, self._worst = self._interval.next(), None
         self.follow(self._plan, self.tally.rows.device, reads_block=self._reads_block)
 
@@ -357,6 +372,57 @@ class Recorder:
             self.record(replace(step, verdict=replace(step.verdict, skip=skip)))
             self.close()
             self.tally.counts = counts
+
+    def spikes(self) -> list[Spike]:
+        """What alarms found since the last call.
+
+        They look every `log.every_n_steps` (10) steps; the answer is the same on every rank if
+        each of them asks between the same steps.
+        """
+        if self._detector is None:
+            return []
+        if self.tally.made - self._looked_at >= self._looks_every:
+            self._look()
+        found, self._spikes = self._spikes, []
+        return [replace(spike, checkpoint=self._last_before(spike.step)) for spike in found]
+
+    def report(self, spike: Spike, *, is_told: bool) -> None:
+        """Warn of a spike on the first rank, or end the run on every rank.
+
+        Args:
+            spike: As `spikes` gave it.
+            is_told: Somebody else was told, in place of a warning.
+
+        Raises:
+            AlarmError: If it ends the run; the flight record is written before.
+        """
+        text = f"clip{self.tag}: {spike} Look at data, learning rate and loss scale before that."
+        ending = self._ending(spike)
+        if not ending:
+            if self._is_first and not is_told:
+                _logger.warning(text)
+            return
+        self.close()
+        text = f"{text} {ending}"
+        if self._is_first:
+            _logger.error(text)  # Python shows nothing of an error that is a SystemExit
+        raise AlarmError(text, spike.checkpoint)
+
+    def _ending(self, spike: Spike) -> str:
+        """Why a spike ends the run; empty if it doesn't."""
+        alarm = self._config.alarm
+        assert alarm is not None
+        if spike.kind == "withheld":
+            rule = f"alarm.withheld is {alarm.withheld:g}", "raise alarm.withheld (1 never ends it)"
+        elif alarm.stop in ("rise", spike.kind):
+            rule = f"alarm.stop is {alarm.stop!r}", "set alarm.stop to null to be told only"
+        else:
+            return ""
+        return f"{rule[0]}, so the run ends, with exit code {AlarmError.code}; {rule[1]}."
+
+    def saved_to(self, path: str) -> None:
+        """Remember a checkpoint of the steps so far."""
+        self._saved[path] = self.tally.first + self.tally.made
 
     def flush(self) -> dict[str, float]:
         """What to log of the steps since the last call; see `GradientClipper.flush`."""
@@ -498,26 +564,43 @@ class Recorder:
         early = steps - stop
         return torch.cat([rows.narrow(0, len(rows) - early, early), rows.narrow(0, 0, stop)])
 
-    def _drain(self) -> None:
-        """Read what is new."""
-        if self._read == self.tally.made and not self._has_updates:
-            return
-        rows = self._last(self.tally.made - self._read)
+    def _look(self) -> None:
+        """Let the detector see the steps that it hasn't seen, in one copy with what is new."""
+        assert self._detector is not None
+        unseen = self.tally.made - self._looked_at
+        rows = self._drain(unseen)
+        self._looked_at = self.tally.made
+        self._spikes += self._detector.follow(rows[len(rows) - unseen :])
+
+    def _last_before(self, step: int) -> str | None:
+        """The newest checkpoint from before a step; one in the cloud is taken to be there."""
+        older = {path: after for path, after in self._saved.items() if after <= step}
+        there = [path for path in older if "://" in path or Path(path).exists()]
+        return max(there, key=older.__getitem__, default=None)
+
+    def _drain(self, at_least: int = 0) -> Tensor:
+        """Read what is new, and give the rows that were read: these and `at_least` so many."""
+        new = self.tally.made - self._read
+        rows = self._last(max(new, at_least))
+        if not len(rows) and not self._has_updates:
+            return rows
         parts = [rows.flatten(), self._sums, self._updates]
         flat, sums, updates = torch.cat(parts).cpu().split([len(part) for part in parts])
         self._read, self._has_updates = self.tally.made, False
         self._sums.zero_()
         self._updates.zero_()
-        rows = flat.view_as(rows)
+        found = flat.view_as(rows)
+        rows = found[len(found) - new :]
         self._interval.add(rows, sums, updates)
         if self._streaks is not None:
             self._streaks.follow(rows, self.tag)
         nonfinite = bool(rows[:, COLUMNS.index("nonfinite")].any())
         # Ever rarer, since a run may stay so for good.
-        rare = self.tally.made - self._tried >= self._alarms
+        rare = self.tally.made - self._tried >= self._saves
         if nonfinite and rare and self._config.recorder is not None:
-            self._alarms += 1
+            self._saves += 1
             self._save()
+        return found
 
     def _steps(self) -> list[dict[str, Any]]:
         """What the file has, in rising order."""

@@ -32,6 +32,19 @@ class Poisoned(GPT2LMHeadModel):
         return result
 
 
+class Rising(GPT2LMHeadModel):
+    """Whose loss is a million times as high from the 25th backward on."""
+
+    calls = 0
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        result = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+        self.calls += 1
+        if self.calls > 24:
+            result.loss = 1e6 * result.loss
+        return result
+
+
 def trainer(folder, world=1, callbacks=(), model=GPT2LMHeadModel, **options):
     """A Trainer of six steps that logs each and saves at the third."""
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate import Accelerator
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from accelerate_clip import launch, run
 from gradclip import (
@@ -82,6 +83,49 @@ def test_two_processes_run_an_unchanged_script_clipped(tmp_path):
     assert first["weights"] == second["weights"]
     assert first["seen"] != second["seen"]
     assert done.stderr.count("called with max_norm=1000000000.0; the gradclip configuration") == 1
+
+
+ALARM = """
+gradient_clip_config:
+  policies: [{type: norm, max_norm: 1.0}]
+  alarm: {warmup_steps: 20, stop: rise}
+"""
+RISES = """
+import torch
+from accelerate import Accelerator
+accelerator = Accelerator()
+model = torch.nn.Linear(2, 1)
+model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-4))
+for step in range(100):
+    optimizer.zero_grad()
+    accelerator.backward(model(torch.full((2,), 10.0 if step >= 50 else 1.0)).sum())
+    optimizer.step()
+"""
+
+
+def test_the_launcher_ends_with_the_exit_code_of_an_alarm(tmp_path):
+    (tmp_path / "rises.py").write_text(RISES, encoding="utf-8")
+    file = write(tmp_path, ALARM, distributed_type="NO", num_processes=1)
+    command = ["-m", "accelerate_clip.launch", "launch", "--config_file", file]
+    done = started([*command, tmp_path / "rises.py"])
+    assert done.returncode == 76, done.stderr
+    assert done.stderr.count("have risen since step 50") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("code", "ends"), [(76, SystemExit), (1, ChildFailedError)])
+def test_several_processes_are_no_different_and_other_failures_are_errors(
+    tmp_path, monkeypatch, code, ends
+):
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file="<N/A>")
+
+    def fail(_):
+        raise ChildFailedError("script.py", {0: failure})
+
+    monkeypatch.setattr(launch, "launch_command", fail)
+    with pytest.raises(ends) as error:
+        launch.main(["launch", "--config_file", write(tmp_path), "script.py"])
+    assert ends is not SystemExit or error.value.code == code
 
 
 def test_run_alone_serves_spawned_workers_and_the_path_of_a_file(tmp_path):

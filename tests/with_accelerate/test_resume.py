@@ -12,7 +12,16 @@ from support.malformed import REFUSED, answer, malformed
 from torch import nn
 
 import accelerate_clip
-from gradclip import ClipByNorm, ClipConfig, ConfigError, RecorderConfig, ZClip
+from gradclip import (
+    AlarmConfig,
+    AlarmError,
+    ClipByNorm,
+    ClipConfig,
+    ConfigError,
+    LogConfig,
+    RecorderConfig,
+    ZClip,
+)
 
 POLICY = ZClip(warmup_steps=5)
 
@@ -77,6 +86,30 @@ def test_what_is_left_is_given_and_written_before_a_rewind(tmp_path):
     for file, steps in (("gradclip", range(17)), ("gradclip-1", range(12, 14))):
         _, *rows = (tmp_path / f"{file}.trace.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(steps)
+
+
+def test_an_alarm_names_the_state_that_was_saved_or_loaded_before(tmp_path):
+    alarm = AlarmConfig(warmup_steps=8, stop="rise")
+    config = ClipConfig(policies=[POLICY], alarm=alarm, log=LogConfig(every_n_steps=5))
+    for first in (0, 30):
+        accelerator, clip, model, opt = start(config)
+        told = []
+        clip.on_spike(told.append)
+        if first:
+            accelerator.load_state(tmp_path / "30")
+        inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        for step in range(first, 46):
+            opt.zero_grad()
+            scale = 1e6 if step >= 40 else 1.0
+            accelerator.backward((model(inputs) - 1).square().mean() * scale)
+            if step < 45:
+                opt.step()
+            if not first and step in (29, 41):
+                accelerator.save_state(tmp_path / str(step + 1))
+        with pytest.raises(AlarmError, match="exit code 76") as error:
+            opt.step()
+        assert [(spike.kind, spike.step) for spike in told] == [("rise", 40)]
+        assert error.value.checkpoint == told[0].checkpoint == str(tmp_path / "30")
 
 
 def test_checkpoints_move_freely_to_and_from_runs_without_gradclip(tmp_path, caplog):

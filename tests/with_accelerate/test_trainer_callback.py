@@ -16,7 +16,7 @@ from support.accelerate_cpu import fresh, sharding_on_cpu
 from support.ranks import TESTS, run_on_ranks
 
 import accelerate_clip
-from gradclip import ClipConfig, ConfigError
+from gradclip import AlarmError, ClipConfig, ConfigError
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -214,6 +214,21 @@ def test_a_log_holds_the_steps_since_the_last_and_the_flight_record_is_in_the_ou
     _, *steps = map(json.loads, (tmp_path / "gradclip.trace.jsonl").read_text().splitlines())
     assert [step["batch"] for step in steps] == [1, 3, 5, 7, 9, 11]
     assert all("transformer.wte.weight" in step["per_parameter"] for step in steps)
+
+
+def test_an_alarm_ends_training_and_names_the_last_good_checkpoint(tmp_path):
+    from support.trainers import Rising
+
+    alarm = {"warmup_steps": 12, "stop": "rise"}
+    config = {**CONFIG, "log": {"every_n_steps": 6}, "alarm": alarm}
+    told = []
+    trainer, callback = made(tmp_path, config, model=Rising, max_steps=36, save_steps=12)
+    callback.on_spike(told.append)
+    with pytest.raises(AlarmError, match="exit code 76") as error:
+        trainer.train()
+    assert [(spike.kind, spike.step) for spike in told] == [("rise", 24)]
+    assert error.value.checkpoint == told[0].checkpoint == str(tmp_path / "checkpoint-24")
+    assert trainer.state.global_step == 30
 
 
 def test_each_parameters_norm_where_asked_for(tmp_path):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from support.lit import NAN, NOTHING, After, Before, Pair, Small, adamw, trainer_of
@@ -17,6 +18,7 @@ from support.logged import (
 )
 from torch.overrides import TorchFunctionMode
 
+from gradclip import AlarmError, ConfigError
 from lightning_clip import GradientClip
 
 pytestmark = pytest.mark.filterwarnings(
@@ -251,6 +253,42 @@ def test_a_warning_says_which_optimizer_it_is_of(caplog):
     trainer_of(clip).fit(Pair(), range(4))
     said = [r.message.split(":")[0] for r in caplog.records if "bound in each" in r.message]
     assert said == ["clip.optimizer0", "clip.optimizer1"]
+
+
+class Rising(Small):
+    """Whose norms are a million times as high from the 40th batch on."""
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) * (1e6 if index >= 40 else 1)
+
+
+class Saves(Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step in (20, 30, 35, 41):
+            path = self.folder / f"{trainer.global_step}.ckpt"
+            trainer.save_checkpoint(path, weights_only=trainer.global_step == 35)
+
+
+def test_an_alarm_ends_a_fit_and_names_the_last_good_checkpoint(tmp_path):
+    config = {"policies": [{"type": "norm", "max_norm": MAX_NORM}], "log": {"every_n_steps": 5}}
+    config["alarm"] = {"warmup_steps": 10, "stop": "rise"}
+    for resumed_from in (None, tmp_path / "30.ckpt"):
+        told = []
+        clip = GradientClip(config)
+        clip.on_spike(told.append)
+        trainer = trainer_of(clip, *([] if resumed_from else [Saves(tmp_path)]))
+        with pytest.raises(AlarmError, match=r"risen since step 40 .*exit code 76") as error:
+            trainer.fit(Rising(), [0] * 60, ckpt_path=resumed_from)
+        assert [(spike.kind, spike.step) for spike in told] == [("rise", 40)]
+        assert error.value.checkpoint == told[0].checkpoint == str(tmp_path / "30.ckpt")
+        assert trainer.global_step == 45
+    clip = GradientClip(config | {"alarm": None})
+    clip.on_spike(told.append)
+    with pytest.raises(ConfigError, match="no section alarm"):
+        trainer_of(clip).fit(Small(), range(2))
 
 
 class Bar(TQDMProgressBar):
