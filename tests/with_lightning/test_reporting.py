@@ -272,6 +272,7 @@ class Saves(Callback):
             trainer.save_checkpoint(path, weights_only=trainer.global_step == 35)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
 def test_an_alarm_ends_a_fit_and_names_the_last_good_checkpoint(tmp_path):
     config = {"policies": [{"type": "norm", "max_norm": MAX_NORM}], "log": {"every_n_steps": 5}}
     config["alarm"] = {"warmup_steps": 10, "stop": "rise"}
