@@ -13,7 +13,8 @@ from support.spiky_run import BOLD, BROKEN, MARKUP, NAMES, SCRIPT, SPIKE
 
 from gradclip import GradientClipper
 from gradclip.tools.main import main
-from gradclip.tools.report import MOST_MARKS, Run, open_run, summarize
+from gradclip.tools.report import MOST_MARKS, summarize
+from gradclip.tools.run import Run, open_run
 from gradclip.tools.trace import Trace, TraceHeader, write_trace
 
 
