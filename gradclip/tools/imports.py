@@ -198,7 +198,7 @@ class _Numbers:
 
     def __init__(self) -> None:
         self.restarts = 0
-        self._first = self._last = self._top = -1
+        self._first = self._last = self._number = -1
         self._apart = 1
         self._epoch = math.nan
         self._begun = [(-math.inf, 0)]  # each epoch that began again, and what is added in it
@@ -219,15 +219,16 @@ class _Numbers:
                     self._begun.pop()
             elif fell and (epoch > self._epoch if known else step <= self._first):
                 self.restarts += 1
-                self._begun.append((epoch if known else -math.inf, self._top + self._apart - step))
+                self._begun.append(
+                    (epoch if known else -math.inf, self._number + self._apart - step)
+                )
             elif step > self._last >= 0:
                 self._apart = step - self._last
             self._first = step if self._first < 0 else self._first
             self._last = step
             self._epoch = self._epoch if math.isnan(epoch) else epoch
         number = step + self._begun[-1][1]
-        if moves:
-            self._top = max(self._top, number)
+        self._number = number if moves else self._number
         return number
 
 

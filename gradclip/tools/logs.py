@@ -173,7 +173,7 @@ def _is_table(path: Path) -> bool:
         first, second = file.readline(1 << 20), file.readline(1 << 20)
     delimiter = _delimiter(first)
     count = first.count(delimiter)
-    return count == second.count(delimiter) and not set("={") & set(first) and bool(second)
+    return count == second.count(delimiter) and not set(":={") & set(first) and bool(second)
 
 
 def _delimiter(line: str) -> str:

@@ -144,10 +144,10 @@ def _first_of(names: tuple[str, ...], log: Log) -> str | None:
 def _find_norm(log: Log) -> str:
     found = [name for name in log.names if _OURS.fullmatch(name)]
     found = found or [name for name in log.names if _NORM.fullmatch(name)]
-    # In the logs of fairseq, the second of each pair is a mean over the epoch; in those of maxtext
-    # it is the norm after clipping.
-    found = [n for n in found if n.removeprefix("train_") not in found or n[:6] != "train_"]
-    found = [n for n in found if n.replace("grad_norm", "raw_grad_norm") not in found]
+    # fairseq has a mean over the epoch too, and maxtext the norm after clipping.
+    worse = {f"train_{name}" for name in found}
+    worse |= {name.replace("raw_", "") for name in found if "raw_" in name}
+    found = [name for name in found if name not in worse]
     found = found or [name for name in log.names if name.lower() == "norm"]
     if len(found) == 1:
         return found[0]
