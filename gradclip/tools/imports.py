@@ -120,7 +120,7 @@ def import_log(
     if negative := int(np.sum(norm < 0)):
         notes.append(f"{negative} norms are below 0, a mark for an overflow: taken as not finite")
     if without := int(np.sum(~has_norm)):
-        notes.append(f"{without} steps have no norm: they were withheld or not finite")
+        notes.append(f"{without} of the steps have no norm: withheld or not finite")
     usable = np.isfinite(norm) & (norm >= 0)
     blank = np.full(len(step), math.nan)
     flags = {role: columns.get(role, blank) > 0 for role in ("clipped", "skipped", "nonfinite")}
@@ -149,6 +149,7 @@ def import_log(
 
 
 _HAPPENED = ("skipped", "nonfinite")
+_INSTEAD = "norm on other steps"
 
 
 def _marked(logged: Mapping[str, Series], role: str) -> Steps:
@@ -160,32 +161,40 @@ def _marked(logged: Mapping[str, Series], role: str) -> Steps:
 def _collect(log: Log, chosen: Columns) -> tuple[dict[str, Series], list[str]]:
     """Steps and values of each column, in the order of the log, and remarks."""
     roles = {role: name for role, name in chosen.taken.items() if role != "step"}
+    if chosen.instead is not None:
+        roles[_INSTEAD] = chosen.instead
     steps = {role: array("q") for role in roles}
     values = {role: array("d") for role in roles}
-    names = {*chosen.taken.values(), chosen.instead, chosen.epoch} - {None}
-    counted = chosen.taken.get("step")
+    wanted = {*roles.values(), chosen.taken.get("step"), chosen.epoch} - {None}
+    counted, with_norm = chosen.taken.get("step"), 0
     numbers = _Numbers()
-    for where, row in log.rows([name for name in names if name is not None]):
+    for where, row in log.rows([name for name in wanted if name is not None]):
         place = f"{log.path}, {where}"
-        here = {role: (name, row.get(name)) for role, name in roles.items()}
-        if here["grad_norm"][1] in _BLANK and chosen.instead is not None:
-            here["grad_norm"] = chosen.instead, row.get(chosen.instead)
-        here = {role: given for role, given in here.items() if given[1] not in _BLANK}
+        here = {role: row[name] for role, name in roles.items() if row.get(name) not in _BLANK}
+        has_norm = "grad_norm" in here or _INSTEAD in here
         if counted is None:
-            here = here if "grad_norm" in here else {}
-            step = len(steps["grad_norm"])
-        elif here and (row.get(counted) not in _BLANK or "grad_norm" in here):
+            here = here if has_norm else {}
+            step = with_norm
+        elif here and (has_norm or row.get(counted) not in _BLANK):
             step = _step(row.get(counted), counted, place)
             if log.in_order:
                 epoch = row.get(chosen.epoch) if chosen.epoch is not None else None
-                step = numbers.number(step, _epoch(epoch), moves="grad_norm" in here)
+                step = numbers.number(step, _epoch(epoch), moves=has_norm)
         else:
             continue
-        for role, (name, value) in here.items():
+        with_norm += has_norm
+        for role, value in here.items():
             steps[role].append(step)
-            values[role].append(_number(value, name, place))
+            values[role].append(_number(value, roles[role], place))
     notes = [f"{counted!r} begins again {numbers.restarts} times, as with each epoch: it goes on"]
     series = {role: (np.array(steps[role]), np.array(values[role])) for role in roles}
+    if _INSTEAD in series:
+        has, (other, instead) = series["grad_norm"], series.pop(_INSTEAD)
+        lacking = ~np.isin(other, has[0])
+        series["grad_norm"] = (
+            np.concatenate([has[0], other[lacking]]),
+            np.concatenate([has[1], instead[lacking]]),
+        )
     return series, notes if numbers.restarts else []
 
 

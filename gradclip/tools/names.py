@@ -69,7 +69,7 @@ class Columns:
 
     Attributes:
         taken: Name in the log by column of the trace, and by `nonfinite`: how many steps weren't.
-        instead: Column of a norm for rows that have none under the first name, if there is one.
+        instead: Column of the norm of steps that have none in the first, if there is one.
         epoch: Column of the epoch, if there is one.
         notes: Remarks for the reader.
     """

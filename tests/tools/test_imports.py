@@ -289,7 +289,7 @@ def test_steps_of_a_trainer_without_a_norm_are_not_lost(tmp_path):
     same(chunk, {1: 2.0, 2: math.nan, 3: 0.0, 4: 0.0, 5: 9.0})
     assert chunk.clipped.tolist() == [True, False, False, False, False]
     assert chunk.skipped.tolist() == [False, True, False, False, True]
-    assert "1 steps have no norm: they were withheld or not finite" in found.notes
+    assert "1 of the steps have no norm: withheld or not finite" in found.notes
 
 
 def test_an_entry_on_several_steps_of_which_one_was_not_finite_keeps_its_norm(tmp_path):

@@ -76,14 +76,12 @@ def test_replay_as_json_with_pictures(trace, config, tmp_path, capsys):
 def test_a_log_is_enough_and_a_long_name_is_not_broken(trace, config, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     log = trace.with_name("log.csv")
-    log.write_text(
-        "step,gnorm,loss,loss_step\n" + "".join(f"{i},{i % 7},1,1\n" for i in range(300))
-    )
+    log.write_text("gnorm\n" + "".join(f"{i % 7}\n" for i in range(300)))
     long = config(f"{'long' * 20}.yaml", {"type": "norm", "max_norm": 5.0})
     assert call("replay", log, "-c", long) == 0
     shown = capsys.readouterr().out
     assert "long" * 20 in shown
-    assert "Note: no loss is taken, since several may be meant: loss, loss_step." in shown
+    assert "Note: no column names the step: rows with a norm are counted from 0." in shown
     assert call("recommend", log) == 0
     assert "257 steps with a norm" in capsys.readouterr().out
 
