@@ -70,7 +70,11 @@ class Listing:
         """The lines for a terminal of this width."""
         table, numbers = self._table(names=True), self._table(names=False)
         unbounded = options.update(max_width=1 << 16)
-        if Measurement.get(console, unbounded, table).maximum <= options.max_width:
+        fits = Measurement.get(console, unbounded, table).maximum <= options.max_width
+        if self.title:
+            below = "" if fits else f", below each its {self.about}"
+            yield Text(f"\n{self.title}{below}", style="bold")
+        if fits:
             yield table
             return
         width = max(Measurement.get(console, unbounded, numbers).maximum, options.max_width)
@@ -85,13 +89,7 @@ class Listing:
                 yield from (whole(f"    {name}") for name in names)
 
     def _table(self, *, names: bool) -> Table:
-        table = Table(
-            title=f"\n{self.title}" if self.title else None,
-            title_justify="left",
-            title_style="bold",
-            box=None,
-            pad_edge=False,
-        )
+        table = Table(box=None, pad_edge=False)
         if names and self.names_first:
             table.add_column(self.about, no_wrap=True)
         for head in self.heads:
