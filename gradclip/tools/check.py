@@ -24,6 +24,14 @@ _CALLBACKS = ("lightning_clip.GradientClip", "lightning_clip.callback.GradientCl
 _ARGUMENTS = ("policy", "progress_bar", "restore")
 _SECTION = "gradient_clip_config"
 _ACCELERATE = {"compute_environment", "distributed_type", "num_machines", "num_processes"}
+_OWN = ("policies", "groups", "on_nonfinite", "recorder", "schedule_on_skip", "verify_every")
+_OTHERS = {  # whose file has one of these keys, at the top or (Hydra's) anywhere
+    "axolotl": {"base_model", "adapter"},
+    "LLaMA-Factory": {"finetuning_type", "cutoff_len"},
+    "Hydra": {"defaults", "hydra", "_target_"},
+    "DeepSpeed": {"zero_optimization", "train_micro_batch_size_per_gpu"},
+    "transformers": {"output_dir", "per_device_train_batch_size"},
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Checked:
 
     Attributes:
         path: The file.
-        kind: `gradclip`, `lightning` or `accelerate`; None if the file isn't YAML.
+        kind: `gradclip`, `lightning` or `accelerate`; None if the file isn't YAML, or none of ours.
         configs: Valid configurations by their key path in the file; "" is the whole file.
         fault: What is wrong; None if nothing is.
     """
@@ -45,15 +53,18 @@ class Checked:
 
 def check_file(path: str | Path) -> Checked:
     """Find out which kind of file it is, and validate what it says about clipping."""
-    path, kind = Path(path), None
+    path, kind, configs = Path(path), None, dict[str, ClipConfig]()
     try:
         file = _File(path, *read_yaml(path))
         kind = file.kind()
         if kind == "lightning":
             configs = _check_lightning(file)
         elif kind == "accelerate":
+            _refuse_megatron(file)
             configs = {_SECTION: load_section(path, _SECTION)}
             _refuse_deepspeed(file, configs[_SECTION])
+        elif kind is None:
+            _refuse_other(file)
         else:
             configs = {"": parse_mapping(file.content, str(path), file.lines)}
     except ConfigError as error:
@@ -94,11 +105,25 @@ class _File:
     content: Any
     lines: Lines
 
-    def kind(self) -> str:
-        keys = {str(key) for key in self.content} if isinstance(self.content, Mapping) else set()
+    @property
+    def keys(self) -> set[str]:
+        """Those at the top."""
+        return {str(key) for key in self.content} if isinstance(self.content, Mapping) else set()
+
+    def kind(self) -> str | None:
+        if self.other() == "Hydra" and "policies" not in self.keys:  # it may have a trainer too
+            return None
         if any(at[-1:] == ("trainer",) for at in self.lines):
             return "lightning"
-        return "accelerate" if keys & {_SECTION, *_ACCELERATE} else "gradclip"
+        if self.keys & {_SECTION, *_ACCELERATE}:
+            return "accelerate"
+        known = [key for key in self.keys if difflib.get_close_matches(key, _OWN, n=1, cutoff=0.7)]
+        return "gradclip" if known or "type" in self.keys or not self.keys else None
+
+    def other(self) -> str | None:
+        """The framework that a file which isn't ours seems to belong to."""
+        everywhere = {str(at[-1]) for at in self.lines if at} & {"_target_"} | self.keys
+        return next((name for name, signs in _OTHERS.items() if signs & everywhere), None)
 
     def value(self, at: KeyPath) -> Any:
         value = self.content
@@ -218,14 +243,62 @@ def _as_mapping(file: _File, at: KeyPath) -> tuple[Any, Lines]:
     return written, lines
 
 
+def _refuse_other(file: _File) -> NoReturn:
+    """Refuse a file that says nothing about clipping by gradclip."""
+    other = file.other()
+    found = f"this seems to be a file of {other}" if other else "no key here is one of gradclip's"
+    msg = (
+        f"{file.path}: {found}; check takes three kinds: a configuration, with the key 'policies'; "
+        f"a file of LightningCLI, with 'trainer'; a file of Accelerate, with {_SECTION!r}. Write "
+        "the policies to a file of their own and check that."
+    )
+    raise ConfigError(msg)
+
+
+def _refuse_megatron(file: _File) -> None:
+    """Refuse Megatron-LM, as accelerate_clip does at the start."""
+    at = "megatron_lm_config"
+    if file.content.get("distributed_type") == "MEGATRON_LM":
+        at = "distributed_type"
+    elif at not in file.keys:
+        return
+    fault = (
+        f"{at} asks for Megatron-LM, which steps inside its own train_step. Let it clip "
+        f"(megatron_lm_config.megatron_lm_gradient_clipping) without {_SECTION}, or use FSDP2"
+    )
+    file.refuse((at,), fault)
+
+
 def _refuse_deepspeed(file: _File, config: ClipConfig) -> None:
     """Refuse what DeepSpeed refuses at the start: a threshold that no policy has."""
     section = file.content.get("deepspeed_config")
-    written = section.get("gradient_clipping") if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping):
+        return
+    key, settings, named = "gradient_clipping", section, ""
+    if name := section.get("deepspeed_config_file"):
+        key, settings = "deepspeed_config_file", _deepspeed_file(file, name)
+        named = f" of {name}"
+    at, written = ("deepspeed_config", key), settings.get("gradient_clipping")
+    try:
+        threshold = 0.0 if written in (None, "auto", "none") else float(written)
+    except (TypeError, ValueError):
+        fault = f"gradient_clipping{named} is {written!r:.80}; allowed: a number, or auto"
+        file.refuse(at, fault)
     ours = [getattr(policy, "max_norm", None) for policy in config.policies]
-    if written and written != "auto" and written not in ours:
+    if threshold and threshold not in ours:
         fault = (
-            f"deepspeed_config.gradient_clipping is {written}, and only one can clip. Remove it, "
-            f"or add a policy {{type: norm, max_norm: {written}}}"
+            f"deepspeed_config.gradient_clipping{named} is {threshold:g}, and only one can clip. "
+            f"Remove it, or add a policy {{type: norm, max_norm: {threshold:g}}}"
         )
-        file.refuse(("deepspeed_config", "gradient_clipping"), fault)
+        file.refuse(at, fault)
+
+
+def _deepspeed_file(file: _File, name: Any) -> Mapping[str, Any]:
+    """The settings in DeepSpeed's own file, which Accelerate looks up from the current folder."""
+    try:
+        content = json.loads(Path(str(name)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        fault = f"{name} can't be read ({reason}). Give DeepSpeed's JSON, from the current folder"
+        file.refuse(("deepspeed_config", "deepspeed_config_file"), fault)
+    return content if isinstance(content, Mapping) else {}

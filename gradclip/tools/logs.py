@@ -5,17 +5,25 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import rich.progress
 from pydantic_core import from_json
 from rich.console import Console
 
 from gradclip.errors import ConfigError
 from gradclip.records.trace_file import FORMAT
+from gradclip.tools.console import read_console
+from gradclip.tools.files import (
+    first_line,
+    is_text,
+    is_whole,
+    open_text,
+    refuse_pointer,
+    suffix_of,
+    warn_of_cut,
+)
 from gradclip.tools.plain import as_markup
 
 __all__ = ["Log", "open_log"]
@@ -24,10 +32,18 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]
 
 _READABLE = (
     "a CSV file (Lightning's metrics.csv, an export of W&B or of anything else), TensorBoard event "
-    "files or a folder of them, trainer_state.json of transformers, JSON Lines (a W&B history), or "
-    "the metrics folder of an MLflow run"
+    "files or a folder of them, trainer_state.json or an output folder of transformers, JSON or "
+    "JSON Lines (a W&B history, RLlib's result.json), what was printed to the console, or the "
+    "metrics folder of an MLflow run; CSV, JSON and text also as .gz"
 )
 _LINE_OF_MLFLOW = re.compile(r"-?\d+ \S+ -?\d+(?: .*)?\s*")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_NAMED = {
+    "metrics.csv": "",  # Lightning
+    "metrics.jsonl": "{",  # dreamer
+    "result.json": "training_iteration",  # RLlib
+}
+"""Names of logs, and what the first line of one has."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class Log:
     """A log, not yet read.
 
     Attributes:
-        kind: csv, jsonl, transformers, tensorboard or mlflow.
+        kind: csv, json, jsonl, transformers, console, tensorboard or mlflow.
         path: The file or folder.
         names: The logged names, in the order found.
         rows: Called with wanted names; yields, in the order of the log, where a row stands (for
@@ -46,6 +62,11 @@ class Log:
     path: Path
     names: tuple[str, ...]
     rows: Callable[[Collection[str]], Rows]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether rows come as they were logged, and not one name after the other."""
+        return self.kind not in ("tensorboard", "mlflow")
 
 
 def open_log(path: str | Path) -> Log:
@@ -59,21 +80,24 @@ def open_log(path: str | Path) -> Log:
         path = _find(path) if path.is_dir() else path
         if path.is_dir():
             return _open_mlflow(path) if path.name == "metrics" else _open_tensorboard(path)
+        refuse_pointer(path)
         if "tfevents" in path.name:
             return _open_tensorboard(path)
-        start = _first_line(path)
+        start, suffix = first_line(path), suffix_of(path)
         if FORMAT in start:
             msg = f"{path}: this is a trace already; give it to the other commands as it is."
             raise ConfigError(msg)
-        if path.suffix in (".csv", ".tsv", ".txt"):
+        if suffix in (".csv", ".tsv") or (suffix == ".txt" and _is_table(path)):
             return _open_csv(path, start)
-        if path.suffix == ".json":
-            return _open_trainer_state(path)
-        if path.suffix in (".jsonl", ".ndjson"):
-            return _open_json_lines(path)
+        if suffix in (".json", ".jsonl", ".ndjson"):
+            return _open_json(path, lines=suffix != ".json")
         if _LINE_OF_MLFLOW.fullmatch(start):
             return _open_mlflow(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        if path.suffix != ".wandb" and is_text(path):
+            names = dict.fromkeys(name for _, row in read_console(path) for name in row)
+            if names:
+                return Log("console", path, tuple(names), lambda _: read_console(path))
+    except (OSError, csv.Error) as error:
         msg = f"{path}: the log can't be read ({error}). Give {_READABLE}."
         raise ConfigError(msg) from None
     msg = f"{path}: this isn't a log that can be read; allowed: {_READABLE}."
@@ -87,11 +111,20 @@ def open_log(path: str | Path) -> Log:
 
 def _find(folder: Path) -> Path:
     """The only log in a folder."""
+    named = {
+        path
+        for name, sign in _NAMED.items()
+        for path in folder.rglob(name)
+        if sign in first_line(path)
+    }
+    events = {file.parent for file in folder.rglob("*tfevents*")}
+    metrics = {f for f in [folder, *folder.rglob("metrics")] if f.name == "metrics"}
     found = {
-        *(file.parent for file in folder.rglob("*tfevents*")),
-        *folder.rglob("metrics.csv"),
-        *folder.rglob("trainer_state.json"),
-        *(f for f in [folder, *folder.rglob("metrics")] if f.name == "metrics" and _has_mlflow(f)),
+        *named,
+        *_last_states(folder),
+        *(metrics & {f for f in metrics if _has_mlflow(f)}),
+        # RLlib and dreamer write their events beside, once more.
+        *(events - {path.parent for path in named if path.suffix != ".csv"}),
     }
     if len(found) == 1:
         return found.pop()
@@ -104,49 +137,76 @@ def _find(folder: Path) -> Path:
     raise ConfigError(msg + "\n".join(listed[:20] + more))
 
 
+def _last_states(folder: Path) -> Iterator[Path]:
+    """Of each output folder of a Trainer, the trainer_state.json that was written last.
+
+    A checkpoint holds the log of all steps before it.
+    """
+    states: dict[Path, list[Path]] = {}
+    for path in folder.rglob("trainer_state.json"):
+        above = path.parent
+        run = above.parent if _CHECKPOINT.fullmatch(above.name) and above != folder else above
+        states.setdefault(run, []).append(path)
+    for run, paths in states.items():
+        # At the end of training, the output folder's own holds the summary too.
+        yield max(paths, key=lambda path: (_global_step(path, paths), path.parent == run))
+
+
+def _global_step(path: Path, among: Collection[Path]) -> float:
+    if len(among) == 1:
+        return 0
+    refuse_pointer(path)
+    with open_text(path) as file:
+        step = _object(file.read(), path, "").get("global_step")
+    return step if isinstance(step, int | float) else -1
+
+
 def _has_mlflow(folder: Path) -> bool:
     files = (file for file in folder.rglob("*") if file.is_file())
     first = next(files, None)
-    return first is not None and _LINE_OF_MLFLOW.fullmatch(_first_line(first)) is not None
+    return first is not None and _LINE_OF_MLFLOW.fullmatch(first_line(first)) is not None
 
 
-def _first_line(path: Path) -> str:
-    with path.open("rb") as file:
-        return file.readline(4096).decode("utf-8", errors="replace")
+def _is_table(path: Path) -> bool:
+    """Whether a text file is CSV: two lines with equally many delimiters, the first of names."""
+    with open_text(path) as file:
+        first, second = file.readline(1 << 20), file.readline(1 << 20)
+    delimiter = _delimiter(first)
+    count = first.count(delimiter)
+    return count == second.count(delimiter) and not set(":={") & set(first) and bool(second)
 
 
-def _open_text(path: Path) -> AbstractContextManager[TextIO]:
-    """The file as text, with a progress bar if standard error is a terminal."""
-    console = Console(stderr=True)
-    return rich.progress.open(
-        path,
-        "r",
-        encoding="utf-8-sig",
-        errors="replace",
-        newline="",
-        description=as_markup(f"Reading {path.name}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+def _delimiter(line: str) -> str:
+    return max(",;\t", key=line.count)
 
 
 def _open_csv(path: Path, start: str) -> Log:
-    delimiter = max(",;\t", key=start.count)
+    delimiter = _delimiter(start)
 
     def rows(wanted: Collection[str]) -> Rows:
-        with _open_text(path) as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            places = [(i, name) for i, name in enumerate(next(reader)) if name in wanted]
+        whole = [True]
+
+        def lines(file: Iterator[str]) -> Iterator[str]:
+            for line in file:
+                whole[0] = is_whole(line)
+                yield line
+
+        with open_text(path) as file:
+            reader = csv.reader(lines(file), delimiter=delimiter)
+            header = next(reader)
+            places = [(i, name) for i, name in enumerate(header) if name in wanted]
             try:
                 for row in reader:
-                    values = {name: row[i].strip() for i, name in places if i < len(row)}
-                    yield f"line {reader.line_num}", values
+                    where = f"line {reader.line_num}"
+                    if len(row) < len(header) and not whole[0]:
+                        warn_of_cut(path, where)
+                        return
+                    yield where, {name: row[i].strip() for i, name in places if i < len(row)}
             except csv.Error as error:
                 msg = f"{path}, line {reader.line_num}: this isn't CSV: {error}."
                 raise ConfigError(msg) from None
 
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with open_text(path) as file:
         names = next(csv.reader(file, delimiter=delimiter), [])
     twice = sorted({name for name in names if names.count(name) > 1 and name})
     if twice:
@@ -155,45 +215,111 @@ def _open_csv(path: Path, start: str) -> Log:
     return Log("csv", path, tuple(names), rows)
 
 
+def _open_json(path: Path, *, lines: bool) -> Log:
+    """JSON Lines, which RLlib calls `.json` too, or one JSON text."""
+    with open_text(path) as file:
+        first, second = file.readline(), file.readline()
+    if lines or (second.lstrip().startswith("{") and first.rstrip().endswith("}")):
+        return _open_json_lines(path)
+    return _open_json_text(path)
+
+
 def _open_json_lines(path: Path) -> Log:
-    def entries() -> Rows:
-        with _open_text(path) as file:
+    def entries(*, warn: bool) -> Rows:
+        with open_text(path) as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", _object(line, path, f"line {number}")
+                where = f"line {number}"
+                try:
+                    if line.strip():
+                        yield where, _flat(_object(line, path, where))
+                except ConfigError:
+                    if number == 1 or is_whole(line):
+                        raise
+                    if warn:
+                        warn_of_cut(path, where)
 
     # Lines may have different keys.
-    names = dict.fromkeys(name for _, row in entries() for name in row)
-    return Log("jsonl", path, tuple(names), lambda _: entries())
+    names = dict.fromkeys(name for _, row in entries(warn=False) for name in row)
+    return Log("jsonl", path, tuple(names), lambda _: entries(warn=True))
 
 
-def _open_trainer_state(path: Path) -> Log:
-    content = _object(path.read_text(encoding="utf-8"), path, "")
-    history = content.get("log_history")
-    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-        msg = f"{path}: a list 'log_history' is missing; allowed: {_READABLE}."
+def _open_json_text(path: Path) -> Log:
+    with open_text(path) as file:
+        content = _parsed(file.read(), path, "")
+    history = content.get("log_history") if isinstance(content, dict) else None
+    kind = "json" if history is None else "transformers"
+    found = max(_tables(content if history is None else {"log_history": history}, ""), key=_length)
+    if not _length(found):
+        what = "a list 'log_history'" if kind == "transformers" else "a list of entries"
+        msg = f"{path}: {what} with names and values is missing; allowed: {_READABLE}."
         raise ConfigError(msg)
-    names = dict.fromkeys(name for row in history for name in row)
+    place, table = found
+    entries = [_flat(row) for row in table]
+    names = dict.fromkeys(name for row in entries for name in row)
 
     def rows(wanted: Collection[str]) -> Rows:
         del wanted
-        for index, row in enumerate(history):
-            yield f"log_history[{index}]", row
+        for index, row in enumerate(entries):
+            yield f"{place}[{index}]", row
 
-    return Log("transformers", path, tuple(names), rows)
+    return Log(kind, path, tuple(names), rows)
+
+
+_Table = tuple[str, list[Mapping[str, Any]]]
+
+
+def _tables(content: Any, place: str) -> Iterator[_Table]:
+    """Each list of objects in a JSON text, and each object of lists; and an empty one."""
+    yield place, []
+    if isinstance(content, list):
+        if content and all(isinstance(row, dict) for row in content):
+            yield place, content
+    elif isinstance(content, dict):
+        columns = {
+            name: values
+            for name, values in content.items()
+            if isinstance(values, list) and not any(isinstance(v, dict | list) for v in values)
+        }
+        most = max(map(len, columns.values()), default=0)
+        columns = {name: values for name, values in columns.items() if len(values) == most}
+        if len(columns) > 1:
+            rows = zip(*columns.values(), strict=True)
+            yield place, [dict(zip(columns, row, strict=True)) for row in rows]
+        for name, inside in content.items():
+            yield from _tables(inside, f"{place}.{name}" if place else name)
+
+
+def _length(table: _Table) -> int:
+    return len(table[1])
+
+
+def _flat(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same with values of objects within as `name/inner name`, as RLlib's CSV has them."""
+    if not any(isinstance(value, dict) for value in row.values()):
+        return row
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        inside = _flat(value).items() if isinstance(value, dict) else ()
+        flat |= {f"{name}/{inner}": v for inner, v in inside} or {name: value}
+    return flat
 
 
 def _object(text: str, path: Path, where: str) -> Mapping[str, Any]:
-    place = f"{path}, {where}" if where else f"{path}"
-    try:
-        content = from_json(text)
-    except ValueError as error:
-        msg = f"{place}: this isn't JSON: {error}."
-        raise ConfigError(msg) from None
+    content = _parsed(text, path, where)
     if not isinstance(content, dict):
+        place = f"{path}, {where}" if where else f"{path}"
         msg = f"{place}: found {content!r:.80}; allowed: a JSON object with names and values."
         raise ConfigError(msg)
     return content
+
+
+def _parsed(text: str, path: Path, where: str) -> Any:
+    try:
+        return from_json(text)
+    except ValueError as error:
+        place = f"{path}, {where}" if where else f"{path}"
+        msg = f"{place}: this isn't JSON: {error}."
+        raise ConfigError(msg) from None
 
 
 def _open_tensorboard(path: Path) -> Log:
@@ -235,13 +361,16 @@ def _open_mlflow(path: Path) -> Log:
 
     def rows(wanted: Collection[str]) -> Rows:
         for key in (key for key in keys if key in wanted):
-            with _open_text(keys[key]) as file:
+            with open_text(keys[key]) as file:
                 for number, line in enumerate(file, 1):
                     where = f"{key}, line {number}"
-                    if not _LINE_OF_MLFLOW.fullmatch(line):
+                    if _LINE_OF_MLFLOW.fullmatch(line):
+                        _, value, step = line.split()[:3]
+                        yield where, {"step": step, key: value}
+                    elif is_whole(line):
                         msg = f"{path}, {where}: found {line!r:.80}; allowed: time, value and step."
                         raise ConfigError(msg)
-                    _, value, step = line.split()[:3]
-                    yield where, {"step": step, key: value}
+                    else:
+                        warn_of_cut(path, where)
 
     return Log("mlflow", path, ("step", *keys), rows)

@@ -20,13 +20,15 @@ try:
     from rich.progress import Progress
 
     from gradclip.tools import check as checks
+    from gradclip.tools import lint as lints
     from gradclip.tools import show_replay, show_report
     from gradclip.tools.imports import import_log
-    from gradclip.tools.plain import as_markup, echo
+    from gradclip.tools.plain import as_markup, echo, show
     from gradclip.tools.recommend import recommend as propose
     from gradclip.tools.replay import replay as run_replay
-    from gradclip.tools.report import open_run, summarize
-    from gradclip.tools.trace import Trace, write_trace
+    from gradclip.tools.report import summarize
+    from gradclip.tools.run import open_run
+    from gradclip.tools.trace import write_trace
 except ModuleNotFoundError as error:
     sys.stderr.write(
         f"gradclip: {error.name} isn't installed, which the commands need. "
@@ -51,10 +53,19 @@ app = typer.Typer(
 )
 
 
-_TraceFile = Annotated[
+_RunFile = Annotated[
     Path,
-    typer.Argument(exists=True, dir_okay=False, help="A recorder's file, or one made by import."),
+    typer.Argument(
+        exists=True,
+        help="A trace (a flight record, or made by import), a log that import understands, or a "
+        "folder with one.",
+    ),
 ]
+_Limit = Annotated[
+    float | None, typer.Option(help="The limit of all steps, if the log doesn't hold it.")
+]
+_Page = typer.Option("--out", "-o", help="The page, which needs no network; replaced if it exists.")
+_Plot = Annotated[Path | None, typer.Option(help="Draw norms and limits to this PNG file.")]
 _StepRange = Annotated[str, typer.Option(help="Take steps from A up to but without B, as A:B.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -70,6 +81,7 @@ def _gradclip() -> None:
         "gradclip import lightning_logs/version_0/metrics.csv",
         "gradclip import runs/first --out first.trace.jsonl",
         "gradclip import wandb_export.csv --norm-column 'run 7 - grad_norm'",
+        "gradclip import slurm-123.out --limit 1.0",
     ),
 )
 def import_(
@@ -77,8 +89,8 @@ def import_(
         Path,
         typer.Argument(
             exists=True,
-            help="CSV, TensorBoard event file, trainer_state.json, W&B export or history, MLflow "
-            "metrics, or a folder that holds one of them.",
+            help="CSV, JSON, JSON Lines, trainer_state.json, TensorBoard event file, W&B export or "
+            "history, MLflow metrics, console output, or a folder that holds one of them.",
         ),
     ],
     out: Annotated[
@@ -90,6 +102,7 @@ def import_(
     step_column: Annotated[str | None, typer.Option(help="Column of the optimizer step.")] = None,
     limit_column: Annotated[str | None, typer.Option(help="Column of the limit.")] = None,
     loss_column: Annotated[str | None, typer.Option(help="Column of the loss.")] = None,
+    limit: _Limit = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the trace if it exists.")
     ] = False,
@@ -104,6 +117,7 @@ def import_(
         step_column=step_column,
         limit_column=limit_column,
         loss_column=loss_column,
+        limit=limit,
     )
     _refuse_input(out, found.path)
     write_trace(out, found.header, found.rows())
@@ -158,102 +172,122 @@ def schema(
     epilog=_examples(
         "gradclip report run.trace.jsonl",
         "gradclip report lightning_logs/version_0 --out version_0.html",
-        "gradclip report runs/first --json",
+        "gradclip report trainer_output --limit 1.0 --steps 1000:",
     )
 )
 def report(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            exists=True,
-            help="A trace, a folder whose newest trace is taken, or a log that import understands.",
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The page; replaced if it exists.")
-    ] = Path("report.html"),
+    run: _RunFile,
+    out: Annotated[Path, _Page] = Path("report.html"),
+    plot: _Plot = None,
+    steps: _StepRange = ":",
+    limit: _Limit = None,
     as_json: _AsJson = False,
 ) -> None:
     """Show what clipping did in a run, and which parameters made norms large or not finite.
 
-    Prints a summary and writes one HTML page that works without a network. Exits with 1 if the run
-    has no steps.
+    Prints a summary and writes one HTML page. Exits with 1 if the run has no steps.
     """
-    found = open_run(run)
-    _refuse_input(out, found.path)
+    _refuse_other_picture(plot)
+    start, stop = _parse_steps(steps)
+    found = open_run(run, limit=limit, start=start, stop=stop)
+    _refuse_lost_folder(plot)
+    for path in (out, plot):
+        _refuse_input(path, found.path)
     with _progress(f"Reading {found.path.name}") as progress:
         summary = summarize(found, progress)
     if summary is None:
         echo(f"{found.path} has no steps; nothing to report.", err=True)
         raise typer.Exit(1)
-    show_report.write_report(summary, out)
+    show_report.write_report(summary, out, plot)
     if as_json:
         echo(show_report.describe_as_json(summary, out))
-    else:
-        Console().print(show_report.describe_as_text(summary))
-        echo(f"Wrote {out}")
+        return
+    show(show_report.describe_as_text(summary))
+    for path in filter(None, (out, plot)):
+        echo(f"Wrote {path}")
+
+
+@app.command(
+    epilog=_examples(
+        "gradclip lint run.trace.jsonl",
+        "gradclip lint trainer_output --limit 1.0",
+        "gradclip lint slurm-123.out --limit 1.0 --json",
+    )
+)
+def lint(
+    run: _RunFile,
+    steps: _StepRange = ":",
+    limit: _Limit = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Find what is wrong with how a run was clipped, with the line to change.
+
+    Looks for a limit that never or always binds, steps that aren't finite, norms that leave their
+    level, and spikes that linger. Exits with 1 if there is one of them.
+    """
+    start, stop = _parse_steps(steps)
+    opened = open_run(run, limit=limit, start=start, stop=stop)
+    with _progress(f"Reading {opened.path.name}") as progress:
+        found = lints.lint(opened, progress)
+    echo(lints.lint_as_json(found) if as_json else lints.lint_as_text(found))
+    raise typer.Exit(1 if found.findings else 0)
 
 
 @app.command(
     epilog=_examples(
         "gradclip replay run.trace.jsonl --config zclip.yaml --config fixed_norm.yaml",
-        "gradclip replay run.trace.jsonl -c zclip.yaml --plot replay.png --html replay.html",
-        "gradclip replay run.trace.jsonl -c zclip.yaml --steps 1000:2000 --json",
+        "gradclip replay run.trace.jsonl -c zclip.yaml --plot replay.png --out replay.html",
+        "gradclip replay trainer_output -c zclip.yaml --steps 1000:2000 --json",
     )
 )
 def replay(
-    trace: _TraceFile,
+    run: _RunFile,
     config: Annotated[
         list[Path],
         typer.Option(
             "--config", "-c", exists=True, dir_okay=False, help="A configuration; may be repeated."
         ),
     ],
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw norms and limits to this PNG file.")
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page that needs no network to this file.")
-    ] = None,
+    out: Annotated[Path | None, _Page] = None,
+    plot: _Plot = None,
     steps: _StepRange = ":",
     as_json: _AsJson = False,
 ) -> None:
-    """Run configurations over the norms of a trace and compare them side by side.
+    """Run configurations over the norms of a run and compare them side by side.
 
     Each decides as it would in training on these norms, beginning with nothing learnt.
     """
-    if plot is not None and plot.suffix.lower() != ".png":
-        msg = f"{plot}: a picture is a PNG file; allowed: a name in .png, such as {plot.stem}.png."
-        raise ConfigError(msg)
-    for out in (plot, html):
-        _refuse_lost_folder(out)
-        _refuse_input(out, trace, *config)
+    _refuse_other_picture(plot)
     start, stop = _parse_steps(steps)
+    opened = open_run(run)
+    for path in (plot, out):
+        _refuse_lost_folder(path)
+        _refuse_input(path, opened.path, *config)
     stems = [path.stem for path in config]
     configs = {
         str(path) if stems.count(path.stem) > 1 else path.stem: load_yaml(path) for path in config
     }
-    opened = Trace.open(trace)
-    with _progress(f"Replaying {trace.name}") as progress:
+    with _progress(f"Replaying {opened.path.name}") as progress:
         found = run_replay(opened, configs, start=start, stop=stop, progress=progress)
-    show_replay.draw_replay(found, trace.name, png=plot, html=html)
+    show_replay.draw_replay(found, opened.path.name, png=plot, html=out)
     if as_json:
         echo(show_replay.replay_as_json(found))
         return
-    Console().print(show_replay.replay_as_text(found))
-    for path in filter(None, (plot, html)):
+    show(show_replay.replay_as_text(found))
+    _echo_lines(opened.notes)
+    for path in filter(None, (out, plot)):
         echo(f"Wrote {path}")
 
 
 @app.command(
     epilog=_examples(
         "gradclip recommend run.trace.jsonl",
-        "gradclip recommend run.trace.jsonl --clip-rate 0.1 --out clip.yaml",
-        "gradclip recommend run.trace.jsonl --json",
+        "gradclip recommend trainer_output --clip-rate 0.1 --out clip.yaml",
+        "gradclip recommend run.trace.jsonl --all --json",
     )
 )
 def recommend(
-    trace: _TraceFile,
+    run: _RunFile,
     clip_rate: Annotated[
         float, typer.Option(help="The share of steps to clip, above 0 and at most 0.5.")
     ] = 0.05,
@@ -262,28 +296,36 @@ def recommend(
         typer.Option("--out", "-o", help="Write the settings to take to this YAML file."),
     ] = None,
     steps: _StepRange = ":",
-    quick: Annotated[
+    every_policy: Annotated[
         bool,
-        typer.Option("--quick", help="Only a fixed threshold and a percentile of recent norms."),
+        typer.Option("--all", help="Also try policies whose rate is less sure; takes longer."),
     ] = False,
     as_json: _AsJson = False,
 ) -> None:
-    """Propose a threshold, and settings of adaptive policies, that clip a share of the steps.
+    """Propose a threshold, or a policy that follows the norms, that clips a share of the steps.
 
-    Prints YAML that is ready to paste, with how sure each proposal is and why.
+    Prints YAML that is ready to paste, with how sure it is and why.
     """
     _refuse_lost_folder(out)
-    _refuse_input(out, trace)
     start, stop = _parse_steps(steps)
-    opened = Trace.open(trace)
-    with _progress(f"Fitting to {trace.name}") as progress:
-        found = propose(opened, clip_rate, start=start, stop=stop, quick=quick, progress=progress)
+    opened = open_run(run)
+    _refuse_input(out, opened.path)
+    with _progress(f"Fitting to {opened.path.name}") as progress:
+        found = propose(
+            opened,
+            clip_rate,
+            start=start,
+            stop=stop,
+            every_policy=every_policy,
+            progress=progress,
+        )
     if out is not None:
         out.write_text(found.taken.yaml, encoding="utf-8")
     if as_json:
         echo(show_replay.recommendation_as_json(found))
         return
-    Console().print(show_replay.recommendation_as_text(found))
+    _echo_lines(opened.notes)
+    show(show_replay.recommendation_as_text(found))
     echo(f"\n{show_replay.recommendation_as_yaml(found)}", nl=False)
     if out is not None:
         echo(f"Wrote {out}")
@@ -332,6 +374,17 @@ def _parse_steps(text: str) -> tuple[int, int | None]:
         raise ConfigError(msg)
     first, stop = found.groups()
     return int(first or 0), int(stop) if stop else None
+
+
+def _echo_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        echo(line)
+
+
+def _refuse_other_picture(plot: Path | None) -> None:
+    if plot is not None and plot.suffix.lower() != ".png":
+        msg = f"{plot}: a picture is a PNG file; allowed: a name in .png, such as {plot.stem}.png."
+        raise ConfigError(msg)
 
 
 def _refuse_input(out: Path | None, *inputs: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from gradclip.errors import ConfigError
 from gradclip.tools.curves import Thinned
 from gradclip.tools.replay import kept_steps, sparseness
-from gradclip.tools.trace import Trace
+from gradclip.tools.trace import StepSource
 
 __all__ = ["Recent"]
 
@@ -34,7 +34,7 @@ class Recent:
 
     def __init__(
         self,
-        trace: Trace,
+        trace: StepSource,
         wanted: float,
         start: int,
         stop: int | None,

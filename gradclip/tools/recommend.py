@@ -17,7 +17,7 @@ from gradclip.policies import Policy
 from gradclip.tools.curves import Bools, Floats
 from gradclip.tools.player import Player
 from gradclip.tools.recent import Recent
-from gradclip.tools.trace import Trace
+from gradclip.tools.trace import StepSource
 
 __all__ = ["Option", "Recommendation", "recommend"]
 
@@ -71,7 +71,7 @@ class Recommendation:
         clip_rate: The wanted share of steps.
         taken: The recommended option.
         why: Why this one.
-        options: All of them, a fixed threshold first.
+        options: All that were tried, a fixed threshold first.
         steps: How many steps have a norm.
         nonfinite: How many more weren't finite.
         facts: What the run was like, a sentence each.
@@ -87,12 +87,12 @@ class Recommendation:
 
 
 def recommend(
-    trace: Trace,
+    trace: StepSource,
     clip_rate: float = 0.05,
     *,
     start: int = 0,
     stop: int | None = None,
-    quick: bool = False,
+    every_policy: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Recommendation:
     """Settings that clip the wanted share of steps, fitted on the recent ones.
@@ -102,7 +102,8 @@ def recommend(
         clip_rate: The wanted share, above 0 and at most 0.5.
         start: The first step.
         stop: The step after the last; None for all.
-        quick: Consider only a fixed threshold and a percentile of recent norms.
+        every_policy: Also fit policies whose rate depends on how norms scatter, so that none is
+            sure; it takes ten times as long.
         progress: Called with the share of the work that is done.
 
     Raises:
@@ -112,11 +113,12 @@ def recommend(
         msg = f"clip rate is {clip_rate:g}; allowed: above 0 and at most 0.5 (0.05 is 5 %)."
         raise ConfigError(msg)
     tell = progress or (lambda _: None)
-    run = Recent(trace, clip_rate, start, stop, lambda share: tell(0.2 * share))
+    reading = 0.2 if every_policy else 0.7
+    run = Recent(trace, clip_rate, start, stop, lambda share: tell(reading * share))
     fixed, percentile = _fixed_threshold(run), _recent_percentile(run)
     options = [fixed, percentile]
-    tell(0.3)
-    if not quick:
+    tell(0.3 if every_policy else 1.0)
+    if every_policy:
         for option in _searched(run, fixed):
             options.append(option)
             tell(0.3 + 0.175 * (len(options) - 2))

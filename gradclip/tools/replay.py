@@ -12,7 +12,7 @@ from gradclip.config import ClipConfig
 from gradclip.errors import ConfigError
 from gradclip.tools.curves import Curve, CurveBuilder, Steps, Thinned
 from gradclip.tools.player import Player, refuse_unplayable
-from gradclip.tools.trace import Chunk, Trace, TraceHeader
+from gradclip.tools.trace import Chunk, StepSource, TraceHeader
 
 __all__ = ["Outcome", "Replay", "kept_steps", "replay", "sparseness"]
 
@@ -82,7 +82,7 @@ class Replay:
 
 
 def replay(
-    trace: Trace,
+    trace: StepSource,
     configs: Mapping[str, ClipConfig],
     *,
     start: int = 0,
@@ -94,7 +94,8 @@ def replay(
     Every policy begins with nothing learnt at the first step that is read.
 
     Args:
-        trace: Its norms are those before clipping, so it doesn't matter what clipped them.
+        trace: A trace, or what a log gives. Its norms are those before clipping, so it doesn't
+            matter what clipped them.
         configs: The configurations by the name to show.
         start: The first step.
         stop: The step after the last; None for all.
@@ -139,7 +140,7 @@ def replay(
 
 
 def kept_steps(
-    trace: Trace, start: int, stop: int | None, progress: Callable[[float], None] | None
+    trace: StepSource, start: int, stop: int | None, progress: Callable[[float], None] | None
 ) -> Iterator[tuple[Chunk, int]]:
     """The steps of a trace that have a norm, or are known not to be finite.
 
@@ -163,13 +164,14 @@ def kept_steps(
         if stop is not None:
             inside &= chunk.step < stop
         known = ~(np.isnan(chunk.grad_norm) & chunk.finite)
-        norms = np.where(chunk.finite, chunk.grad_norm, np.nan)
+        # A log's entry on several steps may hold the norm of those that were finite.
+        norms = np.where(np.isfinite(chunk.grad_norm), chunk.grad_norm, np.nan)
         yield replace(chunk, grad_norm=norms).take(inside & known), int((inside & ~known).sum())
         if stop is not None and len(chunk) and chunk.step[-1] >= stop:
             return
 
 
-def _after_last_gap(trace: Trace) -> int:
+def _after_last_gap(trace: StepSource) -> int:
     found, last = 0, -1
     for chunk in trace.chunks(_AT_ONCE):
         gap = chunk.last_gap(last)
@@ -180,7 +182,7 @@ def _after_last_gap(trace: Trace) -> int:
 
 def sparseness(first: int, last: int, steps: int) -> Iterator[str]:
     """A remark where many steps between the first and the last have no norm."""
-    if (apart := (last - first + 1) / steps) >= 1.5:
+    if (apart := (last - first) / max(1, steps - 1)) >= 1.5:
         yield (
             f"There is a norm on one of {apart:.3g} steps; policies took them as steps in a row, "
             "so windows and warm-ups are that much longer than in training."

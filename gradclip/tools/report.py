@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradclip.records.culprits import not_finite, shares
-from gradclip.records.trace_file import FORMAT
 from gradclip.tools.charts import Clipping, Counts
 from gradclip.tools.curves import Curve, CurveBuilder, Steps, Thinned
-from gradclip.tools.imports import import_log
-from gradclip.tools.trace import Chunk, Trace, TraceHeader
+from gradclip.tools.run import Run
+from gradclip.tools.trace import Chunk
 
-__all__ = ["Report", "Run", "Spike", "open_run", "summarize"]
+__all__ = ["Report", "Spike", "summarize", "with_clipped"]
 
 MOST_SPIKES = 16
 MOST_MARKS = 5000
-
-
-@dataclass(frozen=True)
-class Run:
-    """The trace or the log of a run.
-
-    Attributes:
-        path: The file that was read.
-        header: Of the trace, or of the trace that a log gives.
-        chunks: The steps, to be read once.
-        size: Bytes that `Chunk.bytes_read` counts up to.
-        notes: Remarks for the reader, a sentence each.
-    """
-
-    path: Path
-    header: TraceHeader
-    chunks: Iterable[Chunk]
-    size: int
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,41 +86,11 @@ class Report:
     broken: tuple[Spike, ...]
 
 
-def open_run(path: Path) -> Run:
-    """Open the trace or the log of a run.
-
-    Args:
-        path: A trace, a folder whose newest trace is taken, or a log (or a folder with one) that
-            `gradclip import` understands.
-
-    Raises:
-        ConfigError: If there is neither, or it can't be read.
-    """
-    traces = [path] if path.is_file() else [*path.rglob("*.jsonl"), *path.rglob("*.parquet")]
-    traces = [found for found in traces if found.is_file() and _is_trace(found)]
-    if traces:
-        trace = Trace.open(max(traces, key=lambda found: found.stat().st_mtime_ns))
-        others = (f"The newest of {len(traces)} traces in {path}.",) if len(traces) > 1 else ()
-        return Run(trace.path, trace.header, trace.chunks(), trace.size_hint, others)
-    log = import_log(path)
-    return Run(log.path, log.header, [log.chunk], log.chunk.bytes_read, tuple(log.notes))
-
-
-def _is_trace(path: Path) -> bool:
-    """Whether a file is a trace, from its first bytes (JSON Lines) or its last (Parquet)."""
-    name, most = FORMAT.encode(), 1 << 20
-    with path.open("rb") as file:
-        if path.suffix == ".parquet":
-            file.seek(max(0, path.stat().st_size - most))
-            return name in file.read(most)
-        return name in file.read(1000)
-
-
 def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Report | None:
     """Read a run once, in bounded memory.
 
     Args:
-        run: What to read.
+        run: Its chunks are read once.
         progress: Called with the share of the file read so far.
 
     Returns:
@@ -153,9 +102,9 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
     columns: set[str] = set()
     spikes = _Spikes(run.header.norm_type)
     first = last = -1
-    for chunk in map(_with_clipped, run.chunks):
+    for chunk in map(with_clipped, run.chunks()):
         if progress is not None:
-            progress(chunk.bytes_read / max(1, run.size))
+            progress(chunk.bytes_read / max(1, run.size_hint))
         if not len(chunk):
             continue
         spikes.add(chunk)
@@ -195,7 +144,7 @@ def summarize(run: Run, progress: Callable[[float], None] | None = None) -> Repo
     )
 
 
-def _with_clipped(chunk: Chunk) -> Chunk:
+def with_clipped(chunk: Chunk) -> Chunk:
     """In a log of norms and limits only, the steps with a norm above the limit were clipped."""
     if "clipped" in chunk.columns or "limit" not in chunk.columns:
         return chunk

@@ -16,7 +16,7 @@ from gradclip.records.trace_file import null_unless_finite
 from gradclip.tools.charts import Clipping, Counts, plot_png
 from gradclip.tools.figure import draw_figure
 from gradclip.tools.page import write_page
-from gradclip.tools.plain import plain
+from gradclip.tools.plain import Listing, plain
 from gradclip.tools.recommend import Option, Recommendation
 from gradclip.tools.replay import Outcome, Replay
 
@@ -33,9 +33,9 @@ __all__ = [
 def replay_as_text(replay: Replay) -> RenderableType:
     """A table of the configurations, to print with rich."""
     rows = _rows(replay)
-    table = _table(*rows[0])
-    for row in rows:
-        table.add_row(*map(plain, row.values()))
+    name, *heads = rows[0]
+    cells = [([row[head] for head in heads], [row[name]]) for row in rows]
+    table = Listing("", heads, name, cells, names_first=True)
     ended = (
         plain(f"{o.name}: training would have ended at step {o.stopped_at}: {o.why_stopped}")
         for o in replay.outcomes
@@ -87,8 +87,11 @@ def draw_replay(replay: Replay, title: str, *, png: Path | None, html: Path | No
 
 
 def recommendation_as_text(found: Recommendation) -> RenderableType:
-    """A table of the options, to print with rich."""
-    table = _table("option", "sure", "clips", "eighths clip", "on steps")
+    """What the run was like and a table of the options, to print with rich."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("option", no_wrap=True)
+    for head in ("how\nsure", "clips", "eighths\nclip", "on\nsteps"):
+        table.add_column(head, justify="right", no_wrap=True)
     for option in found.options:
         mark = "> " if option == found.taken else "  "
         table.add_row(
@@ -102,11 +105,14 @@ def recommendation_as_text(found: Recommendation) -> RenderableType:
 
 
 def recommendation_as_yaml(found: Recommendation) -> str:
-    """The option to take, ready to paste, then the others; all else as comments."""
-    others = (option for option in found.options if option != found.taken)
+    """The option to take, ready to paste, then those that are sure too; all else as comments."""
     lead = f"To clip {found.clip_rate * 100:.3g} % of the steps take"
     blocks = [_block(found.taken, lead, [found.why, *found.taken.reasons])]
-    blocks += [_block(option, "Or", option.reasons) for option in others]
+    blocks += [
+        _block(option, "Or", option.reasons)
+        for option in found.options
+        if option != found.taken and option.confidence != "low"
+    ]
     return "\n".join(blocks)
 
 
@@ -127,14 +133,6 @@ def _block(option: Option, lead: str, reasons: Sequence[str]) -> str:
         textwrap.fill(line, 98, initial_indent="# ", subsequent_indent="#   ") for line in lines
     ]
     return "\n".join(["---", *comments, option.yaml])
-
-
-def _table(first: str, *heads: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for head in heads:
-        table.add_column(head.replace(" ", "\n"), justify="right", no_wrap=True)
-    return table
 
 
 def _extent(replay: Replay) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from gradclip.records.trace_file import null_unless_finite
+from gradclip.tools.charts import plot_png
 from gradclip.tools.figure import Note, draw_figure
 from gradclip.tools.page import write_page
-from gradclip.tools.plain import plain
+from gradclip.tools.plain import Listing, plain, whole
 from gradclip.tools.report import Report, Spike
 
 __all__ = ["describe_as_json", "describe_as_text", "write_report"]
@@ -58,38 +58,44 @@ def describe_as_text(report: Report) -> RenderableType:
     facts = Table.grid(padding=(0, 2))
     for name, value, more in _facts(report):
         facts.add_row(name, plain(value, "bold"), plain(more))
-    parts: list[RenderableType] = [plain(f"{report.run.path}"), facts]
+    parts: list[RenderableType] = [whole(report.run.path), facts]
     parts += [plain(line) for line in _extent(report)]
     if report.broken:
-        table = _table("Steps that were not finite", "step", "batch", "done")
-        table.add_column("parameters that were not finite, nearest the loss first", overflow="fold")
-        for spike in report.broken:
-            table.add_row(*_cells(spike, "step", "batch", "action", "names"))
-        parts.append(table)
+        parts.append(
+            _listing(
+                "Steps that were not finite",
+                ("step", "batch", "done"),
+                "parameters that were not finite, nearest the loss first",
+                [(_show(spike), _some(spike.not_finite)) for spike in report.broken],
+            )
+        )
     if report.worst:
-        table = _table("Steps that stood out", "step", "batch", "norm", "limit", "done")
-        table.add_column("parameters by their share of the norm", overflow="fold")
-        for spike in report.worst:
-            table.add_row(*_cells(spike, "step", "batch", "grad_norm", "limit", "action", "top"))
-        parts.append(table)
+        shown = [_show(spike) for spike in report.worst]
+        parts.append(
+            _listing(
+                "Steps that stood out",
+                ("step", "batch", "norm", "limit", "done"),
+                "parameters by their share of the norm",
+                [(each, [part["text"] for part in each["parts"][:2]]) for each in shown],
+            )
+        )
     return Group(*parts)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None)
-    for name in columns:
-        table.add_column(name, justify="left" if name == "done" else "right", no_wrap=True)
-    return table
+def _listing(
+    title: str,
+    heads: tuple[str, ...],
+    about: str,
+    rows: Sequence[tuple[Mapping[str, Any], Sequence[str]]],
+) -> Listing:
+    cells = [([str(shown[head]) for head in heads], names) for shown, names in rows]
+    return Listing(title, heads, about, cells, left=("done",))
 
 
-def _cells(spike: Spike, *keys: str) -> list[Text]:
-    shown = _show(spike)
-    shown["top"] = ", ".join(part["text"] for part in shown["parts"][:2])
-    return [plain(str(shown[key])) for key in keys]
-
-
-def write_report(report: Report, path: Path) -> None:
-    """Write the page; it is one file that needs nothing else."""
+def write_report(report: Report, path: Path, png: Path | None = None) -> None:
+    """Write the page, which is one file that needs nothing else, and a picture if one is named."""
+    if png is not None:
+        plot_png(png, report.run.path.name, report.norm, [report.clipping])
     notes = [Note(s.step, s.grad_norm, list(_lines(s))) for s in report.worst + report.broken]
     figure = draw_figure(
         report.norm,
@@ -169,11 +175,11 @@ def _show(spike: Spike) -> dict[str, Any]:
     return {
         "step": f"{spike.step:,}",
         "batch": "" if spike.batch is None else f"{spike.batch:,}",
-        "grad_norm": f"{spike.grad_norm:.4g}",
+        "norm": f"{spike.grad_norm:.4g}",
         "limit": "" if math.isnan(spike.limit) else f"{spike.limit:.4g}".replace("inf", "none"),
-        "action": _action(spike),
+        "done": _action(spike),
         "parts": [{"percent": f"{part:.1%}", "text": f"{part:.1%} {name}"} for name, part in top],
-        "names": _enumerate(spike.not_finite),
+        "names": ", ".join(_some(spike.not_finite)),
     }
 
 
@@ -185,17 +191,17 @@ def _action(spike: Spike) -> str:
     return f"scaled by {spike.coef:.3g}" if spike.coef < 1 else "clipped"
 
 
-def _enumerate(names: tuple[str, ...]) -> str:
+def _some(names: tuple[str, ...]) -> list[str]:
     more = len(names) - 2 * SHOWN_PARAMETERS
-    shown = ", ".join(names[: 2 * SHOWN_PARAMETERS])
-    return f"{shown} and {more} more" if more > 0 else shown or "not recorded"
+    shown = list(names[: 2 * SHOWN_PARAMETERS])
+    return [*shown, f"and {more} more"] if more > 0 else shown or ["not recorded"]
 
 
 def _lines(spike: Spike) -> Iterator[str]:
     """The text of a step in the figure."""
     shown = _show(spike)
-    what = f"norm {shown['grad_norm']}" if spike.finite else "not finite"
-    action = f", {shown['action']}" if shown["action"] else ""
+    what = f"norm {shown['norm']}" if spike.finite else "not finite"
+    action = f", {shown['done']}" if shown["done"] else ""
     yield f"step {shown['step']}: {what}{action}"
     yield from spike.not_finite[:SHOWN_PARAMETERS]
     if spike.finite:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +27,9 @@ from gradclip.records.trace_file import (
     write_trace,
 )
 from gradclip.tools.curves import Bools, Floats, Steps
+from gradclip.tools.files import refuse_pointer, warn_of_cut
 
-__all__ = ["Chunk", "Trace", "TraceHeader", "write_trace"]
+__all__ = ["Chunk", "StepSource", "Trace", "TraceHeader", "write_trace"]
 
 Row = Mapping[str, Any]
 
@@ -101,6 +101,25 @@ class Chunk:
         """Some of the steps."""
         return replace(self, **{name: getattr(self, name)[which] for name in _COLUMNS})
 
+    def with_limit(self, limit: float, where: str) -> Chunk:
+        """The same with one limit on all steps, known from elsewhere.
+
+        Args:
+            limit: Above 0.
+            where: What errors name.
+
+        Raises:
+            ConfigError: If it isn't above 0, or the steps have limits.
+        """
+        if not limit > 0:
+            msg = f"--limit is {limit:g}; allowed: a number above 0."
+            raise ConfigError(msg)
+        if "limit" in self.columns:
+            msg = f"{where}: it holds the limits of its steps already. Leave --limit out."
+            raise ConfigError(msg)
+        limits = np.full(len(self), float(limit))
+        return replace(self, limit=limits, columns=self.columns | {"limit"})
+
     def last_gap(self, before: int) -> int | None:
         """The index of the last step that doesn't follow directly on the one before.
 
@@ -109,6 +128,28 @@ class Chunk:
         """
         gaps = np.flatnonzero(np.diff(self.step, prepend=before) > 1)
         return int(gaps[-1]) if len(gaps) else None
+
+
+class StepSource(Protocol):
+    """Steps in order, to be read any number of times: a trace, or what a log gives.
+
+    Attributes:
+        path: The file.
+        header: That of the trace.
+        size_hint: What `Chunk.bytes_read` counts up to.
+    """
+
+    @property
+    def path(self) -> Path: ...  # noqa: D102  above
+
+    @property
+    def header(self) -> TraceHeader: ...  # noqa: D102
+
+    @property
+    def size_hint(self) -> int: ...  # noqa: D102
+
+    def chunks(self, size: int = ...) -> Iterator[Chunk]:
+        """The steps in order, at most `size` in a chunk."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +176,7 @@ class Trace:
         path = Path(path)
         try:
             size = path.stat().st_size
+            refuse_pointer(path)
             line = _parquet_header(path) if path.suffix == ".parquet" else _first_line(path)
         except OSError as error:
             reason = error.strerror or error  # pyarrow's have none
@@ -233,8 +275,7 @@ def _parse_lines(lines: Sequence[bytes], path: Path, number: int, at_end: bool) 
             row = from_json(line, allow_inf_nan=False)
         except ValueError as error:
             if at_end and index == len(lines) - 1 and not line.endswith(b"\n"):
-                text = f"{path}, {where}: the file was cut off here; it is read up to this line."
-                warnings.warn(text, stacklevel=2)
+                warn_of_cut(path, where)
                 break
             _refuse(path, where, f"this isn't JSON ({error})", _A_STEP)
         if not isinstance(row, dict):

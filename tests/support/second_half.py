@@ -36,9 +36,9 @@ def chance(run: str, rate: float) -> float:
 
 
 @cache
-def recommended(run: str, rate: float, *, quick: bool) -> Recommendation:
+def recommended(run: str, rate: float, *, every_policy: bool = False) -> Recommendation:
     trace, seen = read(run)
-    return recommend(trace, rate, stop=int(seen.step[len(seen) // 2]), quick=quick)
+    return recommend(trace, rate, stop=int(seen.step[len(seen) // 2]), every_policy=every_policy)
 
 
 def rates_later(run: str, config: ClipConfig, slots: int = 1) -> list[float]:
@@ -57,7 +57,7 @@ def main() -> None:
     names: list[str] = []
     for run in RUNS:
         for rate in RATES:
-            found = recommended(run, rate, quick=False)
+            found = recommended(run, rate, every_policy=True)
             if not names:
                 names = [option.name for option in found.options]
                 heads = ["run", "wanted", "chance", *names]

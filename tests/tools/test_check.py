@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -125,6 +126,34 @@ BAD = {
         f"{ACCELERATE}deepspeed_config: {{gradient_clipping: 0.5}}\n{OURS}",
         "line 3: deepspeed_config.gradient_clipping is 0.5, and only one can clip",
     ),
+    "DeepSpeed clips, as text": (
+        f"{ACCELERATE}deepspeed_config: {{gradient_clipping: '0.5'}}\n{OURS}",
+        "line 3: deepspeed_config.gradient_clipping is 0.5, and only one can clip",
+    ),
+    "DeepSpeed's threshold is no number": (
+        f"{ACCELERATE}deepspeed_config: {{gradient_clipping: often}}\n{OURS}",
+        "line 3: gradient_clipping is 'often'; allowed: a number, or auto",
+    ),
+    "DeepSpeed's file is missing": (
+        f"{ACCELERATE}deepspeed_config: {{deepspeed_config_file: nowhere.json}}\n{OURS}",
+        "line 3: nowhere.json can't be read (No such file or directory)",
+    ),
+    "Megatron": (
+        f"num_processes: 2\ndistributed_type: MEGATRON_LM\n{OURS}",
+        "line 2: distributed_type asks for Megatron-LM, which steps inside its own train_step",
+    ),
+    "a section of Megatron": (
+        "num_processes: 2\nmegatron_lm_config: {megatron_lm_gradient_clipping: 1.0}\n",
+        "line 2: megatron_lm_config asks for Megatron-LM",
+    ),
+    "axolotl": ("base_model: a/b\ndebug: true\n", "a file of axolotl; check takes three kinds: "),
+    "LLaMA-Factory": ("stage: sft\nfinetuning_type: lora\n", "a file of LLaMA-Factory; check"),
+    "Hydra": (
+        "defaults: [{trainer: ddp}]\ncallbacks: {clip: {_target_: lightning_clip.GradientClip}}\n",
+        "a file of Hydra; check takes three kinds: a configuration, with the key 'policies'; ",
+    ),
+    "nobody's": ("lr: 0.1\ndebug: true\n", "no key here is one of gradclip's; check takes"),
+    "policy for policies": ("policy: [{type: norm}]\n", "did you mean 'policies'?"),
     "no YAML": ("policies: [", "this isn't YAML"),
     "no text": ("policies: \x00", "this isn't YAML"),
 }
@@ -138,9 +167,18 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, text, message):
 
 
 def test_a_threshold_of_deepspeed_that_does_not_matter(tmp_path):
-    for value in ("0", "auto", "1.0"):
+    for value in ("0", "auto", "1.0", "'1.0'"):
         text = f"{ACCELERATE}deepspeed_config: {{gradient_clipping: {value}}}\n{OURS}"
         assert check_file(written(tmp_path, text)).fault is None
+
+
+def test_a_threshold_in_a_file_of_deepspeed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"{ACCELERATE}deepspeed_config: {{deepspeed_config_file: ds.json}}\n{OURS}"
+    for value, fault in (("1.0", None), ('"auto"', None), ("0.5", "line 3: .* of ds.json is 0.5,")):
+        Path("ds.json").write_text(f'{{"gradient_clipping": {value}}}')
+        found = check_file(written(tmp_path, text)).fault
+        assert found is None if fault is None else re.search(fault, found)
 
 
 def test_the_arguments_of_the_callback_are_all_known(tmp_path):

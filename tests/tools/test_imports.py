@@ -1,5 +1,6 @@
 """Logs as the frameworks write them become the norms that were logged."""
 
+import gzip
 import json
 import math
 
@@ -80,6 +81,289 @@ def test_the_state_of_a_transformers_trainer(tmp_path):
     found = import_log(tmp_path / "trainer_state.json")
     same(found.chunk)
     assert found.chunk.loss.tolist() == [2.0] * 4
+
+
+def lines_of(line, norms=NORMS, end="\n"):
+    """One line for each step, as `str.format` writes it."""
+    return "".join(f"{line.format(step=s, norm=n, float=float(s))}{end}" for s, n in norms.items())
+
+
+def objects(make, norms=NORMS):
+    return "".join(f"{json.dumps(make(step, norm))}\n" for step, norm in norms.items())
+
+
+def rllib(step, norm):
+    stats = {"gradients_default_optimizer_global_norm": norm, "total_loss": 2.0}
+    return {"training_iteration": step, "config": {"lr": 0.1}, "learners": {"default": stats}}
+
+
+RED, GREEN, PLAIN = "\x1b[31m", "\x1b[38;2;0;180;0m", "\x1b[39m"
+TITAN = "[rank0]:[titan] 2026-01-02 03:04:05,678 - root - INFO - "
+MEGATRON = (
+    " [2026-01-02 03:04:05] iteration {step:8}/     500 | consumed samples:     72 | elapsed time "
+    "per iteration (ms): 1524.6 | learning rate: 1.0E-04 | lm loss: 2.000000E+00 | loss scale: 1.0 "
+    "| {norm}number of skipped iterations:   {skipped} | number of nan iterations:   {nan} |\n"
+)
+FAIRSEQ = "2026-01-02 03:04:05 | INFO | {} | {}\n"
+COUNTED = dict(enumerate(NORMS.values()))  # where steps have no number
+FORMATS = {  # name of the file, its text, the column of the norm, and that of the loss
+    "printed by transformers 4": (
+        "train.out",
+        "Loading weights: 100%\n"
+        + lines_of("{{'loss': 2.0, 'grad_norm': {norm}, 'learning_rate': 5e-05, 'epoch': 0.1}}")
+        + "{'train_runtime': 9.0, 'train_loss': 2.0, 'epoch': 1.0}\n",
+        "grad_norm", "loss",
+    ),
+    "printed by transformers 5, after a progress bar": (
+        "train.log",
+        lines_of("  2%|▏ | 1/60 [00:55<54:36, 55.5s/it]{{'loss': '2', 'grad_norm': '{norm}'}}"),
+        "grad_norm", "loss",
+    ),
+    "ms-swift": (
+        "logging.jsonl",
+        objects(lambda s, n: {"loss": 2.0, "grad_norm": n, "global_step/max_steps": f"{s}/60"}),
+        "grad_norm", "loss",
+    ),
+    "fairseq": (
+        "train.log",
+        "2026-01-02 03:04:05 | INFO | fairseq.trainer | NOTE: gradient overflow detected\n"
+        + "".join(
+            FAIRSEQ.format("train_inner", f'{{"epoch": 1, "update": 0.1, "loss": "2", "gnorm": '
+            f'"{norm}", "num_updates": "{step}"}}') for step, norm in NORMS.items()
+        )
+        + FAIRSEQ.format("train", '{"epoch": 1, "train_gnorm": "9", "train_num_updates": "39"}'),
+        "gnorm", "loss",
+    ),
+    "fairseq, simple": (
+        "train.log",
+        lines_of("epoch 001: {step:5d} / 60 loss=2.0, gnorm={norm}, num_updates={step}, lr=0.1"),
+        "gnorm", "loss",
+    ),
+    "Megatron": (
+        "slurm-7.out",
+        "".join(
+            MEGATRON.format(step=step, norm="", skipped=1, nan=1) if math.isnan(norm)
+            else MEGATRON.format(step=step, norm=f"grad norm: {norm} | ", skipped=0, nan=0)
+            for step, norm in NORMS.items()
+        )
+        + " validation loss at iteration 39 | lm loss value: 1.2E+00 | lm loss PPL: 3.3E+00 |\n",
+        "grad norm", "lm loss",
+    ),
+    "torchtitan": (
+        "titan.txt",
+        lines_of(TITAN + RED + "step: {step:2}  " + GREEN + "loss:  2.0000  grad_norm:  {norm}  "
+                 "memory:  5.04GiB(5.31%)  tps: 12,345  mfu: 12.30%" + PLAIN)
+        + TITAN + "validate step: 40  loss:  9.0000  memory:  5.04GiB(5.31%)\n",
+        "grad_norm", "loss",
+    ),
+    "verl": (
+        "run.log",
+        lines_of("step:{step} - actor/grad_norm:{norm} - actor/pg_loss:-0.1 - timing_s/gen:12.3"),
+        "actor/grad_norm", None,
+    ),
+    "a loop of one's own": (
+        "log.txt",
+        lines_of("step {step:5d} | loss: 2.0 | lr 6e-04 | norm: {norm} | dt: 12.1ms"),
+        "norm", "loss",
+    ),
+    "composer's console": (
+        "console.txt",
+        lines_of("[batch={step}/60]:\n\t Train time/batch: {step}\n\t Train loss/train/total: 2.0\n"
+                 "\t Train l2_norm/grad/global: {norm}\n\t Train l2_norm/grad/layer.weight: 1.0"),
+        "Train l2_norm/grad/global", "Train loss/train/total",
+    ),
+    "composer's file": (
+        "logs-rank0.txt",
+        lines_of("[metric][batch={step}]: l2_norm/grad/global: {norm} \n"
+                 "[metric][batch={step}]: loss/train/total: 2.0 "),
+        "l2_norm/grad/global", "loss/train/total",
+    ),
+    "levanter": (
+        "metrics.jsonl",
+        objects(lambda s, n: {"step": s, "metrics": {"train/loss": 2.0, "grad/norm/total": n}}),
+        "metrics/grad/norm/total", "metrics/train/loss",
+    ),
+    "RLlib": (
+        "result.json", objects(rllib),
+        "learners/default/gradients_default_optimizer_global_norm", "learners/default/total_loss",
+    ),
+    "RLlib's older names": (
+        "progress.csv",
+        "training_iteration,info/learner/default_policy/learner_stats/grad_gnorm\n"
+        + lines_of("{step},{norm}"),
+        "info/learner/default_policy/learner_stats/grad_gnorm", None,
+    ),
+    "dreamer": (
+        "metrics.jsonl",
+        objects(lambda s, n: {"step": s, "train/opt/grad_norm": n, "train/opt/loss": 2.0}),
+        "train/opt/grad_norm", "train/opt/loss",
+    ),
+    "dreamer's older names": (
+        "metrics.jsonl", objects(lambda s, n: {"step": s, "train/model_opt_grad_norm": n}),
+        "train/model_opt_grad_norm", None,
+    ),
+    "maxtext": (
+        "metrics.txt",
+        objects(lambda s, n: {"learning/loss": 2.0, "learning/grad_norm": 1.0,
+                              "learning/raw_grad_norm": n, "step": float(s), "run_name": "a"}),
+        "learning/raw_grad_norm", "learning/loss",
+    ),
+    "mmengine's older file": (
+        "20260102_030405.log.json",
+        '{"env_info": "..."}\n'
+        + objects(lambda s, n: {"mode": "train", "epoch": 1, "iter": s, "grad_norm": n}),
+        "grad_norm", None,
+    ),
+    "torchtitan's names": (
+        "log.csv",
+        "step,grad_norm,loss_metrics/global_avg_loss\n" + lines_of("{step},{norm},2.0"),
+        "grad_norm", "loss_metrics/global_avg_loss",
+    ),
+    "a table in a text file": (
+        "log.txt", "step\tgrad_norm\n" + lines_of("{step}\t{norm}"), "grad_norm", None,
+    ),
+    "a list": (
+        "log.json",
+        json.dumps([{"step": s, "grad_norm": n} for s, n in NORMS.items()], indent=1),
+        "grad_norm", None,
+    ),
+    "a list within": (
+        "log.json",
+        json.dumps({"args": {"betas": [0.9, 0.99]}, "log": {"train": [
+            {"step": s, "optim": {"grad_norm": n}} for s, n in NORMS.items()
+        ]}}),
+        "optim/grad_norm", None,
+    ),
+    "columns": (
+        "history.json",
+        json.dumps({"step": list(NORMS), "grad_norm": list(NORMS.values()), "seeds": [1, 2]}),
+        "grad_norm", None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "norm", "loss"), FORMATS.values(), ids=FORMATS)
+def test_what_frameworks_print_and_write(tmp_path, name, text, norm, loss):
+    found = import_log(written(tmp_path / name, text))
+    assert (found.taken["grad_norm"], found.taken.get("loss")) == (norm, loss)
+    same(found.chunk, NORMS if "step" in found.taken else COUNTED)
+    assert loss is None or set(found.chunk.loss.tolist()) == {2.0}
+    assert found.chunk.skipped.tolist() == [False, "skipped" in found.taken, False, False]
+
+
+def test_compressed_files_and_what_a_shell_of_windows_writes(tmp_path, subtests):
+    for name in ("a.csv", "a.jsonl", "a.out"):
+        text = {
+            "a.csv": "step,grad_norm\n" + lines_of("{step},{norm}"),
+            "a.jsonl": objects(lambda s, n: {"step": s, "grad_norm": n}),
+            "a.out": lines_of("step: {step} grad_norm: {norm}", end="\r\n"),
+        }[name]
+        for end, data in {
+            "": text.encode("utf-16"),
+            ".gz": gzip.compress(text.encode()),
+        }.items():
+            with subtests.test(name + end):
+                path = tmp_path / (name + end)
+                path.write_bytes(data)
+                same(import_log(path).chunk)
+    text = objects(lambda s, n: {"step": s, "grad_norm": n}) * 999
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-200])
+    with pytest.raises(ConfigError, match="the compressed file is damaged or was cut off"):
+        import_log(tmp_path / "cut.jsonl.gz")
+
+
+def test_steps_of_a_trainer_without_a_norm_are_not_lost(tmp_path):
+    """A usual step, a NaN, gradients of zero, no gradients, and a spike that was withheld."""
+    none = {"clip/clipped": 0.0, "clip/skipped": 0.0, "clip/nonfinite": 0.0}
+    rows = [
+        {"grad_norm": 2.0, "clip/grad_norm": 2.0, **none, "clip/clipped": 1.0},
+        {**none, "clip/skipped": 1.0, "clip/nonfinite": 1.0},
+        {"grad_norm": 0.0, "clip/grad_norm": 0.0, **none},
+        {"grad_norm": 0.0, **none},
+        {"grad_norm": 9.0, "clip/grad_norm": 9.0, **none, "clip/skipped": 1.0},
+    ]
+    history = [{"loss": 2.0, **row, "step": step} for step, row in enumerate(rows, 1)]
+    content = {"global_step": 5, "log_history": [*history, {"train_loss": 2.0, "step": 5}]}
+    found = import_log(written(tmp_path / "trainer_state.json", json.dumps(content)))
+    chunk = found.chunk
+    same(chunk, {1: 2.0, 2: math.nan, 3: 0.0, 4: 0.0, 5: 9.0})
+    assert chunk.clipped.tolist() == [True, False, False, False, False]
+    assert chunk.skipped.tolist() == [False, True, False, False, True]
+    assert "1 of the steps have no norm: withheld or not finite" in found.notes
+
+
+def test_an_entry_on_several_steps_of_which_one_was_not_finite_keeps_its_norm(tmp_path):
+    text = "step,clip/grad_norm,clip/nonfinite\n9,3.5,1\n19,0.5,0\n"
+    chunk = import_log(written(tmp_path / "log.csv", text)).chunk
+    assert chunk.grad_norm.tolist() == [3.5, 0.5]
+    assert chunk.finite.tolist() == [False, True]
+
+
+EPOCHS = {  # rows of step and epoch, and the numbers that come out
+    "with a column of epochs": ([(1, 0), (2, 0), (3, 0), (1, 1), (2, 1)], [1, 2, 3, 4, 5]),
+    "without": ([(0, ""), (10, ""), (20, ""), (0, ""), (10, "")], [0, 10, 20, 30, 40]),
+    "epochs that begin with another step": ([(5, 1), (9, 1), (3, 2), (9, 2)], [5, 9, 13, 19]),
+    "a run resumed within an epoch": ([(1, 0), (2, 0), (3, 0), (2, 0), (3, 0)], [1, 2, 3]),
+    "a run resumed in an earlier epoch": (
+        [(1, 0), (2, 0), (1, 1), (2, 1), (1, 2), (1, 1), (2, 1), (1, 2)], [1, 2, 3, 4, 5],
+    ),
+    "a run resumed, with fractions of epochs": (
+        [(10, 0.1), (20, 0.2), (30, 0.3), (20, 0.2), (30, 0.3)], [10, 20, 30],
+    ),
+    "a run resumed, without epochs": ([(0, ""), (1, ""), (2, ""), (1, "")], [0, 1, 2]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "steps"), EPOCHS.values(), ids=EPOCHS)
+def test_steps_that_begin_again_with_each_epoch_go_on(tmp_path, rows, steps):
+    text = "step,epoch,grad_norm,val_loss\n" + "".join(f"{s},{e},1.0,\n" for s, e in rows)
+    found = import_log(written(tmp_path / "log.csv", text))
+    assert found.chunk.step.tolist() == steps
+    assert any("begins again" in note for note in found.notes) == (steps[3:] != [])
+
+
+CUT = {  # and where
+    "log.csv": ("step,grad_norm,lr\n" + lines_of("{step},{norm},1") + "49,8.", "line 6"),
+    "log.jsonl": (objects(lambda s, n: {"step": s, "gnorm": n}) + '{"step": 49, "gno', "line 5"),
+    "grad_norm": (lines_of("1700000000000 {norm} {step}") + "1700000000000 8.", "line 5"),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_last_line_that_was_cut_off_is_a_warning(tmp_path, name):
+    text, where = CUT[name]
+    with pytest.warns(UserWarning, match=f"{where}: the file was cut off here") as said:
+        same(import_log(written(tmp_path / name, text)).chunk)
+    assert len(said) == 1
+
+
+def test_an_output_folder_of_a_trainer(tmp_path):
+    """The checkpoint with the most steps, by what it says itself; at the end, the folder's own."""
+    for step in (9, 10, 100):
+        rows = [{"step": i, "grad_norm": float(i)} for i in range(1, step + 1)]
+        text = json.dumps({"global_step": step, "log_history": rows})
+        written(tmp_path / f"checkpoint-{step}" / "trainer_state.json", text)
+    assert len(import_log(tmp_path).chunk) == 100
+    assert len(import_log(tmp_path / "checkpoint-10").chunk) == 10
+    written(tmp_path / "trainer_state.json", text)
+    assert import_log(tmp_path).path == tmp_path / "trainer_state.json"
+
+
+def test_a_folder_with_the_same_log_twice(tmp_path):
+    written(tmp_path / "result.json", objects(rllib))
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("ray/tune/grad_norm", 1.0, 0)
+    same(import_log(tmp_path).chunk)
+
+
+def test_a_limit_known_from_elsewhere(tmp_path):
+    path = written(tmp_path / "log.csv", "step,grad_norm\n0,3.5\n1,0.5\n")
+    assert import_log(path, limit=1.0).chunk.limit.tolist() == [1.0, 1.0]
+    with pytest.raises(ConfigError, match="--limit is 0; allowed: a number above 0"):
+        import_log(path, limit=0.0)
+    path = written(tmp_path / "log.csv", "step,grad_norm,clip/limit\n0,3.5,1\n")
+    with pytest.raises(ConfigError, match="holds the limits of its steps already"):
+        import_log(path, limit=1.0)
 
 
 WANDB = """"Step","run 7 - train/grad_norm","run 7 - train/grad_norm__MIN","run 7 - train/loss"
@@ -204,7 +488,11 @@ REFUSED = [
     ("a.jsonl", '{"x":' + "[" * 3000, "line 1: this isn't JSON: recursion limit"),
     ("a.json", "[" * 3000, "a.json: this isn't JSON: recursion limit"),
     ("a.jsonl", "", "no column is named like .*; found: no columns"),
-    ("a.json", '{"epoch": 1}', "a list 'log_history' is missing"),
+    ("a.json", '{"epoch": 1}', "a list of entries with names and values is missing"),
+    ("a.json", '{"log_history": 1}', "a list 'log_history' with names and values is missing"),
+    ("a.json", '{"log_history": [{"step": 1, "loss": 2}]}', "logs grad_norm since version 4.38"),
+    ("a.jsonl", '{"current_steps": 1, "total_steps": 9}', "norms to trainer_state.json, beside"),
+    ("a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
     ("run.wandb", "x", "Export the run's history"),
     ("a.bin", "x", "this isn't a log that can be read"),
 ]

@@ -17,7 +17,8 @@ from support.spiky_run import BOLD, MARKUP, SCRIPT
 from gradclip import ClipByNorm
 from gradclip.config import as_config
 from gradclip.tools.replay import replay
-from gradclip.tools.report import open_run, summarize
+from gradclip.tools.report import summarize
+from gradclip.tools.run import open_run
 from gradclip.tools.show_replay import draw_replay
 from gradclip.tools.show_report import write_report
 from gradclip.tools.trace import Trace, TraceHeader, write_trace

@@ -31,7 +31,7 @@ def steady(steps, seed=0):
 @pytest.mark.parametrize("run", RUNS)
 def test_first_half_tells_the_rate_of_the_second_within_a_tenth(run):
     wanted = [0.05, 0.1, 0.2]
-    taken = [recommended(run, rate, quick=True).taken for rate in wanted]
+    taken = [recommended(run, rate).taken for rate in wanted]
     found = [parse_mapping(option.config).policies for option in taken]
     # They differ in the percentile alone: side by side in one replay, which is three times as fast.
     assert {policy.model_copy(update={"percentile": 0.0}) for (policy,) in found} == {
@@ -46,7 +46,7 @@ def test_first_half_tells_the_rate_of_the_second_within_a_tenth(run):
 @pytest.mark.parametrize("run", ["mlp", "lstm"])
 def test_few_steps_for_a_low_rate_are_admitted(run):
     wanted = 0.01
-    found = recommended(run, wanted, quick=True)
+    found = recommended(run, wanted)
     assert all(option.confidence != "high" for option in found.options)
     (rate,) = rates_later(run, parse_mapping(found.taken.config))
     assert abs(rate - wanted) <= 3.1 * chance(run, wanted)
@@ -54,7 +54,7 @@ def test_few_steps_for_a_low_rate_are_admitted(run):
 
 def test_a_fixed_threshold_on_moving_norms_is_not_called_sure():
     for run, wanted in itertools.product(("gpt", "mlp", "conv", "lstm"), (0.05, 0.1, 0.2)):
-        fixed = recommended(run, wanted, quick=True).options[0]
+        fixed = recommended(run, wanted).options[0]
         (rate,) = rates_later(run, parse_mapping(fixed.config))
         assert abs(rate - wanted) > 0.1 * wanted
         assert fixed.confidence == "low"
@@ -62,7 +62,7 @@ def test_a_fixed_threshold_on_moving_norms_is_not_called_sure():
 
 def test_a_fixed_threshold_is_taken_where_norms_keep_their_level(tmp_path):
     norms = steady(60_000)
-    found = recommend(written(tmp_path / "trace.jsonl", norms), 0.1, quick=True)
+    found = recommend(written(tmp_path / "trace.jsonl", norms), 0.1)
     assert found.taken.name == "fixed threshold"
     assert found.taken.confidence == "high"
     (policy,) = parse_mapping(found.taken.config).policies
@@ -71,7 +71,7 @@ def test_a_fixed_threshold_is_taken_where_norms_keep_their_level(tmp_path):
 
 def test_the_recent_level_is_what_counts(tmp_path):
     norms = np.concatenate([10 * steady(3000), steady(3000)])
-    found = recommend(written(tmp_path / "trace.jsonl", norms), 0.1, quick=True)
+    found = recommend(written(tmp_path / "trace.jsonl", norms), 0.1)
     fixed = found.options[0]
     assert fixed.first >= 3000
     assert np.mean(steady(3000, seed=1) > fixed.config["policies"][0]["max_norm"]) < 0.15
@@ -82,7 +82,7 @@ def test_the_recent_level_is_what_counts(tmp_path):
 def test_every_option_fits_validates_and_is_ready_to_paste(tmp_path):
     trace = written(tmp_path / "trace.jsonl", [*steady(400), math.nan])
     shares = []
-    found = recommend(trace, 0.2, progress=shares.append)
+    found = recommend(trace, 0.2, every_policy=True, progress=shares.append)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
     names = [option.name for option in found.options]
@@ -131,7 +131,7 @@ def test_values_side_by_side_decide_as_each_alone(policies, field, values):
 
 def test_settings_say_which_norm_they_are_of(tmp_path):
     trace = written(tmp_path / "trace.jsonl", steady(400), norm_type=math.inf)
-    found = recommend(trace, 0.2, quick=True)
+    found = recommend(trace, 0.2)
     assert "norm_type: .inf" in json.loads(recommendation_as_json(found))["options"][0]["yaml"]
     for option in found.options:
         assert option.config["policies"][0]["norm_type"] == math.inf
@@ -141,7 +141,7 @@ def test_settings_say_which_norm_they_are_of(tmp_path):
 def test_norms_on_few_steps_are_told(tmp_path):
     rows = [{"step": 50 * i, "grad_norm": float(n)} for i, n in enumerate(steady(300))]
     write_trace(tmp_path / "trace.jsonl", TraceHeader(source="import:csv"), rows)
-    found = recommend(Trace.open(tmp_path / "trace.jsonl"), 0.2, quick=True)
+    found = recommend(Trace.open(tmp_path / "trace.jsonl"), 0.2)
     assert any("one of" in fact for fact in found.facts)
 
 

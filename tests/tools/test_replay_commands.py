@@ -59,7 +59,7 @@ def test_replay_as_json_with_pictures(trace, config, tmp_path, capsys):
     here = config("a/clip.yaml", {"type": "norm", "max_norm": 0.5})
     there = config("b/clip.yaml", {"type": "zclip", "max_norm": None})
     png, html = tmp_path / "out.png", tmp_path / "out.html"
-    files = ("--plot", png, "--html", html)
+    files = ("--plot", png, "--out", html)
     assert (
         call("replay", trace, "-c", here, "-c", there, *files, "--steps", "10:110", "--json") == 0
     )
@@ -73,16 +73,30 @@ def test_replay_as_json_with_pictures(trace, config, tmp_path, capsys):
     assert "<html" in html.read_text()
 
 
+def test_a_log_is_enough_and_a_long_name_is_not_broken(trace, config, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    log = trace.with_name("log.csv")
+    log.write_text("gnorm\n" + "".join(f"{i % 7}\n" for i in range(300)))
+    long = config(f"{'long' * 20}.yaml", {"type": "norm", "max_norm": 5.0})
+    assert call("replay", log, "-c", long) == 0
+    shown = capsys.readouterr().out
+    assert "long" * 20 in shown
+    assert "Note: no column names the step: rows with a norm are counted from 0." in shown
+    assert call("recommend", log) == 0
+    assert "257 steps with a norm" in capsys.readouterr().out
+
+
 def test_recommended_settings_are_ready_to_use(trace, tmp_path, capsys):
     out = tmp_path / "clip.yaml"
-    assert call("recommend", trace, "--clip-rate", "0.2", "--quick", "--out", out) == 0
+    assert call("recommend", trace, "--clip-rate", "0.2", "--out", out) == 0
     text = capsys.readouterr().out
     assert text.endswith(f"Wrote {out}\n")
     documents = list(yaml.safe_load_all(text[text.index("---") : text.index("Wrote")]))
     assert [parse_mapping(d).policies[0].type for d in documents] == ["autoclip", "norm"]
+    assert "skip_spike" not in text, "its rate is never sure"
     assert load_yaml(out) == parse_mapping(documents[0])
     assert "To clip 20 % of the steps take autoclip" in text
-    assert call("recommend", trace, "--clip-rate", "0.2", "--quick", "--json") == 0
+    assert call("recommend", trace, "--clip-rate", "0.2", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["taken"] == "autoclip"
     assert yaml.safe_load(found["options"][1]["yaml"]) == documents[0]
@@ -100,10 +114,12 @@ WRONG = [
         "a.svg: a picture is a PNG",
     ),
     (["replay", "run.jsonl", "-c", "norm.yaml", "--plot", "a"], "such as a.png"),
-    (["replay", "norm.yaml", "-c", "norm.yaml"], "isn't the header of a trace"),
+    (["replay", "norm.yaml", "-c", "norm.yaml"], "norm.yaml: no column is named like a gradient"),
+    (["report", "run.jsonl", "--plot", "a.svg"], "a.svg: a picture is a PNG"),
+    (["report", "run.jsonl", "--plot", "no/a.png"], "no/a.png"),
     (["recommend", "run.jsonl", "--clip-rate", "5"], "clip rate is 5"),
     (["recommend", "run.jsonl", "--steps", ":100"], "100 steps have a norm"),
-    (["recommend", "run.jsonl", "--quick", "--out", "no/clip.yaml"], "no/clip.yaml"),
+    (["recommend", "run.jsonl", "--out", "no/clip.yaml"], "no/clip.yaml"),
 ]
 
 
@@ -124,9 +140,10 @@ OWN_INPUTS = [
     ["import", "logs", "--overwrite", "-o", "logs/metrics.csv"],
     ["report", "run.jsonl", "-o", "run.jsonl"],
     ["report", ".", "-o", "./link.html"],
-    ["replay", "run.jsonl", "-c", "norm.yaml", "--html", "run.jsonl"],
-    ["replay", "run.jsonl", "-c", "norm.yaml", "--html", "norm.yaml"],
+    ["replay", "run.jsonl", "-c", "norm.yaml", "--out", "run.jsonl"],
+    ["replay", "run.jsonl", "-c", "norm.yaml", "--out", "norm.yaml"],
     ["replay", "run.jsonl", "-c", "norm.yaml", "--plot", "link.png"],
+    ["report", "run.jsonl", "--plot", "link.png"],
     ["recommend", "run.jsonl", "-o", "run.jsonl"],
 ]
 

@@ -13,8 +13,20 @@ from support.spiky_run import BOLD, BROKEN, MARKUP, NAMES, SCRIPT, SPIKE
 
 from gradclip import GradientClipper
 from gradclip.tools.main import main
-from gradclip.tools.report import MOST_MARKS, Run, open_run, summarize
+from gradclip.tools.report import MOST_MARKS, summarize
+from gradclip.tools.run import Run, open_run
 from gradclip.tools.trace import Trace, TraceHeader, write_trace
+
+
+class Source:
+    """A trace that is read in another way."""
+
+    def __init__(self, trace, read):
+        self.path, self.header, self.size_hint = trace.path, trace.header, trace.size_hint
+        self.chunks = lambda _: read()
+
+
+COUNTS = ("steps", "clipped", "skipped", "nonfinite")
 
 
 @pytest.fixture
@@ -65,6 +77,39 @@ def test_text_tells_the_same(call, tmp_path):
     assert f"70 140 withheld {SCRIPT}, embed.weight" in lines
     assert lines[-1] == "Wrote report.html"
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_name_is_never_broken(call, tmp_path, monkeypatch):
+    """In a narrow terminal it has a line of its own; a longer one is left to the terminal."""
+    long = [f"transformer.h.{i}.attention.c_proj.{'weight' * i}" for i in range(9)]
+    norms = dict.fromkeys(long, 1.0)
+    rows = [
+        {"step": 0, "grad_norm": 3.0, "limit": 1.0, "per_parameter": norms},
+        {"step": 1, "grad_norm": math.nan, "per_parameter": dict.fromkeys(long, math.nan)},
+    ]
+    write_trace(tmp_path / "run.jsonl", TraceHeader(), rows)
+    for columns in ("40", "80", "1000"):
+        monkeypatch.setenv("COLUMNS", columns)
+        code, out, _ = call("run.jsonl")
+        assert code == 0
+        assert all(name in out for name in long)
+        assert f"11.1% {long[0]}" in out
+        lines = [line for line in out.splitlines() if "transformer" not in line]
+        assert max(map(len, lines)) <= int(columns)
+
+
+def test_a_part_of_the_steps_and_a_limit_known_from_elsewhere(call, tmp_path):
+    trace = spiky_run.write(tmp_path / "run.jsonl", counts=dict.fromkeys(COUNTS, 999))
+    _, out, _ = call(trace, "--steps", "30:60", "--json", "--plot", "run.png")
+    found = json.loads(out)
+    assert (found["steps"], found["clipped"], found["nonfinite"]) == (30, 1, 0)
+    assert (found["shown"]["first_step"], found["shown"]["last_step"]) == (30, 59)
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = call(trace, "--limit", "1.0")
+    assert (code, "holds the limits of its steps already" in err) == (2, True)
+    (tmp_path / "log.csv").write_text("step,grad_norm\n0,1.0\n1,2.0\n")
+    _, out, _ = call("log.csv", "--limit", "1.5", "--json")
+    assert json.loads(out)["clipped"] == 1
 
 
 def test_names_are_no_markup_in_the_terminal_either(call, tmp_path):
@@ -177,7 +222,7 @@ def test_worst_steps_do_not_depend_on_how_the_trace_is_read(tmp_path):
     ranked = [int(i) for i in np.argsort(-norms) if np.isfinite(norms[i])]
     best = [i for i in ranked if i in named][:16]
     for size in (1, 7, 1000):
-        report = summarize(Run(trace.path, trace.header, trace.chunks(size), trace.size_hint))
+        report = summarize(Run(Source(trace, lambda size=size: trace.chunks(size))))
         assert [spike.step for spike in report.worst] == best
         assert report.largest.step == ranked[0]
         assert [spike.step for spike in report.broken] == [7, 150, 151]
@@ -194,7 +239,7 @@ def test_a_report_does_not_grow_with_the_run(tmp_path):
             yield chunk
 
     shares_read = []
-    report = summarize(Run(trace.path, trace.header, chunks(), trace.size_hint), shares_read.append)
+    report = summarize(Run(Source(trace, chunks)), shares_read.append)
     assert report.clipping.counts == (100_000, 100_000, 1000)
     assert len(report.clipping.clipped) <= MOST_MARKS
     assert len(report.norm.step) <= 2000
