@@ -106,7 +106,7 @@ def measure_step(
     probes: Mapping[int, Measurable],
     layout: Layout,
     kernel: Kernel,
-) -> tuple[Norms, dict[int, Tensor], Norms | None, Tensor]:
+) -> tuple[Norms, dict[int, Tensor], Norms | None, Tensor | bool]:
     """Norms of gradients, of what element policies make of them, and of weights.
 
     A gradient of zeros has the norm of none at all, so whether there is one is found out beside.
@@ -121,7 +121,7 @@ def measure_step(
     Returns:
         For each p the norms of the measured slots; for each probe, by index of its rule, its
         norms; for each p the norms of the weights, None where no policy asks; and whether any
-        rank holds a gradient, 0-d bool.
+        rank holds a gradient, 0-d bool where ranks hold parts.
     """
     sources: list[tuple[Source, Mapping[float, bool]]] = [
         (_as_measured(plan, grads.counted), plan.norm_types),
@@ -130,15 +130,16 @@ def measure_step(
     if plan.weight_types:
         weights = layout.weights(plan.slots).counted
         sources.append((_as_measured(plan, weights), plan.weight_types))
-    holds, device = any(grads.all), layout.devices[0]
+    holds = any(grads.all)
+    has_gradient: Tensor | bool = holds
     if layout.reduces:
+        device = layout.devices[0]
         flag = torch.full((1,), float(holds), dtype=torch.float64, device=device)
         (norms, *more), found = measure(sources, layout, kernel, flag)
         assert found is not None
         has_gradient = found.squeeze(0) > 0
     else:  # every rank holds every gradient
         (norms, *more), _ = measure(sources, layout, kernel)
-        has_gradient = torch.full((), holds, dtype=torch.bool, device=device)
     probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
     return norms, probed, more[0] if more else None, has_gradient
 

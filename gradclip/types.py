@@ -22,6 +22,7 @@ __all__ = [
     "Grads",
     "Handle",
     "Kernel",
+    "Known",
     "Layout",
     "Measurable",
     "Memory",
@@ -141,6 +142,8 @@ class Collected:
 @dataclass(frozen=True, slots=True)
 class Stats:
     """What a policy sees: reduced, equal on every rank.
+
+    Numbers of the host stand for tensors where the host decides, if the policy takes them.
 
     Attributes:
         norms: Shape (slots,), float64. The p-norm of each of the policy's slots, after the
@@ -324,6 +327,24 @@ class Verdict:
         return torch.cat([edit.changes for edit in self.edits]).any()
 
 
+class Known(NamedTuple):
+    """A verdict where the host decided, in its own numbers.
+
+    Attributes:
+        norm: The recorded norm of all gradients.
+        limit: As in `Verdict`.
+        coef: The only one.
+        finite: As in `Verdict`.
+        skip: As in `Verdict`.
+    """
+
+    norm: float
+    limit: float
+    coef: float
+    finite: bool
+    skip: bool | None
+
+
 @dataclass(frozen=True, slots=True)
 class Given:
     """What the caller knows of the gradients that are in place.
@@ -359,9 +380,11 @@ class Step:
             scale.
         verdict: What the policies decided.
         states: The states of the policies after it, in the order of the plan's rules.
-        has_gradient: 0-d bool, equal on every rank: some rank has a gradient, of zeros or not.
+        has_gradient: Bool, equal on every rank: some rank has a gradient, of zeros or not. A 0-d
+            tensor where ranks hold parts.
         measure_each: Gives the norm of each parameter, float64 of shape (parameters,): one more
             read of the gradients, and a message where ranks share them. Every rank calls it.
+        known: The verdict in numbers; None where a device decided.
     """
 
     given: Given
@@ -369,8 +392,9 @@ class Step:
     norms: Tensor
     verdict: Verdict
     states: Sequence[State]
-    has_gradient: Tensor
+    has_gradient: Tensor | bool
     measure_each: Callable[[], Tensor]
+    known: Known | None = None
 
 
 class Beginning(NamedTuple):
@@ -378,11 +402,11 @@ class Beginning(NamedTuple):
 
     Attributes:
         states: Of the policies, in the order of the plan's rules.
-        taken: 0-d float64, the optimizer steps taken before it.
+        taken: Float64, the optimizer steps taken before it: 0-d on the device.
     """
 
     states: Sequence[State]
-    taken: Tensor
+    taken: Tensor | float
 
 
 class Layout(Protocol):
