@@ -278,6 +278,7 @@ class Core:
         known, rule = None, given.on_nonfinite
         common: dict[str, Any] = {
             "step": taken,
+            "weights": weights,
             "loss": given.loss,
             "skip_nonfinite": rule == "skip",
             "held": self._stop.reached,
@@ -292,7 +293,6 @@ class Core:
                 norms,
                 states,
                 probed=probed,
-                weights=weights,
                 watched=on.plan.watched,
                 **common,
             )

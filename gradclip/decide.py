@@ -42,6 +42,7 @@ def decide_on_host(
     states: Sequence[State],
     *,
     step: Tensor | float,
+    weights: Mapping[float, Tensor] | None,
     loss: Tensor | None,
     held: Tensor | None,
     skip_nonfinite: bool,
@@ -61,6 +62,7 @@ def decide_on_host(
             {p: number(norm) for p, norm in norms.items()},
             [numbers_of(state) for state in states],
             step=number(step),
+            weights={p: number(norm) for p, norm in weights.items()} if weights else None,
             loss=None if loss is None else number(loss),
             held=None if held is None else bool(held),  # type: ignore[arg-type]
             skip_nonfinite=skip_nonfinite,
@@ -74,6 +76,7 @@ def decide_on_host(
         finite=_FLAGS[known.finite],
         skip=None if known.skip is None else _FLAGS[known.skip],
         stop=None if told.stop is None else _FLAGS[bool(told.stop)],
+        keeps=_FLAGS[bool(told.keeps)],
     )
     return verdict, known, states
 
@@ -143,6 +146,8 @@ def decide_all(
         norm_type = rule.policy.measured[1] or next(iter(norms))
         seen = probed[index] if index in probed else norms[norm_type]
         weight_norms = weights.get(norm_type) if weights and rule.policy.uses_weights else None
+        if weight_norms is not None and not rule.same_slots:
+            weight_norms = rule.gather(weight_norms, norm_type)
         # A policy on elements remembers elements, which no division of norms would reach.
         seen_share = 1.0 if not state or rule.elementwise is not None else share
         seen = seen if coef is None else seen * coef
@@ -151,8 +156,8 @@ def decide_all(
             norms=seen if seen_share == 1 else seen / seen_share,
             finite=finite,
             step=step,
-            sizes=rule.sizes,
-            weights=None if weight_norms is None else rule.gather(weight_norms, norm_type),
+            sizes=xp.own(rule.sizes),
+            weights=weight_norms,
             loss=loss,
             share=seen_share,
         )
@@ -189,7 +194,7 @@ def decide_all(
     skip = _either(xp.logical_not(finite) if skip_nonfinite else None, withheld)
     assert coef is not None
     assert limit is not None
-    return Verdict(coef, limit, finite, skip, stop, tuple(edits)), kept
+    return Verdict(coef, limit, finite, skip, stop, keeps, tuple(edits)), kept
 
 
 def _finite(norms: Sequence[Tensor], watched: Tensor | None) -> Tensor:
@@ -240,7 +245,7 @@ def _select(keeps: Tensor, new: State, old: State, counters: Iterable[str] = ())
     if new is old:
         return old
     if not isinstance(keeps, Tensor):
-        return new if keeps else {**old, **{name: new[name] for name in counters if name in new}}
+        return {name: new[name] if keeps or name in counters else old[name] for name in old}
     return {
         name: new[name] if name in counters else torch.where(keeps, new[name], value)
         for name, value in old.items()

@@ -65,7 +65,8 @@ def measure(
         for i, p in summed
     ]
     if local:
-        sums = torch.stack([values.to(device) for values in local])
+        moved = [values.to(device) for values in local]
+        sums = moved[0].unsqueeze(0) if len(moved) == 1 else torch.stack(moved)
         sums, flag = _reduced(layout.sum, sums, flag)
         for (i, p), total in zip(summed, sums.unbind(), strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)

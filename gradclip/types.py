@@ -309,6 +309,7 @@ class Verdict:
         finite: 0-d bool, every gradient element on every rank is finite.
         skip: 0-d bool; None if nothing configured can withhold a step.
         stop: 0-d bool, an error is wanted instead; None if nothing configured ever does.
+        keeps: 0-d bool, the step is finite and no policy withholds it.
         edits: What element policies do, in order.
         withheld: `skip`, read on the host; False until it is.
     """
@@ -318,6 +319,7 @@ class Verdict:
     finite: Tensor
     skip: Tensor | None
     stop: Tensor | None
+    keeps: Tensor
     edits: tuple[Edit, ...] = ()
     withheld: bool = False
 

@@ -38,6 +38,8 @@ BATCH = 1 << 17
 SMALL = 1 << 14
 # Float32 squares lose digits below this sum and overflow above; both are then done in float64.
 TRUSTED = 1e-18
+# Elements that are taken in float64 by one call.
+WHOLE = 1 << 15
 # Norms of rows held back before they are added up, which costs dispatch too.
 ROWS = 1 << 12
 
@@ -150,6 +152,10 @@ def _add_small(
     """Concatenate small gradients and add the power sum of each to its slot."""
     buffer = torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
     if owners[0] == owners[-1]:
+        if buffer.numel() <= WHOLE:  # one call costs less than memory saved by rows
+            norm = torch.linalg.vector_norm(buffer, norm_type, dtype=torch.float64).item()
+            sums[owners[0]] += norm**norm_type
+            return
         double = buffer.dtype == torch.float64
         whole = _exact([buffer], norm_type) if double else _by_rows([buffer.float()], norm_type)
         sums[owners[0]] += whole

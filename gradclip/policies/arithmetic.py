@@ -1,8 +1,8 @@
 """Operations that formulas are made of, on tensors and on numbers of the host.
 
 A policy's formulas stand once. On a device they run on tensors. Where the host decides, one number
-for all gradients, they run on float64 numbers of NumPy: an operation on a tensor of one element
-takes twenty times as long as on a number.
+for all gradients, they run on float64 numbers of NumPy and give the same bits: an operation on a
+tensor of one element takes twenty times as long as on a number.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ class Arithmetic:
     maximum: Callable[..., Tensor] = staticmethod(torch.maximum)
     minimum: Callable[..., Tensor] = staticmethod(torch.minimum)
     sqrt: Callable[..., Tensor] = staticmethod(torch.sqrt)
-    log: Callable[..., Tensor] = staticmethod(torch.log)
-    exp: Callable[..., Tensor] = staticmethod(torch.exp)
     cos: Callable[..., Tensor] = staticmethod(torch.cos)
     floor: Callable[..., Tensor] = staticmethod(torch.floor)
     ceil: Callable[..., Tensor] = staticmethod(torch.ceil)
@@ -45,6 +43,11 @@ class Arithmetic:
     logical_not: Callable[..., Tensor] = staticmethod(torch.logical_not)
     full_like: Callable[..., Tensor] = staticmethod(torch.full_like)
     clip: Callable[..., Tensor] = staticmethod(torch.clamp)
+
+    @staticmethod
+    def own(values: Tensor | None) -> Tensor | None:
+        """Values that are tensors, as these operations take them."""
+        return values
 
     @staticmethod
     def may(condition: Tensor) -> bool:
@@ -147,6 +150,10 @@ class _Numbers:
         return np.float64(value)
 
     @staticmethod
+    def own(values: Any) -> Any:
+        return None if values is None else number(values)
+
+    @staticmethod
     def may(condition: Any) -> bool:
         return bool(condition)
 
@@ -173,13 +180,33 @@ class _Numbers:
     def ages(rows: Any) -> Any:
         return np.arange(len(rows), 0, -1)
 
+    # NumPy adds up in another order, and torch's root and cosine round otherwise.
+    @staticmethod
+    def sum(rows: Any) -> Any:
+        return number(_column(rows).sum(0))
+
+    @staticmethod
+    def mean(rows: Any) -> Any:
+        return number(_column(rows).mean(0))
+
+    @staticmethod
+    def var(rows: Any) -> Any:
+        return number(_column(rows).var(0, correction=0))
+
+    @staticmethod
+    def sqrt(value: Any) -> Any:
+        return number(torch.full((), value, dtype=torch.float64, device="cpu").sqrt_())
+
+    @staticmethod
+    def cos(value: Any) -> Any:
+        return number(torch.full((), value, dtype=torch.float64, device="cpu").cos_())
+
     @staticmethod
     def row(rows: Any, index: Any) -> Any:
         return rows[int(index)]
 
     if np is not None:
-        sqrt, log, exp, cos, floor, ceil = np.sqrt, np.log, np.exp, np.cos, np.floor, np.ceil
-        sum, mean, var = staticmethod(np.sum), staticmethod(np.mean), staticmethod(np.var)
+        floor, ceil = np.floor, np.ceil
         sorted, joined = staticmethod(np.sort), staticmethod(np.concatenate)
 
 
@@ -221,6 +248,10 @@ def tensors_of(state: State, device: torch.device) -> State:
         else torch.tensor(value, dtype=torch.float64, device=device).unsqueeze(-1)
         for name, value in state.items()
     }
+
+
+def _column(rows: Any) -> Tensor:
+    return torch.from_numpy(rows).unsqueeze(-1)
 
 
 def _numbered(value: Any) -> Any:

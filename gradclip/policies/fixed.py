@@ -61,7 +61,7 @@ class ClipByNorm(NormPolicy):
             limit = limit / arithmetic(limit).count(limit) ** (1 / self.norm_type)
         elif self.budget == "size":
             assert stats.sizes is not None
-            limit = limit * (stats.sizes / stats.sizes.sum()).pow(1 / self.norm_type)
+            limit = limit * (stats.sizes / stats.sizes.sum()) ** (1 / self.norm_type)
         return Decision(coefficient(stats.norms, limit, self.eps), limit), state
 
 

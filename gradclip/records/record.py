@@ -37,6 +37,7 @@ class Facts:
         has_gradient: Some rank has a gradient.
         clipped_norm: Float64, had the step been taken; None for `coef * grad_norm`.
         skip: The step is withheld; None if nothing can withhold one.
+        keeps: It is sound and not withheld; None where that isn't made yet.
         changed: Gradients change beside what `coef` says; None if nothing can.
         sound: What the optimizer steps with is finite; None for `finite`.
         dropped: Float64, micro-batches that were left out; None but for `stage: after_backward`.
@@ -55,6 +56,7 @@ class Facts:
     has_gradient: Flag
     clipped_norm: Value | None = None
     skip: Flag | None = None
+    keeps: Flag | None = None
     changed: Flag | None = None
     sound: Flag | None = None
     dropped: Value | None = None
@@ -94,11 +96,16 @@ class Facts:
     @property
     def taken(self) -> Flag:
         """The optimizer's step moved parameters."""
-        clean = self.finite if self.sound is None else self.sound
-        for withheld in (self.skip, self.late_skip, self.late_nonfinite):
-            if withheld is not None:
-                clean = clean & negated(withheld)
-        return clean & self.has_gradient
+        taken, withheld = self.keeps, [self.late_skip, self.late_nonfinite]
+        if taken is None:
+            taken, withheld = (
+                self.finite if self.sound is None else self.sound,
+                [*withheld, self.skip],
+            )
+        for flag in withheld:
+            if flag is not None:
+                taken = taken & negated(flag)
+        return taken if self.has_gradient is True else taken & self.has_gradient
 
     @property
     def counts(self) -> tuple[Value, Value]:
@@ -115,7 +122,7 @@ class Facts:
         return steps, clipped
 
 
-_FOUND = [field.name for field in fields(Facts) if field.name not in ("counted", "before")]
+_FOUND = [field.name for field in fields(Facts) if field.name not in ("keeps", "counted", "before")]
 
 
 class ClipRecord:

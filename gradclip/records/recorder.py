@@ -145,7 +145,7 @@ class Tally:
         found, rest = _read([one.tensors for one in pending], beside)
         first = self.first + self.made - len(pending)
         for number, (facts, values) in enumerate(zip(pending, found, strict=True), first):
-            row = _row(number, replace(facts, **values) if values else facts)
+            row = _row(number, replace(facts, keeps=None, **values) if values else facts)
             self._add(row, 1)
             steps, clipped, *_ = self._counts
             facts.counted, facts.before = (steps, clipped), None
@@ -286,9 +286,7 @@ class Recorder:
         """Whether the norm of each parameter is kept for some steps."""
         return self._worst is not None
 
-    def follow(
-        self, plan: Plan, device: torch.device, *, reads_block: bool, on_host: bool
-    ) -> None:
+    def follow(self, plan: Plan, device: torch.device, *, reads_block: bool, on_host: bool) -> None:
         """Follow these parameters from the next step on; what is known of the steps before stays.
 
         Args:
@@ -359,6 +357,7 @@ class Recorder:
             finite=verdict.finite,
             has_gradient=has_gradient,
             skip=verdict.skip,
+            keeps=verdict.keeps,
             loss=given.loss,
             batch=given.batch,
         )
@@ -402,6 +401,7 @@ class Recorder:
         if self._config.recorder is not None:
             facts = self.describe(step)
             facts.skip = torch.ones_like(step.verdict.finite) if step.known is None else True
+            facts.keeps = None
             self.count(facts, *self._norms_of(step))
             self.close()
             self.tally.uncount()
