@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import and_
 from types import MappingProxyType
 
@@ -72,7 +72,7 @@ def decide_on_host(
     known = Known(first.item(), limit, coef, bool(told.finite), _known(told.skip))
     verdict = Verdict(
         coef=_ONE if coef == 1 else torch.full_like(first, coef),
-        limit=torch.full((), limit, dtype=torch.float64, device=first.device),
+        limit=_limit(limit),
         finite=_FLAGS[known.finite],
         skip=None if known.skip is None else _FLAGS[known.skip],
         stop=None if told.stop is None else _FLAGS[bool(told.stop)],
@@ -86,6 +86,12 @@ _FLAGS = (
     torch.zeros((), dtype=torch.bool, device="cpu"),
     torch.ones((), dtype=torch.bool, device="cpu"),
 )
+
+
+@lru_cache(maxsize=16)
+def _limit(limit: float) -> Tensor:
+    """As a tensor, 0-d; most limits come again."""
+    return torch.full((), limit, dtype=torch.float64, device="cpu")
 
 
 def _known(flag: Tensor | None) -> bool | None:

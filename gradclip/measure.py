@@ -66,9 +66,9 @@ def measure(
     ]
     if local:
         moved = [values.to(device) for values in local]
-        sums = moved[0].unsqueeze(0) if len(moved) == 1 else torch.stack(moved)
-        sums, flag = _reduced(layout.sum, sums, flag)
-        for (i, p), total in zip(summed, sums.unbind(), strict=True):
+        sums, flag = _reduced(layout.sum, moved[0] if len(moved) == 1 else torch.stack(moved), flag)
+        totals = [sums] if len(moved) == 1 else sums.unbind()
+        for (i, p), total in zip(summed, totals, strict=True):
             root = total.sqrt() if p == 2.0 else total.pow(1.0 / p)
             norms[i][p] = root * torch.exp2(exponents[i]) if sources[i][1][p] else root
     asked = zip(sources, norms, strict=True)

@@ -26,7 +26,7 @@ __all__ = ["Arithmetic", "arithmetic", "has_numbers", "number", "numbers_of", "q
 
 
 class Arithmetic:
-    """What formulas use beside `+ - * / < > <= >= & |`, `abs` and `[]`; here on tensors.
+    """What formulas use beside `+ - * / < > <= >= & |` and `abs`; here on tensors.
 
     Values are of shape (slots,), rows of shape (window, slots). Numbers stand for values of one
     slot, and one-dimensional arrays for its rows.
@@ -74,6 +74,11 @@ class Arithmetic:
     def count(values: Tensor) -> int:
         """The number of slots."""
         return values.numel()
+
+    @staticmethod
+    def between(rows: Tensor, first: int, stop: int) -> Tensor:
+        """Rows from the first up to but without the second."""
+        return rows.narrow(0, first, stop - first)
 
     @staticmethod
     def appended(rows: Tensor, values: Tensor) -> Tensor:
@@ -173,8 +178,14 @@ class _Numbers:
         return math.isfinite(value)
 
     @staticmethod
+    def between(rows: Any, first: int, stop: int) -> Any:
+        return rows[first:stop]
+
+    @staticmethod
     def appended(rows: Any, values: Any) -> Any:
-        return np.append(rows, values)
+        longer = np.empty(len(rows) + 1)
+        longer[:-1], longer[-1] = rows, values
+        return longer
 
     @staticmethod
     def ages(rows: Any) -> Any:

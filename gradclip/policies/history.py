@@ -33,7 +33,9 @@ def pushed(rows: Tensor, values: Tensor, taken: Tensor) -> Tensor:
         New rows. The oldest value of a slot that takes one is gone.
     """
     xp = arithmetic(rows)
-    return xp.where(taken, xp.appended(rows[1:], values), rows) if xp.may(taken) else rows
+    if not xp.may(taken):
+        return rows
+    return xp.where(taken, xp.appended(xp.between(rows, 1, rows.shape[0]), values), rows)
 
 
 def last_rows(rows: Tensor, seen: Tensor) -> Tensor:
@@ -92,7 +94,8 @@ def median_and_mad(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 def level(recent: Tensor, count: int, kind: str) -> tuple[Tensor, Tensor]:
     """Centre and variance of the last `count` rows of `recent`, each of shape (slots,)."""
-    xp, last = arithmetic(recent), recent[recent.shape[0] - count :]
+    xp, window = arithmetic(recent), recent.shape[0]
+    last = xp.between(recent, window - count, window)
     if kind == "mean":
         return xp.mean(last), xp.var(last)
     center = median(last)
@@ -104,7 +107,7 @@ def median(rows: Tensor) -> Tensor:
     """The middle of each column, the mean of both middles for an even count."""
     # `rows.quantile(0.5, dim=0)` gives the same values with 18 operations in place of 3.
     xp, count = arithmetic(rows), rows.shape[0]
-    return xp.mean(xp.sorted(rows)[(count - 1) // 2 : count // 2 + 1])
+    return xp.mean(xp.between(xp.sorted(rows), (count - 1) // 2, count // 2 + 1))
 
 
 def run(length: Tensor, above: Tensor, below: Tensor) -> Tensor:

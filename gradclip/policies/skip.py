@@ -304,7 +304,8 @@ class SkipSpike(SkipPolicy):
         level = dict(new)
         for name, held in (("norms", "held_norms"), ("losses", "held_losses")):
             rows = new[name]
-            filler = rows[: self.window - 1 - self._holds]
-            level[name] = xp.joined([filler, counts[held], rows[self.window - 1 :]])
+            filler = xp.between(rows, 0, self.window - 1 - self._holds)
+            newest = xp.between(rows, self.window - 1, self.window)
+            level[name] = xp.joined([filler, counts[held], newest])
         level["seen"] = xp.full_like(new["seen"], self._holds + 1.0)
         return {name: xp.where(over, level[name], value) for name, value in new.items()}

@@ -174,7 +174,8 @@ class ZClip(AdaptivePolicy):
         if self.escape_after is not None:
             escaped = abs(streak) >= self.escape_after
             if xp.may(escaped):
-                last = recent[self._history - self.escape_after :]
+                first = self._history - self.escape_after
+                last = xp.between(recent, first, self._history)
                 mean = xp.where(escaped, median(last), mean)
                 var = xp.where(escaped, xp.var(last), var)
                 streak = xp.where(escaped, 0.0, streak)
