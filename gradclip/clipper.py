@@ -248,6 +248,8 @@ class GradientClipper:
         if grad_scale is None and given.scaler_steps and self._scaler is not None:
             leave = self._core.machinery.effect.unscales(in_step=given.in_step)
             grad_scale = self._scaler.settle(leave=leave)
+        if grad_scale is None and self._losses is None:
+            return given
         mean = None
         if self._losses is not None:
             mean = self._losses.mean(self._core.machinery.device)

@@ -23,7 +23,7 @@ from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
 from gradclip.config import ClipConfig
-from gradclip.decide import decide_all
+from gradclip.decide import decide_all, decide_on_host, take_numbers
 from gradclip.effect.effect import Effect, apply
 from gradclip.effect.elements import ElementMemory
 from gradclip.errors import ClipError, ConfigError
@@ -46,9 +46,10 @@ from gradclip.plan.in_backward import BackwardWatch, refuse_taken
 from gradclip.plan.parameters import collect_parameters, facts_of
 from gradclip.plan.plan import Plan
 from gradclip.plan.rates import rate_of
+from gradclip.policies.arithmetic import tensors_of
 from gradclip.records.alarm import Spike
 from gradclip.records.record import ClipRecord
-from gradclip.records.recorder import TAKEN, Recorder, Tally
+from gradclip.records.recorder import Recorder, Tally
 from gradclip.state import carry_over, fresh_states
 from gradclip.steps import follow_while_alive
 from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
@@ -98,6 +99,7 @@ class Machinery:
         stepped: The optimizer's parameters that it was built for.
         lies: How the first parameter lay.
         lazy: Those that had no shape yet (`torch.nn.LazyLinear`), which a first forward gives.
+        on_host: The host decides, in numbers of its own.
     """
 
     device: torch.device
@@ -110,6 +112,7 @@ class Machinery:
     stepped: Sequence[Parameter]
     lies: tuple[object, ...]
     lazy: Sequence[Parameter]
+    on_host: bool
 
     def fits(self, sources: Sources) -> bool:
         """Whether the parameters are still those it was built for, each the same object."""
@@ -133,7 +136,6 @@ class Core:
         config: The validated configuration.
         sources: As given.
         machinery: What the verbs work with; `current` brings it up to date.
-        states: Of the policies, in the order of the plan's rules.
         recorder: What happened.
         last_record: What the last `commit` returned; None before it.
         watch: Sees steps that nobody clipped.
@@ -151,13 +153,13 @@ class Core:
         self.config = config
         self.sources = sources
         self.machinery = on = _build(config, sources)
-        self.states: Sequence[State] = fresh_states(on.plan.rules, on.device)
+        self._states: Sequence[State] = fresh_states(on.plan.rules, on.device)
         self.recorder = Recorder(config, on.device, is_first=is_first_rank())
-        self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
+        self._follow(on)
         self.last_record: ClipRecord | None = None
         self.listeners: list[Callable[[Spike], object]] = []
         self._has_met = False
-        self._by_steps = any(self.states) or config.follows_steps
+        self._by_steps = any(self._states) or config.follows_steps
         self._stop = DeferredStop(config.log.every_n_steps or 10)
         self._uses_rate = any(policy.uses_rate for chain in config.lists for policy in chain)
         self.watch = Watch(lacks_rate=self._uses_rate and sources.optimizer is None)
@@ -182,8 +184,12 @@ class Core:
         on = _build(self.config, self.sources, before)
         fresh = fresh_states(on.plan.rules, on.device)
         self.states = carry_over(before.plan.rules, self.states, on.plan.rules, fresh)
-        self.recorder.follow(on.plan, on.device, reads_block=on.kernel.reads_block)
+        self._follow(on)
         self.machinery = on
+
+    def _follow(self, on: Machinery) -> None:
+        reads_block, on_host = on.kernel.reads_block, on.on_host
+        self.recorder.follow(on.plan, on.device, reads_block=reads_block, on_host=on_host)
 
     def _meet(self) -> bool:
         """Whether ranks are known now that weren't when the clipper was built, before DDP was.
@@ -232,14 +238,22 @@ class Core:
             return None
         own, last = self.recorder, nearest[-1]
         tally = last.recorder.tally
-        own.restart(tally.first + tally.made, tally.counts.to(on.device, copy=True))
+        own.restart(tally.first + tally.made, tally.counts)
         if same_run:
             self.recorder, last.recorder = last.recorder, own
             for core in (self, last):
                 there = core.machinery
-                reads_block = there.kernel.reads_block
-                core.recorder.follow(there.plan, there.device, reads_block=reads_block)
+                core._follow(there)
         return last
+
+    @property
+    def states(self) -> Sequence[State]:
+        """Of the policies, in the order of the plan's rules; tensors."""
+        return [tensors_of(state, self.machinery.device) for state in self._states]
+
+    @states.setter
+    def states(self, states: Sequence[State]) -> None:
+        self._states = states
 
     def begin(self) -> Beginning:
         """What the next step begins with, for the parameters as they are now.
@@ -254,7 +268,7 @@ class Core:
             for call in self.listeners:
                 call(spike)
             self.recorder.report(spike, is_told=bool(self.listeners))
-        return Beginning(self.states, self.recorder.tally.counts.select(0, TAKEN))
+        return Beginning(self._states, self.recorder.tally.taken)
 
     def look(self, given: Given, since: Beginning | None = None) -> Step:
         """Measure, reduce, decide. Nothing has happened yet when it returns.
@@ -288,25 +302,39 @@ class Core:
         )
         if scale is not None:  # policies think in gradients without a loss scale
             norms = {p: norm / scale for p, norm in norms.items()}
-        verdict, states = decide_all(
-            on.plan.rules,
-            norms,
-            states,
-            step=taken,
-            probed=probed,
-            weights=weights,
-            rate=rate_of(self.sources.optimizer, on.device) if self._uses_rate else None,
-            loss=given.loss,
-            watched=on.plan.watched,
-            skip_nonfinite=given.on_nonfinite == "skip",
-            held=self._stop.reached,
-            share=given.share,
-        )
+        known, rule = None, given.on_nonfinite
+        common: dict[str, Any] = {
+            "step": taken,
+            "weights": weights,
+            "rate": self._rate(on),
+            "loss": given.loss,
+            "skip_nonfinite": rule == "skip",
+            "held": self._stop.reached,
+            "share": given.share,
+        }
+        if on.on_host:
+            verdict, known, states = decide_on_host(on.plan.rules, norms, states, **common)
+            has_gradient = bool(has_gradient)
+        else:
+            verdict, states = decide_all(
+                on.plan.rules,
+                norms,
+                states,
+                probed=probed,
+                watched=on.plan.watched,
+                **common,
+            )
         each = partial(measure_each, on.plan, on.layout, on.kernel, scale)
         recorded = norms[on.plan.recorded]
-        step = Step(given, grads, recorded, verdict, states, has_gradient, each, update)
+        step = Step(given, grads, recorded, verdict, states, has_gradient, each, update, known)
         # On a CPU a read costs nothing, and lets `write` drop gradients of a withheld step.
         return step if self._stays_on_device(given) else self._read_on_host(step)
+
+    def _rate(self, on: Machinery) -> Any:
+        """The optimizer's rate, where a policy asks for it; a number where the host decides."""
+        if not self._uses_rate:
+            return None
+        return rate_of(self.sources.optimizer, None if on.on_host else on.device)
 
     def commit(self, step: Step) -> ClipRecord:
         """Take over the states, count the step and record it.
@@ -332,7 +360,7 @@ class Core:
         self.machinery.agreement.follow(lambda: self._decided(step))
         if self._stays_on_device(step.given):  # else the error was raised while looking
             self._stop.check(step.verdict, self.machinery.plan.rules)
-        self.states = step.states
+        self._states = step.states
         if self._updates is not None and step.update is not None:
             self._updates.found = None
             self.recorder.add_update(step.update)
@@ -375,13 +403,16 @@ class Core:
         failed = step.verdict.finite.logical_not()
         if step.verdict.skip is not None:
             failed = failed | step.verdict.skip
-        if not self.machinery.kernel.reads_block and not bool(failed):
-            return self.last_record
-        pairs = zip(step.states, self.states, strict=True)
-        self.states = [
-            {name: torch.where(failed, new[name], value) for name, value in old.items()}
-            for new, old in pairs
-        ]
+        if not self.machinery.kernel.reads_block:
+            if not bool(failed):
+                return self.last_record
+            self._states = step.states
+        else:
+            pairs = zip(step.states, self._states, strict=True)
+            self._states = [
+                {name: torch.where(failed, new[name], value) for name, value in old.items()}
+                for new, old in pairs
+            ]
         self.last_record = self.recorder.amend(self.last_record, step.verdict)
         return self.last_record
 
@@ -428,11 +459,11 @@ class Core:
 
     def _decided(self, step: Step) -> dict[str, Tensor]:
         """What ranks have to agree on bitwise after a step."""
-        verdict, counts = step.verdict, self.recorder.tally.counts
+        verdict, taken = step.verdict, self.recorder.tally.taken
         return {
-            "state": _joined(step.states, counts),
+            "state": _joined([tensors_of(s, step.norms.device) for s in step.states], step.norms),
             "norms": torch.cat([step.norms, verdict.coef, verdict.limit.reshape(1)]),
-            "steps": counts.select(0, TAKEN),
+            "steps": taken if isinstance(taken, Tensor) else step.norms.new_tensor(taken),
         }
 
     def _stays_on_device(self, given: Given) -> bool:
@@ -516,6 +547,10 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
         stepped=sources.stepped,
         lies=_how_it_lies(plan),
         lazy=[p for p in parameters.values() if is_lazy(p)],
+        on_host=not kernel.reads_block
+        and layout.devices[0].type == "cpu"
+        and plan.watched is None
+        and take_numbers(plan.rules),
     )
 
 

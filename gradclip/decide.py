@@ -5,15 +5,99 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache, reduce
+from operator import and_
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from gradclip.plan.plan import Rule
-from gradclip.types import Decision, Edit, Elementwise, State, Stats, Verdict
+from gradclip.policies.arithmetic import arithmetic, has_numbers, number, numbers_of, quiet
+from gradclip.types import Decision, Edit, Elementwise, Known, State, Stats, Verdict
 
-__all__ = ["decide_all"]
+__all__ = ["decide_all", "decide_on_host", "take_numbers"]
+
+
+def take_numbers(rules: Sequence[Rule]) -> bool:
+    """Whether these can be decided in numbers of the host: all of one slot, by formulas for both.
+
+    A class that has a `decide` of its own says so by itself: who overrides the method of another
+    policy may use tensors.
+    """
+
+    def takes(policy: object) -> bool:
+        known = [vars(cls) for cls in type(policy).__mro__]
+        own = next(names for names in known if "decide" in names)
+        return bool(own.get("takes_numbers", False))
+
+    return has_numbers() and all(
+        rule.same_slots and len(rule.names) == 1 and takes(rule.policy) for rule in rules
+    )
+
+
+def decide_on_host(
+    rules: Sequence[Rule],
+    norms: Mapping[float, Tensor],
+    states: Sequence[State],
+    *,
+    step: Tensor | float,
+    weights: Mapping[float, Tensor] | None,
+    rate: float | None,
+    loss: Tensor | None,
+    held: Tensor | None,
+    skip_nonfinite: bool,
+    share: float,
+) -> tuple[Verdict, Known, list[State]]:
+    """`decide_all` in numbers of the host, for rules that `take_numbers`; reads the norms there.
+
+    Arguments are those of `decide_all`; states may be in numbers or in tensors.
+
+    Returns:
+        The verdict in tensors, the same in numbers, and the states in numbers.
+    """
+    first = next(iter(norms.values()))
+    with quiet():
+        told, states = decide_all(
+            rules,
+            {p: number(norm) for p, norm in norms.items()},
+            [numbers_of(state) for state in states],
+            step=number(step),
+            weights={p: number(norm) for p, norm in weights.items()} if weights else None,
+            rate=None if rate is None else number(rate),
+            loss=None if loss is None else number(loss),
+            held=None if held is None else bool(held),  # type: ignore[arg-type]
+            skip_nonfinite=skip_nonfinite,
+            share=share,
+        )
+    limit, coef = float(told.limit), float(told.coef)
+    known = Known(first.item(), limit, coef, bool(told.finite), _known(told.skip))
+    verdict = Verdict(
+        coef=_ONE if coef == 1 else torch.full_like(first, coef),
+        limit=_limit(limit),
+        finite=_FLAGS[known.finite],
+        skip=None if known.skip is None else _FLAGS[known.skip],
+        stop=None if told.stop is None else _FLAGS[bool(told.stop)],
+        keeps=_FLAGS[bool(told.keeps)],
+    )
+    return verdict, known, states
+
+
+_ONE = torch.ones(1, dtype=torch.float64, device="cpu")
+_FLAGS = (
+    torch.zeros((), dtype=torch.bool, device="cpu"),
+    torch.ones((), dtype=torch.bool, device="cpu"),
+)
+
+
+@lru_cache(maxsize=16)
+def _limit(limit: float) -> Tensor:
+    """As a tensor, 0-d; most limits come again."""
+    return torch.full((), limit, dtype=torch.float64, device="cpu")
+
+
+def _known(flag: Tensor | None) -> bool | None:
+    return None if flag is None else bool(flag)
 
 
 def decide_all(
@@ -40,7 +124,8 @@ def decide_all(
 
     Args:
         rules: The policies in order.
-        norms: For each p the norms of the gradients, float64 of shape (measured slots,).
+        norms: For each p the norms of the gradients, float64 of shape (measured slots,). Where all
+            rules `take_numbers`, these may be numbers of the host, and all else then are.
         states: One per rule.
         step: 0-d float64, the optimizer steps taken before this one.
         probed: By index of a rule, the norms that it decides on in place of those of the
@@ -58,34 +143,41 @@ def decide_all(
     Returns:
         What all policies together decided, and the states after the step, one per rule.
     """
-    every = torch.stack(list(norms.values()))
-    finite = torch.isfinite(every if watched is None else every.index_select(1, watched)).all()
-    coef = torch.ones_like(next(iter(norms.values())))
-    limit = torch.full_like(finite, math.inf, dtype=torch.float64)
-    skip = _either(finite.logical_not() if skip_nonfinite else None, held)
+    every = list(norms.values())
+    xp = arithmetic(every[0])
+    finite = _finite(every, watched)
+    coef: Tensor | None = None
+    limit: Tensor | None = None
+    withheld = held  # by policies, beside what isn't finite
     stop: Tensor | None = None
     edits: list[Edit] = []
-    has_size = (every != 0).any()  # else there is nothing to learn of how large gradients are
     learnt: list[State] = []
     for index, (rule, state) in enumerate(zip(rules, states, strict=True)):
         norm_type = rule.policy.measured[1] or next(iter(norms))
-        measured = probed[index] if index in probed else norms[norm_type]
+        seen = probed[index] if index in probed else norms[norm_type]
         weighs = rule.policy.uses_weights or rule.policy.uses_rate
         weight_norms = weights.get(norm_type) if weights and weighs else None
+        if weight_norms is not None and not rule.same_slots:
+            weight_norms = rule.gather(weight_norms, norm_type)
         # A policy on elements remembers elements, which no division of norms would reach.
         seen_share = 1.0 if not state or rule.elementwise is not None else share
+        seen = seen if coef is None else seen * coef
+        seen = seen if rule.same_slots else rule.gather(seen, norm_type)
         stats = Stats(
-            norms=_gathered(rule, measured * coef, norm_type) / seen_share,
+            norms=seen if seen_share == 1 else seen / seen_share,
             finite=finite,
             step=step,
-            sizes=rule.sizes,
-            weights=None if weight_norms is None else rule.gather(weight_norms, norm_type),
+            sizes=xp.own(rule.sizes),
+            weights=weight_norms,
             rate=rate if rule.policy.uses_rate else None,
             loss=loss,
             share=seen_share,
         )
         decision, new = rule.policy.decide(stats, state)
-        learns = has_size
+        learns = finite
+        if watched is not None or rule.elementwise is not None:
+            # Else there is nothing to learn of how large gradients are.
+            learns = has_size = (torch.stack(every) != 0).any()
         if watched is not None:
             # NaN in a slot that isn't watched doesn't withhold the step, and may not reach a state.
             learns = has_size & torch.isfinite(stats.norms).all()
@@ -98,21 +190,32 @@ def decide_all(
             new = _select(learns, new, state)
             edits.append(_edit(rule.elementwise, rule, decision, has_size, learns))
         learnt.append(new)
-        coef = coef * (decision.coef if rule.same_slots else rule.spread(decision.coef))
-        limit = torch.minimum(limit, decision.limit.min() * seen_share)
-        skip = _either(skip, decision.skip)
+        factor = decision.coef if rule.same_slots else rule.spread(decision.coef)
+        coef = factor if coef is None else coef * factor
+        tightest = xp.least(decision.limit)
+        tightest = tightest if seen_share == 1 else tightest * seen_share
+        limit = tightest if limit is None else xp.minimum(limit, tightest)
+        withheld = _either(withheld, decision.skip)
         stop = _either(stop, decision.stop)
-    keeps = finite if skip is None else finite & skip.logical_not()
+    keeps = finite if withheld is None else finite & xp.logical_not(withheld)
     kept = [
         _select(keeps, new, old, rule.policy.counters)
         for rule, new, old in zip(rules, learnt, states, strict=True)
     ]
     edits = [replace(edit, learns=edit.learns & keeps) for edit in edits]
-    return Verdict(coef, limit, finite, skip, stop, tuple(edits)), kept
+    skip = _either(xp.logical_not(finite) if skip_nonfinite else None, withheld)
+    assert coef is not None
+    assert limit is not None
+    return Verdict(coef, limit, finite, skip, stop, keeps, tuple(edits)), kept
 
 
-def _gathered(rule: Rule, norms: Tensor, norm_type: float) -> Tensor:
-    return norms if rule.same_slots else rule.gather(norms, norm_type)
+def _finite(norms: Sequence[Tensor], watched: Tensor | None) -> Tensor:
+    """Whether all norms are finite, none of which is below 0; of the watched slots alone."""
+    if watched is not None:
+        return (torch.stack(list(norms)).index_select(1, watched) < math.inf).all()
+    xp = arithmetic(norms[0])
+    flags = [xp.all(norm < math.inf) for norm in norms]
+    return reduce(and_, flags)
 
 
 def _edit(
@@ -137,10 +240,11 @@ def _from_start(
     starts: Tensor, decision: Decision, new: State, old: State
 ) -> tuple[Decision, State]:
     """A policy's answer from its first step on; until then that of a policy that does nothing."""
+    xp = arithmetic(decision.coef)
     late = replace(
         decision,
-        coef=torch.where(starts, decision.coef, 1.0),
-        limit=torch.where(starts, decision.limit, math.inf),
+        coef=xp.where(starts, decision.coef, 1.0),
+        limit=xp.where(starts, decision.limit, math.inf),
         skip=None if decision.skip is None else decision.skip & starts,
         stop=None if decision.stop is None else decision.stop & starts,
         changes=None if decision.changes is None else decision.changes & starts,
@@ -152,6 +256,8 @@ def _select(keeps: Tensor, new: State, old: State, counters: Iterable[str] = ())
     """The new state where it is to be kept, else the old one; counters always move."""
     if new is old:
         return old
+    if not isinstance(keeps, Tensor):
+        return {name: new[name] if keeps or name in counters else old[name] for name in old}
     return {
         name: new[name] if name in counters else torch.where(keeps, new[name], value)
         for name, value in old.items()

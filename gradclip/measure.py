@@ -111,7 +111,7 @@ class Measured(NamedTuple):
         norms: For each p the norms of the measured slots.
         probed: The norms of each probe, by index of its rule.
         weights: For each p the norms of the weights; None where no policy asks.
-        has_gradient: 0-d bool, any rank holds a gradient.
+        has_gradient: Any rank holds a gradient; a 0-d bool where ranks hold parts.
         update: Float64 of shape (2,): the norms of the change that an earlier step made and of the
             parameters before it, 0 without such a step; None where nobody asks.
     """
@@ -119,7 +119,7 @@ class Measured(NamedTuple):
     norms: Norms
     probed: dict[int, Tensor]
     weights: Norms | None
-    has_gradient: Tensor
+    has_gradient: Tensor | bool
     update: Tensor | None
 
 
@@ -153,15 +153,16 @@ def measure_step(
         sources.append((_as_measured(plan, weights), plan.weight_types))
     if update is not None:
         sources.append((update, {2.0: False}))
-    holds, device = any(grads.all), layout.devices[0]
+    holds = any(grads.all)
+    has_gradient: Tensor | bool = holds
     if layout.reduces:
+        device = layout.devices[0]
         flag = torch.full((1,), float(holds), dtype=torch.float64, device=device)
         (norms, *more), found = measure(sources, layout, kernel, flag)
         assert found is not None
         has_gradient = found.squeeze(0) > 0
     else:  # every rank holds every gradient
         (norms, *more), _ = measure(sources, layout, kernel)
-        has_gradient = torch.full((), holds, dtype=torch.bool, device=device)
     probed = {i: more.pop(0)[p] for i, types in plan.probe_types.items() for p in types}
     weight_norms = more.pop(0) if plan.weight_types else None
     if update is not None:

@@ -68,6 +68,7 @@ class Model(BaseModel, metaclass=_PlainErrors):
         extra="forbid",
         strict=True,
         use_attribute_docstrings=True,
+        defer_build=True,  # until one is used: there are more than a run needs
         ser_json_inf_nan="constants",
     )
 

@@ -43,7 +43,7 @@ def pack(
     return {
         "format": FORMAT,
         "policies": policies,
-        "counts": dict(zip(Tally.NAMES, tally.counts.clone().unbind(), strict=True)),
+        "counts": dict(zip(Tally.NAMES, tally.counts.unbind(), strict=True)),
         "step": tally.first + tally.made,
     }
 
@@ -113,7 +113,7 @@ def unpack(
     step = read_whole(saved["step"], "step") if "step" in saved else int(counts[0])
     if "step" in saved and bool((counts > step).any()):
         refuse_saved("counts", f"are {counts.tolist()} where step is {step}", "at most step")
-    return Unpacked(loaded, counts.to(device), elements, step)
+    return Unpacked(loaded, counts, elements, step)
 
 
 def _unpack_one(entry: Mapping[str, Any], where: str, rule: Rule, state: State) -> State:

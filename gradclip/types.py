@@ -22,6 +22,7 @@ __all__ = [
     "Grads",
     "Handle",
     "Kernel",
+    "Known",
     "Layout",
     "Measurable",
     "Memory",
@@ -141,6 +142,8 @@ class Collected:
 @dataclass(frozen=True, slots=True)
 class Stats:
     """What a policy sees: reduced, equal on every rank.
+
+    Numbers of the host stand for tensors where the host decides, if the policy takes them.
 
     Attributes:
         norms: Shape (slots,), float64. The p-norm of each of the policy's slots, after the
@@ -315,6 +318,7 @@ class Verdict:
         finite: 0-d bool, every gradient element on every rank is finite.
         skip: 0-d bool; None if nothing configured can withhold a step.
         stop: 0-d bool, an error is wanted instead; None if nothing configured ever does.
+        keeps: 0-d bool, the step is finite and no policy withholds it.
         edits: What element policies do, in order.
         withheld: `skip`, read on the host; False until it is.
     """
@@ -324,6 +328,7 @@ class Verdict:
     finite: Tensor
     skip: Tensor | None
     stop: Tensor | None
+    keeps: Tensor
     edits: tuple[Edit, ...] = ()
     withheld: bool = False
 
@@ -331,6 +336,24 @@ class Verdict:
     def edited(self) -> Tensor:
         """0-d bool, some element is changed by itself; only where there are edits."""
         return torch.cat([edit.changes for edit in self.edits]).any()
+
+
+class Known(NamedTuple):
+    """A verdict where the host decided, in its own numbers.
+
+    Attributes:
+        norm: The recorded norm of all gradients.
+        limit: As in `Verdict`.
+        coef: The only one.
+        finite: As in `Verdict`.
+        skip: As in `Verdict`.
+    """
+
+    norm: float
+    limit: float
+    coef: float
+    finite: bool
+    skip: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,11 +391,13 @@ class Step:
             scale.
         verdict: What the policies decided.
         states: The states of the policies after it, in the order of the plan's rules.
-        has_gradient: 0-d bool, equal on every rank: some rank has a gradient, of zeros or not.
+        has_gradient: Bool, equal on every rank: some rank has a gradient, of zeros or not. A 0-d
+            tensor where ranks hold parts.
         measure_each: Gives the norm of each parameter, float64 of shape (parameters,): one more
             read of the gradients, and a message where ranks share them. Every rank calls it.
         update: Float64 of shape (2,): the norms of what an earlier step changed, and of the
             parameters before it; 0 if no step was measured, None where its norm needs no message.
+        known: The verdict in numbers; None where a device decided.
     """
 
     given: Given
@@ -380,9 +405,10 @@ class Step:
     norms: Tensor
     verdict: Verdict
     states: Sequence[State]
-    has_gradient: Tensor
+    has_gradient: Tensor | bool
     measure_each: Callable[[], Tensor]
     update: Tensor | None
+    known: Known | None = None
 
 
 class Beginning(NamedTuple):
@@ -390,11 +416,11 @@ class Beginning(NamedTuple):
 
     Attributes:
         states: Of the policies, in the order of the plan's rules.
-        taken: 0-d float64, the optimizer steps taken before it.
+        taken: Float64, the optimizer steps taken before it: 0-d on the device.
     """
 
     states: Sequence[State]
-    taken: Tensor
+    taken: Tensor | float
 
 
 class Layout(Protocol):

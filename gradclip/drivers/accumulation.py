@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from gradclip.layouts.local import local_part
 from gradclip.private import is_view
-from gradclip.records.record import ClipRecord
+from gradclip.records.record import Facts
 
 __all__ = ["Accumulated", "add_up", "is_borrowed"]
 
@@ -21,10 +21,9 @@ class Accumulated:
     """The micro-batches since the last step; tensors are 0-d bool, equal on every rank.
 
     Attributes:
-        record: Of the worst: the largest norm and its limit, the smallest coefficient.
+        facts: Of the worst: the largest norm and its limit, the smallest coefficient.
         slots: The largest norm of each slot, float64 of shape (slots,).
         each: The same of each parameter, where a flight record keeps the worst steps.
-        loss: The last, where it is known.
         kept: One at least joined the sum.
         sound: What joined it is finite.
         dropped: How many didn't join it, 0-d float64.
@@ -33,10 +32,9 @@ class Accumulated:
         names: What is said of those that were dropped, where the host knows.
     """
 
-    record: ClipRecord
+    facts: Facts
     slots: Tensor
     each: Tensor
-    loss: Tensor | None
     kept: Tensor
     sound: Tensor
     dropped: Tensor
@@ -46,20 +44,19 @@ class Accumulated:
 
     def add(self, other: Accumulated) -> None:
         """Take in one more micro-batch."""
-        a, b = self.record, other.record
+        a, b = self.facts, other.facts
         worse = (b.grad_norm > a.grad_norm) | b.grad_norm.isnan()
-        self.record = replace(
-            a,
+        self.facts = Facts(
             grad_norm=torch.where(worse, b.grad_norm, a.grad_norm),
             limit=torch.where(worse, b.limit, a.limit),
             coef=torch.minimum(a.coef, b.coef),
-            clipped=a.clipped | b.clipped,
+            changed=a.clipped | b.clipped,
             finite=a.finite & b.finite,
             has_gradient=a.has_gradient | b.has_gradient,
+            loss=b.loss,
         )
         self.slots = torch.maximum(self.slots, other.slots)
         self.each = torch.maximum(self.each, other.each)
-        self.loss = other.loss
         self.kept = self.kept | other.kept
         self.sound = self.sound & other.sound
         self.dropped = self.dropped + other.dropped

@@ -20,7 +20,7 @@ from gradclip.errors import ConfigError, NonFiniteError
 from gradclip.layouts import is_flattened
 from gradclip.measure import measure_recorded
 from gradclip.norms import combine
-from gradclip.records.record import ClipRecord
+from gradclip.records.record import ClipRecord, Facts
 from gradclip.stops import nonfinite_names, shown
 from gradclip.types import Given, Step
 
@@ -117,20 +117,18 @@ class MicroBatches:
         if given.scaler_steps:
             assert self._scaler is not None
             self._scaler.settle(leave=False)
-            skipped = skipped | window.record.finite.logical_not()
+            skipped = skipped | window.facts.nonfinite
         grads = on.layout.collect(on.plan.slots)
         total = combine(measure_recorded(on.plan, grads, on.layout, on.kernel), on.plan.recorded)
-        record = replace(
-            window.record,
-            clipped_norm=torch.where(skipped, window.record.grad_norm, total),
-            coef=torch.where(skipped, 1.0, window.record.coef),
-            clipped=window.record.clipped & skipped.logical_not(),
-            skipped=skipped,
+        facts = replace(
+            window.facts,
+            clipped_norm=total,
+            skip=skipped,
+            sound=window.sound,
             dropped=window.dropped,
-            per_parameter=core.recorder.named(lambda: window.slots),
+            batch=given.batch,
         )
-        norms_of = (lambda: window.slots, lambda: window.each)
-        record = core.recorder.count(record, *norms_of, given.batch, window.loss, window.sound)
+        record = core.recorder.count(facts, lambda: window.slots, lambda: window.each)
         core.last_record = record
         skips = given.on_nonfinite == "skip" or any(r.policy.withholds for r in on.plan.rules)
         core.withhold(skipped if skips else None, given)
@@ -240,11 +238,20 @@ class MicroBatches:
     def _described(self, step: Step, drop: Tensor | None) -> Accumulated:
         """The window of one micro-batch, with whether it joins the sum; not counted yet."""
         recorder, plan = self._core.recorder, self._core.machinery.plan
-        record, slots = recorder.describe(step), plan.by_slot(step.norms)
+        record, slots = recorder.described(step), plan.by_slot(step.norms)
         each = step.measure_each() if recorder.keeps_worst and plan.each else slots
         finite, none = step.verdict.finite, torch.zeros_like(record.grad_norm)
         kept = torch.ones_like(finite)
-        one = Accumulated(record, slots, each, step.given.loss, kept, finite, none)
+        facts = Facts(
+            grad_norm=record.grad_norm,
+            limit=record.limit,
+            coef=record.coef,
+            changed=record.clipped,
+            finite=record.finite,
+            has_gradient=record.has_gradient,
+            loss=step.given.loss,
+        )
+        one = Accumulated(facts, slots, each, kept, finite, none)
         if drop is not None:
             one.kept, one.sound = drop.logical_not(), finite | drop
             one.dropped = drop.double()

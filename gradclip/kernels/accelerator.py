@@ -63,6 +63,8 @@ class AcceleratorKernel(FastKernel):
         fused = scale is None and norm_type in FUSED
         if fused and all(len(slot) == 1 for slot in grads):
             return _norms([slot[0] for slot in grads], norm_type).pow(norm_type)
+        if fused and len(grads) == 1 and grads[0]:
+            return _norms(grads[0], norm_type).pow(norm_type).sum(0, keepdim=True)
         sums = _zeros(grads)
         scales = [None] * len(grads) if scale is None else scale.unbind()
         for slot, total, factor in zip(grads, sums.unbind(), scales, strict=True):
@@ -113,7 +115,7 @@ def _norms(tensors: list[Tensor], norm_type: float) -> Tensor:
         torch.stack(torch._foreach_norm([tensors[i] for i in batch], norm_type, kind)).double()
         for batch in batches
     ]
-    norms = torch.cat(by_batch)
+    norms = by_batch[0] if len(by_batch) == 1 else torch.cat(by_batch)
     order = list(chain.from_iterable(batches))
     if order == sorted(order):
         return norms

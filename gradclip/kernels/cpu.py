@@ -38,6 +38,8 @@ BATCH = 1 << 17
 SMALL = 1 << 14
 # Float32 squares lose digits below this sum and overflow above; both are then done in float64.
 TRUSTED = 1e-18
+# Up to here one call in float64 costs less than rows do.
+WHOLE = 1 << 15
 # Norms of rows held back before they are added up, which costs dispatch too.
 ROWS = 1 << 12
 
@@ -63,6 +65,8 @@ class CpuKernel(FastKernel):
             factors = [1.0] * len(grads) if scale is None else scale.tolist()
             exact = [_exact(g, norm_type, f) for g, f in zip(grads, factors, strict=True)]
             return torch.tensor(exact, dtype=torch.float64, device="cpu")
+        if len(grads) == 1 and sum(map(Tensor.numel, grads[0])) <= WHOLE:
+            return torch.full((1,), _whole(grads[0], norm_type), dtype=torch.float64, device="cpu")
         sums = [0.0] * len(grads)
         flat = list(chain.from_iterable(grads))
         owners = [index for index, slot in enumerate(grads) for _ in slot]
@@ -110,6 +114,19 @@ def _large(grad: Tensor, norm_type: float, buffer: Tensor) -> float:
     return _by_rows(blocks, norm_type)
 
 
+def _joined(grads: Sequence[Tensor]) -> Tensor:
+    """All elements in one copy."""
+    return torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
+
+
+def _whole(grads: Sequence[Tensor], norm_type: float) -> float:
+    """Sum of |g|^p of few elements, in float64."""
+    if not grads:
+        return 0.0
+    norm = torch.linalg.vector_norm(_joined(grads), norm_type, dtype=torch.float64).item()
+    return norm**norm_type
+
+
 def _by_rows(blocks: Iterable[Tensor], norm_type: float) -> float:
     """Sum of |g|^p over one-dimensional float32 tensors."""
     total = 0.0
@@ -148,7 +165,10 @@ def _add_small(
     sums: list[float], grads: list[Tensor], owners: list[int], sizes: list[int], norm_type: float
 ) -> None:
     """Concatenate small gradients and add the power sum of each to its slot."""
-    buffer = torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
+    if owners[0] == owners[-1] and sum(sizes) <= WHOLE:
+        sums[owners[0]] += _whole(grads, norm_type)
+        return
+    buffer = _joined(grads)
     if owners[0] == owners[-1]:
         double = buffer.dtype == torch.float64
         whole = _exact([buffer], norm_type) if double else _by_rows([buffer.float()], norm_type)

@@ -6,21 +6,22 @@ import fnmatch
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.deepspeed import is_managed
 from gradclip.layouts.fsdp1 import fsdp1_shardings, is_flattened
 from gradclip.layouts.geometry import Sharding, distinct, reduction_axes
 from gradclip.layouts.local import LocalLayout
-from gradclip.layouts.meshes import axis_of, root_of, sharding_over
+from gradclip.layouts.meshes import axis_of, is_dtensor, root_of, sharding_over
 from gradclip.layouts.sharded import ShardedLayout
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 __all__ = ["Groups", "detect", "distinct_groups", "gathered", "shardings_of"]
 
@@ -73,7 +74,7 @@ def detect(
             for name, own in shardings.items()
         }
     axes = reduction_axes(shardings.values())
-    if axes or any(isinstance(p, DTensor) for p in parameters.values()):
+    if axes or any(is_dtensor(p) for p in parameters.values()):
         return ShardedLayout(parameters, shardings, axes)
     return LocalLayout(parameters)
 
@@ -134,7 +135,7 @@ def shardings_of(
     whole = Sharding()
     known: dict[tuple[int, tuple[Placement, ...]], Sharding] = {}
     for name, p in parameters.items():
-        if isinstance(p, DTensor):
+        if is_dtensor(p):
             key = (id(p.device_mesh), p.placements)
             if key not in known:
                 known[key] = sharding_over(p.device_mesh, p.placements)
@@ -216,7 +217,7 @@ def _warn_of_forgotten_axes(
         for sharding in distinct(shardings)
         for axis in (*sharding.split, *sharding.copied)
     ]
-    meshes = {p.device_mesh for p in parameters.values() if isinstance(p, DTensor)}
+    meshes = {p.device_mesh for p in parameters.values() if is_dtensor(p)}
     for root in set(map(root_of, meshes)):
         for dim, name in enumerate(root.mesh_dim_names or ()):
             ranks = set(dist.get_process_group_ranks(root.get_group(dim)))

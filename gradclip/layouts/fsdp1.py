@@ -11,17 +11,18 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp._flat_param import FlatParameter, FlatParamHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.geometry import Sharding
 from gradclip.layouts.meshes import axis_of, sharding_over
 from gradclip.types import Region
+
+if TYPE_CHECKING:  # else imported where FSDP1 is in use: that takes as long as all of gradclip
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 __all__ = [
     "flat_region",
@@ -51,7 +52,7 @@ def is_flattened(parameter: Tensor) -> bool:
 
 def is_flat(parameter: Tensor) -> bool:
     """Whether this is several parameters in one (`use_orig_params=False`)."""
-    return isinstance(parameter, FlatParameter)
+    return bool(getattr(parameter, "_is_flat_param", False))
 
 
 def padding(parameter: Tensor) -> int:
@@ -141,6 +142,8 @@ def _learn(parameters: Iterable[Tensor], model: nn.Module | None) -> None:
 
 
 def _handles_of_model(model: nn.Module | None) -> Iterator[FlatParamHandle]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     if model is not None:
         for module in FullyShardedDataParallel.fsdp_modules(model):
             if module._handle is not None:
@@ -155,6 +158,8 @@ def _handles_alive(_: nn.Module | None) -> Iterator[FlatParamHandle]:
     refer to its handle, and torch keeps no list of handles, so Python's is searched: once for
     each model, as what is found is remembered.
     """
+    from torch.distributed.fsdp._flat_param import FlatParamHandle
+
     return (found for found in gc.get_objects() if type(found) is FlatParamHandle)
 
 

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from gradclip.layouts.fsdp1 import flat_region, is_flattened, padding
-from gradclip.layouts.meshes import mesh_region
+from gradclip.layouts.meshes import is_dtensor, mesh_region
 from gradclip.types import Collected, Grads, Region
 
 __all__ = [
@@ -172,7 +171,7 @@ def _surplus(parameter: Tensor) -> int:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def device_of(group: ProcessGroup, near: torch.device) -> torch.device:
@@ -199,6 +198,6 @@ def region_of(name: str, parameter: Tensor) -> Region:
     """
     if is_flattened(parameter):
         return flat_region(name, parameter)
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         return mesh_region(parameter)
     return Region.whole(tuple(parameter.shape))

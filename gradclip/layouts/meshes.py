@@ -5,20 +5,34 @@ Read in torch 2.13; tests/layouts/test_torch_names.py fails when a name used her
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.algorithms.join import Joinable
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement
 
 from gradclip.layouts.geometry import Axis, Sharding
 from gradclip.types import Region
 
-__all__ = ["axis_of", "is_joining", "mesh_region", "root_of", "sharding_over"]
+if TYPE_CHECKING:
+    from torch.distributed.algorithms.join import Joinable
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+    from typing_extensions import TypeIs
+
+__all__ = ["axis_of", "is_dtensor", "is_joining", "mesh_region", "root_of", "sharding_over"]
+
+
+def is_dtensor(value: object) -> TypeIs[DTensor]:
+    """Whether this is a DTensor; there is none where nobody imported its module.
+
+    Importing it takes longer than importing the rest of gradclip.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    kind = getattr(module, "DTensor", None)  # missing while the module is being imported
+    return kind is not None and isinstance(value, kind)
 
 
 def axis_of(group: ProcessGroup) -> Axis:
@@ -43,6 +57,8 @@ def sharding_over(mesh: DeviceMesh, placements: Sequence[Placement]) -> Sharding
 
 def mesh_region(tensor: DTensor) -> Region:
     """Which box of a DTensor this rank holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape = tuple(tensor.shape)
     size, start = compute_local_shape_and_global_offset(
         shape, tensor.device_mesh, tensor.placements

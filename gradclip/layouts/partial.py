@@ -6,14 +6,18 @@ Sequence parallel norms leave such gradients, and computations on DTensors by ha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from gradclip.errors import LayoutError
+from gradclip.layouts.meshes import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["PartialSums", "completed"]
 
@@ -39,7 +43,7 @@ class PartialSums:
         self._names = {p: name for name, p in parameters.items()}
         self._meshes: dict[DeviceMesh, list[DTensor]] = {}
         for p in parameters.values():
-            if not isinstance(p, DTensor) or not p.requires_grad:
+            if not is_dtensor(p) or not p.requires_grad:
                 continue
             whole = all(placement.is_replicate() for placement in p.placements)
             if whole and p.device_mesh.size() > 1:
@@ -75,8 +79,10 @@ class PartialSums:
 
     def _kind(self, parameter: DTensor, dim: int) -> int:
         grad = parameter.grad
-        if not isinstance(grad, DTensor):
+        if not is_dtensor(grad):
             return _NOTHING
+        from torch.distributed.tensor import Partial
+
         placement = grad.placements[dim]
         if not isinstance(placement, Partial):
             return _WHOLE
@@ -91,8 +97,10 @@ class PartialSums:
 
 def completed(tensor: Tensor) -> Tensor:
     """The tensor with its partial sums reduced; every rank of its mesh must call."""
-    if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
+    if not is_dtensor(tensor) or not any(p.is_partial() for p in tensor.placements):
         return tensor
+    from torch.distributed.tensor import Replicate
+
     whole = [Replicate() if p.is_partial() else p for p in tensor.placements]
     return tensor.redistribute(placements=whole)
 
@@ -134,7 +142,9 @@ def _share(parameter: DTensor, mesh: DeviceMesh, dim: int) -> Tensor:
     A Partial gradient adds its part. A whole one is the same on every rank: the first adds it.
     """
     grad = parameter.grad
-    if isinstance(grad, DTensor):
+    if is_dtensor(grad):
+        from torch.distributed.tensor import Partial
+
         part = grad.to_local()
         placement = grad.placements[dim]
         if isinstance(placement, Partial):
@@ -146,6 +156,8 @@ def _share(parameter: DTensor, mesh: DeviceMesh, dim: int) -> Tensor:
 
 def _write(parameter: DTensor, total: Tensor, ranks: Tensor, dim: int) -> None:
     """Put a reduced gradient in the parameter's `.grad`, unless no rank had one."""
+    from torch.distributed.tensor import DTensor, Replicate
+
     grad = parameter.grad
     if grad is None:
         if ranks > 0:
@@ -154,7 +166,7 @@ def _write(parameter: DTensor, total: Tensor, ranks: Tensor, dim: int) -> None:
                 total, parameter.device_mesh, parameter.placements, run_check=False
             )
         return
-    assert isinstance(grad, DTensor)
+    assert is_dtensor(grad)
     if grad.placements[dim].is_partial():
         part = grad.to_local()
         part.copy_(total.view(part.shape))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from gradclip.layouts.local import device_of
+from gradclip.layouts.meshes import is_dtensor
 
 __all__ = ["is_first_rank", "mean_loss", "this_rank"]
 
@@ -26,7 +26,7 @@ def mean_loss(losses: Sequence[Tensor], device: torch.device) -> Tensor | None:
         0-d float64, the same on every rank; None if no rank has a loss.
     """
     # A loss over sharded classes (loss parallel) is a DTensor.
-    whole = [loss.full_tensor() if isinstance(loss, DTensor) else loss for loss in losses]
+    whole = [loss.full_tensor() if is_dtensor(loss) else loss for loss in losses]
     mine = None
     if whole:
         mine = torch.stack([loss.reshape(()).to(device, torch.float64) for loss in whole]).mean()

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from gradclip.errors import LayoutError
 from gradclip.layouts.geometry import Axis, Sharding, counts, distinct
 from gradclip.layouts.local import LocalLayout, Owned, overlaps
+from gradclip.layouts.meshes import is_dtensor
 from gradclip.layouts.partial import PartialSums
 from gradclip.tensors import refuse_sparse
 from gradclip.types import Collected
@@ -96,9 +96,9 @@ class ShardedLayout(LocalLayout):
             raise LayoutError(msg)
 
     def _part(self, owner: Tensor, grad: Tensor) -> Tensor:
-        if not isinstance(grad, DTensor):
+        if not is_dtensor(grad):
             return grad
-        if isinstance(owner, DTensor) and grad.placements == owner.placements:
+        if is_dtensor(owner) and grad.placements == owner.placements:
             return grad.to_local()
         msg = (
             f"The gradient of {self._names[owner]!r} is a DTensor placed {grad.placements}, its "

@@ -28,7 +28,7 @@ def grows_with_gradient(kinds: Iterable[str]) -> bool:
     return not _GROWING.isdisjoint(kinds)
 
 
-def rate_of(optimizer: Any, device: torch.device) -> Tensor | None:
+def rate_of(optimizer: Any, device: torch.device | None) -> Tensor | float | None:
     """How far one gradient moves a parameter in all, for each unit of the gradient.
 
     That is lr * (1 - dampening) / (1 - momentum): momentum carries a gradient on through later
@@ -36,15 +36,17 @@ def rate_of(optimizer: Any, device: torch.device) -> Tensor | None:
 
     Args:
         optimizer: As it is now.
-        device: Where policies decide.
+        device: Where policies decide; None for the host, in its own numbers.
 
     Returns:
-        0-d float64; None without an optimizer, and where steps don't grow with the gradient (Adam,
-        Lion, Muon, and every class that isn't known to be like SGD).
+        0-d float64, or a number for the host; None without an optimizer, and where steps don't
+        grow with the gradient (Adam, Lion, Muon, and every class that isn't known to be like SGD).
     """
     if optimizer is None or not grows_with_gradient(kinds_of(optimizer)):
         return None
     rates = [_rate(group) for group in optimizer.param_groups]
+    if device is None:
+        return max(map(float, rates), default=0.0)
     tensors = [rate.to(device, torch.float64) for rate in rates if isinstance(rate, Tensor)]
     most = max((rate for rate in rates if not isinstance(rate, Tensor)), default=0.0)
     known = torch.full((), most, dtype=torch.float64, device=device)

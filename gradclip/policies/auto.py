@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gradclip.policies.arithmetic import arithmetic
 from gradclip.policies.base import NORM, AdaptivePolicy, coefficient
 from gradclip.saved import Range
 from gradclip.types import Decision, State, Stats
@@ -55,6 +56,7 @@ class Auto(AdaptivePolicy):
     """
 
     uses_rate: ClassVar[bool] = True
+    takes_numbers: ClassVar[bool] = True
 
     ranges: ClassVar[Mapping[str, Range]] = {"mean": NORM, "rate": NORM}
 
@@ -71,21 +73,23 @@ class Auto(AdaptivePolicy):
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Hold each slot to its multiple, and take its clipped norm in."""
         norms, mean, rate = stats.norms, state["mean"], state["rate"]
+        xp = arithmetic(norms)
         grows = stats.rate is not None
-        mean = torch.where(mean > 0, mean, norms if grows else _START * norms)
+        mean = xp.where(mean > 0, mean, norms if grows else _START * norms)
         found = _FACTOR * mean
         if stats.rate is not None:
-            rate = torch.maximum(rate, stats.rate)
-            found = torch.minimum(found, self._reach(stats, rate))
-        taken = _DECAY * mean + (1 - _DECAY) * torch.minimum(norms, found)
+            rate = xp.maximum(rate, stats.rate)
+            found = xp.minimum(found, self._reach(stats, rate))
+        taken = _DECAY * mean + (1 - _DECAY) * xp.minimum(norms, found)
         # A slot that never had a gradient has no limit, rather than one of 0.
-        limit = self.bounded(torch.where(mean > 0, found, math.inf), stats)
-        new = {"mean": torch.where(norms > 0, taken, state["mean"]), "rate": rate}
+        limit = self.bounded(xp.where(mean > 0, found, math.inf), stats)
+        new = {"mean": xp.where(norms > 0, taken, state["mean"]), "rate": rate}
         return Decision(coefficient(norms, limit, self.eps), limit), new
 
     def _reach(self, stats: Stats, rate: Tensor) -> Tensor:
         """The norm of gradients that move parameters by `_REACH` of their own norm."""
         assert stats.weights is not None
         assert stats.sizes is not None
-        size = torch.maximum(stats.weights, _LEAST_RMS * stats.sizes.sqrt())
+        xp = arithmetic(stats.norms)
+        size = xp.maximum(stats.weights, _LEAST_RMS * xp.sqrt(stats.sizes))
         return _REACH * size / (rate * stats.share)

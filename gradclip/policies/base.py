@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from gradclip.models import Model
+from gradclip.policies.arithmetic import arithmetic
 from gradclip.policies.schedule import Limit, Schedule
 from gradclip.saved import LARGEST_COUNT, Range
 from gradclip.types import Decision, Scope, State, Stats
@@ -79,6 +80,8 @@ class Policy(Model):
     """Whether it needs the number of elements of each slot."""
     uses_rate: ClassVar[bool] = False
     """Whether it needs the optimizer's rate, and the norms of the parameters where there is one."""
+    takes_numbers: ClassVar[bool] = False
+    """Whether `decide` works on numbers of the host, too (`gradclip.policies.arithmetic`)."""
     watches_loss: ClassVar[bool] = False
     """Whether it needs the loss, which `clip(loss=...)` is given."""
 
@@ -173,10 +176,11 @@ class AdaptivePolicy(NormPolicy):
 
     def bounded(self, limit: Tensor, stats: Stats) -> Tensor:
         """A limit of shape (slots,), held between floor and ceiling; the ceiling wins."""
+        xp = arithmetic(limit)
         if self.min_norm is not None:
-            limit = torch.maximum(limit, fixed(limit, self.min_norm, stats))
+            limit = xp.maximum(limit, fixed(limit, self.min_norm, stats))
         if self.max_norm is not None:
-            limit = torch.minimum(limit, fixed(limit, self.max_norm, stats))
+            limit = xp.minimum(limit, fixed(limit, self.max_norm, stats))
         return limit
 
 
@@ -216,15 +220,16 @@ def coefficient(norms: Tensor, limit: Tensor, eps: float) -> Tensor:
     Returns:
         Shape (slots,), float64, in (0, 1].
     """
-    exceeds = (norms > limit) & torch.isfinite(norms)
-    return torch.where(exceeds, limit / (norms + eps), 1.0)
+    exceeds = (norms > limit) & (norms < math.inf)
+    return arithmetic(norms).where(exceeds, limit / (norms + eps), 1.0)
 
 
 def filled(like: Tensor, value: float | Schedule, step: Tensor) -> Tensor:
     """A limit at a step, in the shape, dtype and device of another tensor."""
-    if isinstance(value, Schedule):
-        return value.at(step).expand_as(like)
-    return torch.full_like(like, value)
+    if not isinstance(value, Schedule):
+        return arithmetic(like).full_like(like, value)
+    limit = value.at(step)
+    return limit.expand_as(like) if isinstance(like, Tensor) else limit
 
 
 def fixed(like: Tensor, norm: float | Schedule, stats: Stats) -> Tensor:

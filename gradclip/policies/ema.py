@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gradclip.policies.arithmetic import arithmetic
 from gradclip.policies.base import COUNT, NORM, RUN, SHARE, AdaptivePolicy, coefficient
 from gradclip.policies.history import lacks, median, pushed, run
 from gradclip.saved import Range
@@ -59,6 +60,8 @@ class EmaClip(AdaptivePolicy):
         "recent": NORM,
     }
 
+    takes_numbers: ClassVar[bool] = True
+
     type: Literal["ema"] = "ema"
     """Selects this policy in YAML."""
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
@@ -95,35 +98,37 @@ class EmaClip(AdaptivePolicy):
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Hold each norm to its multiple of the mean, and take it in."""
-        norms = stats.norms
+        norms, xp = stats.norms, arithmetic(stats.norms)
         ready = state["seen"] >= self.warmup_steps
-        mean = state["mean"] / torch.where(ready, state["weight"], 1.0)
-        found = torch.where(ready, self.factor * mean, math.inf)
+        mean = state["mean"] / xp.where(ready, state["weight"], 1.0)
+        found = xp.where(ready, self.factor * mean, math.inf)
         limit = self.bounded(found, stats)
         new = self._update(norms, found, ready & (norms < mean / self.factor), state)
         return Decision(coefficient(norms, limit, self.eps), limit), new
 
     def _update(self, norms: Tensor, limit: Tensor, below: Tensor, state: State) -> State:
         """The state after these norms, held to the limit before floor and ceiling."""
+        xp = arithmetic(norms)
         observed = norms > 0
         above = norms > limit
-        taken = norms if self.update == "raw" else torch.minimum(norms, limit)
-        moves = observed & above.logical_not() if self.update == "skip" else observed
+        taken = norms if self.update == "raw" else xp.minimum(norms, limit)
+        moves = observed & xp.logical_not(above) if self.update == "skip" else observed
 
         mean = self.decay * state["mean"] + (1 - self.decay) * taken
         weight = self.decay * state["weight"] + (1 - self.decay)
-        streak = torch.where(observed, run(state["streak"], above, below), state["streak"])
+        streak = xp.where(observed, run(state["streak"], above, below), state["streak"])
         new = {
-            "mean": torch.where(moves, mean, state["mean"]),
-            "weight": torch.where(moves, weight, state["weight"]),
+            "mean": xp.where(moves, mean, state["mean"]),
+            "weight": xp.where(moves, weight, state["weight"]),
             "seen": state["seen"] + observed,
             "streak": streak,
         }
         if self.escape_after is None:
             return new
         new["recent"] = pushed(state["recent"], norms, observed)
-        escaped = streak.abs() >= self.escape_after
-        new["mean"] = torch.where(escaped, median(new["recent"]), new["mean"])
-        new["weight"] = torch.where(escaped, 1.0, new["weight"])
-        new["streak"] = torch.where(escaped, 0.0, streak)
+        escaped = abs(streak) >= self.escape_after
+        if xp.may(escaped):
+            new["mean"] = xp.where(escaped, median(new["recent"]), new["mean"])
+            new["weight"] = xp.where(escaped, 1.0, new["weight"])
+            new["streak"] = xp.where(escaped, 0.0, streak)
         return new

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from gradclip.policies.arithmetic import arithmetic
 from gradclip.policies.base import NormPolicy, Policy, coefficient, filled
 from gradclip.policies.schedule import Limit
 from gradclip.types import Decision, Scope, State, Stats
@@ -27,6 +28,8 @@ class ClipByNorm(NormPolicy):
     References: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural
     networks", https://arxiv.org/abs/1211.5063 (2012).
     """
+
+    takes_numbers: ClassVar[bool] = True
 
     type: Literal["norm"] = "norm"
     """Selects this policy in YAML."""
@@ -55,10 +58,10 @@ class ClipByNorm(NormPolicy):
         """Hold each slot to `max_norm`, or to its share."""
         limit = filled(stats.norms, self.max_norm, stats.step)
         if self.budget == "uniform":
-            limit = limit / stats.norms.numel() ** (1 / self.norm_type)
+            limit = limit / arithmetic(limit).count(limit) ** (1 / self.norm_type)
         elif self.budget == "size":
             assert stats.sizes is not None
-            limit = limit * (stats.sizes / stats.sizes.sum()).pow(1 / self.norm_type)
+            limit = limit * (stats.sizes / stats.sizes.sum()) ** (1 / self.norm_type)
         return Decision(coefficient(stats.norms, limit, self.eps), limit), state
 
 

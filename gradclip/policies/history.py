@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
+
+from gradclip.policies.arithmetic import arithmetic
 
 __all__ = [
     "lacks",
@@ -29,14 +32,15 @@ def pushed(rows: Tensor, values: Tensor, taken: Tensor) -> Tensor:
     Returns:
         New rows. The oldest value of a slot that takes one is gone.
     """
-    moved = torch.cat([rows.narrow(0, 1, rows.shape[0] - 1), values.unsqueeze(0)])
-    return torch.where(taken, moved, rows)
+    xp = arithmetic(rows)
+    if not xp.may(taken):
+        return rows
+    return xp.where(taken, xp.appended(xp.between(rows, 1, rows.shape[0]), values), rows)
 
 
 def last_rows(rows: Tensor, seen: Tensor) -> Tensor:
     """Which rows hold one of the last `seen` values, bool of the shape of `rows`."""
-    age = torch.arange(rows.shape[0], 0, -1, dtype=torch.int64, device=rows.device).unsqueeze(1)
-    return age <= seen
+    return arithmetic(rows).ages(rows) <= seen
 
 
 def percentile_of_last(rows: Tensor, seen: Tensor, share: float) -> Tensor:
@@ -52,14 +56,13 @@ def percentile_of_last(rows: Tensor, seen: Tensor, share: float) -> Tensor:
     """
     # By hand: `nanquantile` takes one share for all slots, and `gradclip recommend` tries many
     # values side by side, one for each slot.
-    ordered = torch.where(last_rows(rows, seen), rows, torch.inf).sort(0).values
-    rank = share * (seen.clamp(max=rows.shape[0]) - 1).clamp(min=0)
-    low, high = (
-        ordered.gather(0, index.long().unsqueeze(0)).squeeze(0)
-        for index in (rank.floor(), rank.ceil())
-    )
+    xp = arithmetic(rows)
+    ordered = xp.sorted(xp.where(last_rows(rows, seen), rows, math.inf))
+    rank = share * xp.clip(xp.clip(seen, None, rows.shape[0]) - 1, 0)
+    below = xp.floor(rank)
+    low, high = xp.row(ordered, below), xp.row(ordered, xp.ceil(rank))
     # Equal ends are taken as they are: inf - inf, where nothing was seen, is no number.
-    return torch.where(low == high, low, low + (high - low) * (rank - rank.floor()))
+    return xp.where(low == high, low, low + (high - low) * (rank - below))
 
 
 def lacks(rows: Tensor, seen: Tensor) -> Tensor:
@@ -72,11 +75,11 @@ def mean_and_std(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
     Arguments are as for `percentile_of_last`; both results are of shape (slots,).
     """
-    held = last_rows(rows, seen)
-    count = seen.clamp(max=rows.shape[0])
-    mean = torch.where(held, rows, 0.0).sum(0) / count.clamp(min=1)
-    spread = torch.where(held, rows - mean, 0.0).square().sum(0)
-    return mean, (spread / (count - 1).clamp(min=1)).sqrt()
+    xp, held = arithmetic(rows), last_rows(rows, seen)
+    count = xp.clip(seen, None, rows.shape[0])
+    mean = xp.sum(xp.where(held, rows, 0.0)) / xp.clip(count, 1)
+    off = xp.where(held, rows - mean, 0.0)
+    return mean, xp.sqrt(xp.sum(off * off) / xp.clip(count - 1, 1))
 
 
 def median_and_mad(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,24 +89,25 @@ def median_and_mad(rows: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     don't inflate. Arguments and results are as for `mean_and_std`.
     """
     center = percentile_of_last(rows, seen, 0.5)
-    return center, 1.4826 * percentile_of_last((rows - center).abs(), seen, 0.5)
+    return center, 1.4826 * percentile_of_last(abs(rows - center), seen, 0.5)
 
 
 def level(recent: Tensor, count: int, kind: str) -> tuple[Tensor, Tensor]:
     """Centre and variance of the last `count` rows of `recent`, each of shape (slots,)."""
-    last = recent.narrow(0, recent.shape[0] - count, count)
+    xp, window = arithmetic(recent), recent.shape[0]
+    last = xp.between(recent, window - count, window)
     if kind == "mean":
-        return last.mean(0), last.var(0, correction=0)
+        return xp.mean(last), xp.var(last)
     center = median(last)
-    return center, (1.4826 * median((last - center).abs())).square()
+    deviation = 1.4826 * median(abs(last - center))
+    return center, deviation * deviation
 
 
 def median(rows: Tensor) -> Tensor:
     """The middle of each column, the mean of both middles for an even count."""
     # `rows.quantile(0.5, dim=0)` gives the same values with 18 operations in place of 3.
-    ordered = rows.sort(0).values
-    count = rows.shape[0]
-    return ordered.narrow(0, (count - 1) // 2, 2 - count % 2).mean(0)
+    xp, count = arithmetic(rows), rows.shape[0]
+    return xp.mean(xp.between(xp.sorted(rows), (count - 1) // 2, count // 2 + 1))
 
 
 def run(length: Tensor, above: Tensor, below: Tensor) -> Tensor:
@@ -114,5 +118,6 @@ def run(length: Tensor, above: Tensor, below: Tensor) -> Tensor:
         above: Shape (slots,), bool. Whether this norm is above.
         below: Whether it is below; never both.
     """
-    up = torch.where(above, length.clamp(min=0.0) + 1, 0.0)
-    return torch.where(below, length.clamp(max=0.0) - 1, up)
+    xp = arithmetic(length)
+    up = xp.where(above, xp.clip(length, 0.0) + 1, 0.0)
+    return xp.where(below, xp.clip(length, None, 0.0) - 1, up)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from gradclip.models import Model
+from gradclip.policies.arithmetic import arithmetic
 
 __all__ = ["Limit", "Schedule"]
 
@@ -62,22 +62,23 @@ class Schedule(Model):
         return self
 
     def at(self, step: Tensor) -> Tensor:
-        """The limit at a step, a 0-d float64 tensor; no host read."""
-        t = step.double() - self.begin
+        """The limit at a step, float64 of its shape; no host read."""
+        t = step - self.begin
         if self.schedule == "linear":
             return self.start + (self.end - self.start) * _share(t, self.steps)
         if self.peak is None:
             return self._cosine(self.start, t, self.steps)
         rising = self.start + (self.peak - self.start) * _share(t, self.warmup_steps)
         falling = self._cosine(self.peak, t - self.warmup_steps, self.steps - self.warmup_steps)
-        return torch.where(t < self.warmup_steps, rising, falling)
+        return arithmetic(t).where(t < self.warmup_steps, rising, falling)
 
     def _cosine(self, top: float, t: Tensor, steps: int) -> Tensor:
-        return self.end + (top - self.end) * (1 + torch.cos(math.pi * _share(t, steps))) / 2
+        return self.end + (top - self.end) * (1 + arithmetic(t).cos(math.pi * _share(t, steps))) / 2
 
 
 def _share(t: Tensor, steps: int) -> Tensor:
-    return (t / steps).clamp(0.0, 1.0) if steps else torch.ones_like(t)
+    xp = arithmetic(t)
+    return xp.clip(t / steps, 0.0, 1.0) if steps else xp.full_like(t, 1.0)
 
 
 def _kind(value: Any) -> str:

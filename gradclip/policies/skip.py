@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gradclip.policies.arithmetic import arithmetic
 from gradclip.policies.base import (
     COUNT,
     FLAG,
@@ -55,7 +57,7 @@ class Withholding(Policy):
         withheld = state["withheld"] + skip
         return {
             "withheld": withheld,
-            "before": torch.where(stats.norms > 0, withheld, state["before"]),
+            "before": arithmetic(withheld).where(stats.norms > 0, withheld, state["before"]),
         }
 
 
@@ -74,6 +76,8 @@ class SkipNonfinite(Withholding):
     References: optax.apply_if_finite.
     """
 
+    takes_numbers: ClassVar[bool] = True
+
     type: Literal["skip_nonfinite"] = "skip_nonfinite"
     """Selects this policy in YAML."""
     max_consecutive: Count | None = None
@@ -86,13 +90,14 @@ class SkipNonfinite(Withholding):
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Withhold a step that isn't finite."""
-        bad = stats.finite.logical_not()
-        ones = torch.ones_like(stats.norms)
+        norms, xp = stats.norms, arithmetic(stats.norms)
+        bad = xp.logical_not(stats.finite)
         stop = None
         if self.max_consecutive is not None:
             row = state["withheld"] - state["before"]
-            stop = (bad & (row >= self.max_consecutive)).any()
-        decision = Decision(ones, torch.full_like(ones, torch.inf), skip=bad, stop=stop)
+            stop = xp.any(bad & (row >= self.max_consecutive))
+        coef, limit = xp.full_like(norms, 1.0), xp.full_like(norms, math.inf)
+        decision = Decision(coef, limit, skip=bad, stop=stop)
         return decision, self._counted(stats, state, bad)
 
 
@@ -140,24 +145,24 @@ class SkipPolicy(Withholding, NormPolicy):
         Returns:
             The decision, whether the bound on steps in a row was reached, and the new counts.
         """
+        xp = arithmetic(stats.norms)
         beyond = beyond & stats.finite
-        over = torch.zeros_like(beyond)
-        if self.max_consecutive is not None:
-            over = beyond & (state["withheld"] - state["before"] >= self.max_consecutive)
-        skip = beyond & over.logical_not()
+        most = math.inf if self.max_consecutive is None else self.max_consecutive
+        over = beyond & (state["withheld"] - state["before"] >= most)
+        skip = beyond & xp.logical_not(over)
         counts = {
             **self._counted(stats, state, skip),
             "held_norms": pushed(state["held_norms"], stats.norms, skip),
         }
-        limit = bound if self.fallback != "accept" else torch.where(over, torch.inf, bound)
-        coef = torch.ones_like(stats.norms)
+        limit = bound if self.fallback != "accept" else xp.where(over, math.inf, bound)
+        coef = xp.full_like(stats.norms, 1.0)
         if self.fallback == "clip":
-            coef = torch.where(over, coefficient(stats.norms, bound, self.eps), 1.0)
+            coef = xp.where(over, coefficient(stats.norms, bound, self.eps), 1.0)
         stop = None
         if self.fallback == "raise":
-            stop = over.any()
+            stop = xp.any(over)
             skip = skip | over
-        return Decision(coef, limit, skip=skip.any(), stop=stop), over, counts
+        return Decision(coef, limit, skip=xp.any(skip), stop=stop), over, counts
 
 
 class SkipSpike(SkipPolicy):
@@ -192,6 +197,8 @@ class SkipSpike(SkipPolicy):
         "seen": COUNT,
         "ready": FLAG,
     }
+
+    takes_numbers: ClassVar[bool] = True
 
     type: Literal["skip_spike"] = "skip_spike"
     """Selects this policy in YAML."""
@@ -250,14 +257,15 @@ class SkipSpike(SkipPolicy):
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Tell a spike, withhold it, or take its values in."""
-        norm = stats.norms
-        loss = torch.zeros_like(norm) if stats.loss is None else stats.loss.expand_as(norm)
-        usable = torch.isfinite(loss)
-        beyond = torch.zeros_like(usable)
-        bound = torch.full_like(norm, torch.inf)
+        norm, xp = stats.norms, arithmetic(stats.norms)
+        loss = xp.full_like(norm, 0.0)
+        if stats.loss is not None:
+            loss = loss + stats.loss
+        usable = xp.isfinite(loss)
+        bound = xp.full_like(norm, math.inf)
         if self.watch != "loss":
             bound = self._bound(state, "norms")
-            beyond = beyond | (norm > bound)
+        beyond = norm > bound
         if self.watches_loss:
             beyond = usable & (beyond | (loss > self._bound(state, "losses")))
         decision, over, counts = self._bounded(stats, state, beyond, bound)
@@ -265,16 +273,16 @@ class SkipSpike(SkipPolicy):
         counts["held_losses"] = pushed(state["held_losses"], loss, skipped)
         if self.watches_loss:
             assert decision.skip is not None
-            decision = replace(decision, skip=decision.skip | usable.logical_not().any())
+            decision = replace(decision, skip=decision.skip | xp.any(xp.logical_not(usable)))
         took = stats.finite & usable & (norm > 0)
         if not self.include_skipped:
-            took = took & skipped.logical_not()
+            took = took & xp.logical_not(skipped)
         seen = state["seen"] + took
         new = {
             "norms": pushed(state["norms"], norm, took),
             "losses": pushed(state["losses"], loss, took),
             "seen": seen,
-            "ready": torch.maximum(state["ready"], (seen >= self._warmup).double()),
+            "ready": xp.where(seen >= self._warmup, 1.0, state["ready"]),
         }
         if not self.include_skipped:
             new = self._started_anew(new, counts, over)
@@ -284,15 +292,20 @@ class SkipSpike(SkipPolicy):
         """Beyond which of the values of this name a step is withheld; inf during warm-up."""
         summary = mean_and_std if self.statistic == "mean" else median_and_mad
         center, spread = summary(state[name], state["seen"])
-        spread = torch.maximum(spread, self.sigma_floor * center.abs())
-        return torch.where(state["ready"] > 0, center + self.z_threshold * spread, torch.inf)
+        xp = arithmetic(center)
+        spread = xp.maximum(spread, self.sigma_floor * abs(center))
+        return xp.where(state["ready"] > 0, center + self.z_threshold * spread, math.inf)
 
     def _started_anew(self, new: State, counts: State, over: Tensor) -> State:
         """Where the bound on steps in a row was reached, what was withheld is the new level."""
+        xp = arithmetic(over)
+        if not xp.may(over):
+            return new
         level = dict(new)
         for name, held in (("norms", "held_norms"), ("losses", "held_losses")):
             rows = new[name]
-            filler = rows.narrow(0, 0, self.window - 1 - self._holds)
-            level[name] = torch.cat([filler, counts[held], rows.narrow(0, self.window - 1, 1)])
-        level["seen"] = torch.full_like(new["seen"], self._holds + 1.0)
-        return {name: torch.where(over, level[name], value) for name, value in new.items()}
+            filler = xp.between(rows, 0, self.window - 1 - self._holds)
+            newest = xp.between(rows, self.window - 1, self.window)
+            level[name] = xp.joined([filler, counts[held], newest])
+        level["seen"] = xp.full_like(new["seen"], self._holds + 1.0)
+        return {name: xp.where(over, level[name], value) for name, value in new.items()}

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gradclip.policies.arithmetic import arithmetic
 from gradclip.policies.base import COUNT, NORM, RUN, SQUARE, AdaptivePolicy, coefficient
 from gradclip.policies.history import lacks, level, median, pushed, run
 from gradclip.policies.schedule import Limit
@@ -63,6 +64,8 @@ class ZClip(AdaptivePolicy):
         "recent": NORM,
     }
 
+    takes_numbers: ClassVar[bool] = True
+
     type: Literal["zclip"] = "zclip"
     """Selects this policy in YAML."""
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.97
@@ -112,15 +115,17 @@ class ZClip(AdaptivePolicy):
 
     def decide(self, stats: Stats, state: State) -> tuple[Decision, State]:
         """Tell a spike, hold it to its limit, and take the norm in."""
-        norms = stats.norms
+        norms, xp = stats.norms, arithmetic(stats.norms)
         mean, var = state["mean"], state["var"]
         ready = state["seen"] >= self.warmup_steps
-        sigma = torch.maximum(var.sqrt(), self.sigma_floor * mean)
+        sigma = xp.sqrt(var)
+        if self.sigma_floor:
+            sigma = xp.maximum(sigma, self.sigma_floor * mean)
         spike, target, boundary = self._judge(norms, mean, sigma)
         spike = spike & ready
-        taken = torch.where(spike, target, norms)
+        taken = xp.where(spike, target, norms)
 
-        limit = torch.where(ready, torch.where(spike, target, boundary), math.inf)
+        limit = xp.where(ready, xp.where(spike, target, boundary), math.inf)
         limit = self.bounded(limit, stats)
         decision = Decision(coefficient(norms, limit, self.eps), limit)
         return decision, self._update(norms, taken, spike, ready, state)
@@ -130,43 +135,48 @@ class ZClip(AdaptivePolicy):
         if self.mode == "percentile":
             boundary = mean + self.z_threshold * sigma
             return norms > boundary, boundary, boundary
-        boundary = mean + self.z_threshold * (sigma + self.eps)
-        z = (norms - mean) / (sigma + self.eps)
+        width = sigma + self.eps
+        boundary = mean + self.z_threshold * width
+        z = (norms - mean) / width
         spike = z > self.z_threshold
         if self.clip_option == "mean":
             return spike, mean, boundary
-        pulled = mean + self.z_threshold**2 * sigma / torch.where(spike, z, 1.0)
+        pulled = mean + self.z_threshold**2 * sigma / arithmetic(z).where(spike, z, 1.0)
         return spike, pulled * self.clip_factor, boundary
 
     def _update(
         self, norms: Tensor, taken: Tensor, spike: Tensor, ready: Tensor, state: State
     ) -> State:
+        xp = arithmetic(norms)
         observed = norms > 0
         recent = pushed(state["recent"], norms, observed)
         seen = state["seen"] + observed
         low = ready & (norms < state["mean"] / 2)
-        streak = torch.where(observed, run(state["streak"], spike, low), state["streak"])
+        streak = xp.where(observed, run(state["streak"], spike, low), state["streak"])
 
         step = 1 - self.decay
         mean = self.decay * state["mean"] + step * taken
         spread = taken - (mean if self.variance == "reference" else state["mean"])
         weight = step if self.variance == "reference" else step * self.decay
-        var = self.decay * state["var"] + weight * spread.square()
+        var = self.decay * state["var"] + weight * (spread * spread)
 
         moves = ready & observed
         if self.skip_update_on_spike:
-            moves = moves & spike.logical_not()
-        mean = torch.where(moves, mean, state["mean"])
-        var = torch.where(moves, var, state["var"])
+            moves = moves & xp.logical_not(spike)
+        mean = xp.where(moves, mean, state["mean"])
+        var = xp.where(moves, var, state["var"])
 
         started = (seen >= self.warmup_steps) & (state["seen"] < self.warmup_steps)
-        center, square = level(recent, self.warmup_steps, self.warmup)
-        mean = torch.where(started, center, mean)
-        var = torch.where(started, square, var)
+        if xp.may(started):
+            center, square = level(recent, self.warmup_steps, self.warmup)
+            mean = xp.where(started, center, mean)
+            var = xp.where(started, square, var)
         if self.escape_after is not None:
-            escaped = streak.abs() >= self.escape_after
-            last = recent.narrow(0, self._history - self.escape_after, self.escape_after)
-            mean = torch.where(escaped, median(last), mean)
-            var = torch.where(escaped, last.var(0, correction=0), var)
-            streak = torch.where(escaped, 0.0, streak)
+            escaped = abs(streak) >= self.escape_after
+            if xp.may(escaped):
+                first = self._history - self.escape_after
+                last = xp.between(recent, first, self._history)
+                mean = xp.where(escaped, median(last), mean)
+                var = xp.where(escaped, xp.var(last), var)
+                streak = xp.where(escaped, 0.0, streak)
         return {"mean": mean, "var": var, "seen": seen, "streak": streak, "recent": recent}

@@ -1,4 +1,4 @@
-"""What happened: counted on the device, read in one copy for loggers and for a file."""
+"""What happened: kept as it was found, read in one copy for loggers and for a file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import errno
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,15 @@ from gradclip.plan.plan import Plan
 from gradclip.records.alarm import Spike, SpikeDetector
 from gradclip.records.ends import close_at_end
 from gradclip.records.interval import Interval, Streaks
-from gradclip.records.record import COLUMNS, ByName, ClipRecord
+from gradclip.records.record import (
+    COLUMNS,
+    ByName,
+    ClipRecord,
+    Facts,
+    Value,
+    either,
+    negated,
+)
 from gradclip.records.trace_file import TraceHeader, import_pyarrow, probe, write_trace
 from gradclip.records.worst import WorstSteps
 from gradclip.types import Step, Verdict
@@ -35,150 +45,191 @@ __all__ = ["TAKEN", "Recorder", "Tally"]
 _logger = logging.getLogger("gradclip")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROWS = 512  # without a flight record: more than a log entry spans
-_NUMBERS, _FLAGS = COLUMNS.index("loss"), COLUMNS.index("has_gradient")
+_FLAGS = COLUMNS.index("has_gradient")
 
 
 class Tally:
-    """Counts over the run, and a row for each of the last steps; all on the device.
+    """Counts over the run, and a row for each of the last steps.
 
     A step is taken if it was finite, not withheld, and had a gradient: schedules follow those.
+    Rows are made when they are read, so that of a step nothing but `taken` is made.
 
     Args:
-        device: Where.
+        device: Where steps are decided.
         length: Steps that have a row.
 
     Attributes:
-        counts: Float64 of shape (5,), as in `NAMES`: steps, clipped, skipped, not finite, taken.
-        rows: Float64 of shape (length, columns), the latest one at `made - 1` modulo length.
-        made: Rows so far, those of steps without a gradient too.
-        first: Number of the step that the first row was of.
+        rows: Those that were read, as in `COLUMNS`, the latest one last.
+        taken: Steps that were taken, 0-d float64 on the device; a number where the host decides.
+        made: Steps so far, those without a gradient too.
+        first: Number of the first of them.
     """
 
     NAMES = ("steps", "clipped", "skipped", "nonfinite", "taken")
     """`steps` are those with a gradient; `taken`, of these, those that moved parameters."""
 
     def __init__(self, device: torch.device, length: int) -> None:
-        self.counts = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
-        self.rows = self.counts.new_zeros(length, len(COLUMNS))
+        self.rows: deque[list[float]] = deque(maxlen=length)
         self.made = self.first = 0
-        self._unknown = self.counts.new_full((), math.nan)
-        self._clip_rate = self.counts.new_zeros(())
+        self.taken: Value = 0.0
+        self._taken_before: Value = 0.0
+        self._counts = [0.0] * len(self.NAMES)  # of the steps that were read
+        self._pending: list[Facts] = []
+        self._device = device
 
-    def to(self, device: torch.device) -> None:
-        """Move to where decisions are made now."""
-        self.counts, self.rows = self.counts.to(device), self.rows.to(device)
-        self._unknown = self._unknown.to(device)
+    def follow(self, device: torch.device, *, on_host: bool) -> None:
+        """Say where steps are decided from now on: there, or by the host in its own numbers."""
+        self.read()
+        self._device, self.taken = device, self._counts[TAKEN]
+        if not on_host:
+            self.taken = torch.full((), self.taken, dtype=torch.float64, device=device)
 
-    def describe(
-        self,
-        grad_norm: Tensor,
-        clipped_norm: Tensor,
-        verdict: Verdict,
-        has_gradient: Tensor,
-        per_parameter: Mapping[str, Tensor],
-        norm_type: float,
-    ) -> ClipRecord:
-        """What happened, before it is counted; `clip_rate` is that of the steps before.
+    def restart(self, step: int, counts: Tensor) -> None:
+        """Go on from saved counts, as `Recorder.restart`; `follow` comes after it."""
+        self.rows.clear()
+        self._pending = []
+        self.first, self.made, self._counts = step, 0, counts.tolist()
 
-        Args:
-            grad_norm: 0-d float64, before clipping.
-            clipped_norm: 0-d float64, once slots are multiplied by their coefficients.
-            verdict: What was decided.
-            has_gradient: 0-d bool, some rank has a gradient.
-            per_parameter: Norm before clipping by name.
-            norm_type: p of the norms.
-        """
-        skipped = torch.zeros_like(verdict.finite) if verdict.skip is None else verdict.skip
-        coef = torch.where(skipped, 1.0, verdict.coef.min())
-        clipped = coef < 1
-        if verdict.edits:
-            edited = verdict.edited & skipped.logical_not()
-            clipped = clipped | edited
-            clipped_norm = torch.where(edited, torch.nan, clipped_norm)
-        return ClipRecord(
-            grad_norm=grad_norm,
-            limit=verdict.limit,
-            coef=coef,
-            clipped_norm=torch.where(skipped, grad_norm, clipped_norm),
-            clipped=clipped,
-            skipped=skipped,
-            finite=verdict.finite,
-            clip_rate=self._clip_rate,
-            has_gradient=has_gradient,
-            per_parameter=per_parameter,
-            norm_type=norm_type,
-        )
+    @property
+    def counts(self) -> Tensor:
+        """Float64 of shape (5,), as in `NAMES`, on the host: waits for the device."""
+        self.read()
+        return torch.tensor(self._counts, dtype=torch.float64, device="cpu")
 
-    def count(
-        self,
-        record: ClipRecord,
-        *,
-        batch: int | None = None,
-        loss: Tensor | None = None,
-        sound: Tensor | None = None,
-    ) -> ClipRecord:
-        """Count a step, make its row, and say how many were clipped up to it.
+    def count(self, facts: Facts) -> None:
+        """Count a step.
 
         One without any gradient is not counted. Zeros are gradients: momentum and weight decay
         move parameters then.
-
-        Args:
-            record: What happened.
-            batch: Index of the step's last batch, if known.
-            loss: 0-d, if known.
-            sound: 0-d bool, what the optimizer steps with is finite; `record.finite` if None.
         """
-        has_gradient = record.has_gradient
-        clean = record.finite if sound is None else sound
-        taken = has_gradient & clean & record.skipped.logical_not()
-        flags = (has_gradient, record.clipped, record.skipped, record.finite.logical_not(), taken)
-        happened = torch.stack(flags)
-        self.counts = self.counts + happened
-        steps, total = self.counts.narrow(0, 0, 2).unbind()
-        self._clip_rate = rate = total / steps.clamp(min=1)
-        numbers = (record.grad_norm, record.limit, record.coef, record.clipped_norm, rate)
-        row = self.rows.select(0, self.made % len(self.rows))
-        row.select(0, 0).fill_(self.first + self.made)
-        row.select(0, 1).fill_(-1 if batch is None else batch)
-        loss = self._unknown if loss is None else loss
-        # Not `copy_`, which fake tensors of a device that isn't there don't have.
-        row.narrow(0, _NUMBERS, _FLAGS - _NUMBERS).zero_().add_(torch.stack((loss, *numbers)))
-        row.narrow(0, _FLAGS, len(happened)).zero_().add_(happened)
-        if record.dropped is not None:
-            row.select(0, COLUMNS.index("dropped")).zero_().add_(record.dropped)
+        self._taken_before, self.taken = self.taken, self.taken + facts.taken
+        steps, clipped, *_ = self._counts
+        facts.before = self._pending[-1] if self._pending else (steps, clipped)
+        self._pending.append(facts)
         self.made += 1
-        return replace(record, clip_rate=rate)
 
-    def amend(self, record: ClipRecord, verdict: Verdict) -> ClipRecord:
+    def amend(self, facts: Facts, verdict: Verdict) -> Facts:
         """Join to the last step what one more evaluation of its closure found.
 
         Args:
-            record: Of that step.
+            facts: Of that step.
             verdict: On the evaluation: it may be withheld, or not finite.
         """
-        none = torch.zeros_like(record.skipped)
-        skipped = none if verdict.skip is None else verdict.skip & record.skipped.logical_not()
-        nonfinite = record.finite & verdict.finite.logical_not()
-        row = self.rows.select(0, (self.made - 1) % len(self.rows))
-        taken = row.select(0, COLUMNS.index("taken")) != 0
-        untaken = -(taken & (skipped | nonfinite)).double()
-        change = torch.stack([none.double(), none.double(), skipped, nonfinite, untaken])
-        self.counts = self.counts + change
-        row.narrow(0, _FLAGS, len(change)).add_(change)  # flags stand in the order of the counts
-        return replace(
-            record, skipped=record.skipped | skipped, finite=record.finite & verdict.finite
+        facts = replace(
+            facts,
+            late_skip=either(facts.late_skip, verdict.skip),
+            late_nonfinite=either(facts.late_nonfinite, negated(verdict.finite)),
         )
+        if self._pending:
+            self._pending.pop()
+        else:  # its row was made, and is made again
+            self._add(self.rows.pop(), -1)
+        self._pending.append(facts)
+        self.taken = self._taken_before + facts.taken
+        return facts
+
+    def uncount(self) -> None:
+        """Take the last step out of the counts; its row stays."""
+        self.read()
+        self._add(self.rows[-1], -1)
+
+    def read(self, beside: Tensor | None = None) -> list[float]:
+        """Make the rows of steps that have none yet: one copy from the device for all of them.
+
+        Args:
+            beside: Float64 of shape (n,), to be read in the same copy.
+
+        Returns:
+            What was read beside.
+        """
+        pending, self._pending = self._pending, []
+        found, rest = _read([one.tensors for one in pending], beside)
+        first = self.first + self.made - len(pending)
+        for number, (facts, values) in enumerate(zip(pending, found, strict=True), first):
+            row = _row(number, replace(facts, keeps=None, **values) if values else facts)
+            self._add(row, 1)
+            steps, clipped, *_ = self._counts
+            facts.counted, facts.before = (steps, clipped), None
+            row[COLUMNS.index("clip_rate")] = clipped / max(steps, 1.0)
+            self.rows.append(row)
+        return rest
+
+    def row(self, facts: Facts) -> Tensor:
+        """The row of the last step, float64 of shape (columns,) on the device."""
+        number = self.first + self.made - 1
+        if not facts.tensors:
+            return torch.tensor(_row(number, facts), dtype=torch.float64, device=self._device)
+        record = ClipRecord(facts, self._device, {}, 2.0)
+        row = torch.zeros(len(COLUMNS), dtype=torch.float64, device=self._device)
+        row.select(0, 0).fill_(number)
+        row.select(0, 1).fill_(-1 if facts.batch is None else facts.batch)
+        loss = torch.full_like(record.grad_norm, math.nan) if facts.loss is None else facts.loss
+        numbers = (loss, record.grad_norm, record.limit, record.coef, record.clipped_norm)
+        flags = (record.has_gradient, record.clipped, record.skipped, record.finite.logical_not())
+        # Not `copy_`, which fake tensors of a device that isn't there don't have.
+        row.narrow(0, COLUMNS.index("loss"), len(numbers)).add_(torch.stack(numbers))
+        row.narrow(0, COLUMNS.index("has_gradient"), len(flags)).add_(torch.stack(flags))
+        return row
+
+    def _add(self, row: Sequence[float], sign: int) -> None:
+        """Add a row to the counts, whose flags stand in their order."""
+        flags = row[_FLAGS : _FLAGS + len(self._counts)]
+        self._counts = [n + sign * flag for n, flag in zip(self._counts, flags, strict=True)]
 
 
 TAKEN = Tally.NAMES.index("taken")
 """Which of the counts says how many optimizer steps were taken so far."""
 
 
+def _row(number: int, facts: Facts) -> list[float]:
+    """The row of a step of which the host knows everything, but for the clip rate."""
+    coef, norm, after = facts.coef, facts.grad_norm, facts.clipped_norm
+    if after is None:
+        after = norm * coef
+    if facts.skip:
+        coef, after = 1.0, norm
+    return [
+        number,
+        -1 if facts.batch is None else facts.batch,
+        math.nan if facts.loss is None else facts.loss,
+        norm,
+        facts.limit,
+        coef,
+        after,
+        0.0,
+        facts.has_gradient,
+        facts.clipped,
+        facts.skipped,
+        facts.nonfinite,
+        facts.taken,
+        facts.dropped or 0.0,
+    ]
+
+
+def _read(
+    steps: Sequence[Mapping[str, Tensor]], beside: Tensor | None
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """0-d tensors of steps by name as numbers, and what is read beside; one copy for all."""
+    kinds = (torch.bool, torch.float64)
+    held = [[v for step in steps for v in step.values() if v.dtype == kind] for kind in kinds]
+    parts = [torch.stack(values).double() for values in held if values]
+    if beside is not None:
+        parts.append(beside)
+    read = torch.cat(parts).tolist() if parts else []
+    flags, start = iter(map(bool, read)), len(held[0])
+    numbers = iter(read[start:])
+    found = [
+        {name: next(flags if v.dtype == torch.bool else numbers) for name, v in step.items()}
+        for step in steps
+    ]
+    return found, list(numbers)
+
+
 class Recorder:
     """Counts and describes each step, reads the rows when a log entry is due, writes the file.
 
-    Rows stay on the device. They are read, in one copy, by `flush`, when they would be
-    overwritten, and, with a flight record, every `log.every_n_steps` (10) steps; on a CPU, where
+    What was found of a step stays on the device. It is read, in one copy, by `flush`, when many
+    steps wait, and, with a flight record, every `log.every_n_steps` (10) steps; on a CPU, where
     reading is free, also at a step that isn't finite.
 
     With `alarm:` in the configuration rows are also read every so many steps, on every rank, by
@@ -215,10 +266,11 @@ class Recorder:
         self.norms: list[float] = []
         self.tally = Tally(device, _ROWS if config.recorder is None else config.recorder.steps)
         self._config = config
+        self._device = device
         self._is_first = is_first
         self._streaks = Streaks(config.log) if is_first else None
         self._detector = None if config.alarm is None else SpikeDetector(config.alarm)
-        self._looks_every = min(config.log.every_n_steps or 10, len(self.tally.rows))
+        self._looks_every = min(config.log.every_n_steps or 10, self.tally.rows.maxlen or 1)
         self._spikes: list[Spike] = []
         self._saved: dict[str, int] = {}  # checkpoints, with the number of the step after them
         self._looked_at = 0
@@ -245,20 +297,22 @@ class Recorder:
         """Whether the norm of each parameter is kept for some steps."""
         return self._worst is not None
 
-    def follow(self, plan: Plan, device: torch.device, *, reads_block: bool) -> None:
+    def follow(self, plan: Plan, device: torch.device, *, reads_block: bool, on_host: bool) -> None:
         """Follow these parameters from the next step on; what is known of the steps before stays.
 
         Args:
             plan: Of the parameters.
             device: Where decisions are made.
             reads_block: Reading a value on the host waits for the device.
+            on_host: The host decides, in numbers of its own.
         """
         log, flight = self._config.log, self._config.recorder
         self._drain()
         if self._detector is not None:
             self._look()
             self._detector.learn_anew()  # other parameters have other norms
-        self.tally.to(device)
+        self.tally.follow(device, on_host=on_host)
+        self._device, self._on_host = device, on_host
         self._plan, self._reads_block = plan, reads_block
         self._names = list(plan.each or plan.slot_names)
         self._indices = {name: index for index, name in enumerate(self._names)}
@@ -283,73 +337,82 @@ class Recorder:
         self._drain()
         self.close()
         self._path = None
-        self.tally.first, self.tally.made, self.tally.counts = step, 0, counts
+        self.tally.restart(step, counts)
         self._read = self._written = self._tried = self._saves = self._looked_at = 0
         if self._config.alarm is not None:
             self._detector, self._spikes = SpikeDetector(self._config.alarm), []
         self._saved = {path: after for path, after in self._saved.items() if after <= step}
         self._interval, self._worst = self._interval.next(), None
-        self.follow(self._plan, self.tally.rows.device, reads_block=self._reads_block)
+        reads_block, on_host = self._reads_block, self._on_host
+        self.follow(self._plan, self._device, reads_block=reads_block, on_host=on_host)
 
     def record(self, step: Step) -> ClipRecord:
         """Count a step and describe it."""
+        return self.count(self.describe(step), *self._norms_of(step))
+
+    def _norms_of(self, step: Step) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+        """What gives the norm of each slot, and of each parameter."""
         slots = partial(self._plan.by_slot, step.norms)
-        each = step.measure_each if self._plan.each else slots
-        record = self.describe(step)
-        return self.count(record, slots, each, step.given.batch, step.given.loss)
+        return slots, step.measure_each if self._plan.each else slots
 
-    def describe(self, step: Step) -> ClipRecord:
-        """What happened, not counted."""
-        plan, verdict = self._plan, step.verdict
-        grad_norm = _total(step.norms, plan.recorded)
-        clipped_norm = _total(step.norms * verdict.coef, plan.recorded)
-        named = self.named(partial(plan.by_slot, step.norms))
-        return self.tally.describe(
-            grad_norm, clipped_norm, verdict, step.has_gradient, named, plan.recorded
+    def described(self, step: Step) -> ClipRecord:
+        """The record of a step that isn't counted."""
+        return ClipRecord(self.describe(step), self._device, {}, self._plan.recorded)
+
+    def describe(self, step: Step) -> Facts:
+        """What was found of a step, not counted."""
+        given, has_gradient = step.given, step.has_gradient
+        if step.known is not None:
+            norm, limit, coef, finite, skip = step.known
+            loss = None if given.loss is None else float(given.loss)
+            batch = given.batch
+            return Facts(norm, limit, coef, finite, has_gradient, skip=skip, loss=loss, batch=batch)
+        verdict, norms, p = step.verdict, step.norms, self._plan.recorded
+        facts = Facts(
+            grad_norm=_total(norms, p),
+            limit=verdict.limit,
+            coef=verdict.coef.squeeze(0) if len(norms) == 1 else verdict.coef.min(),
+            finite=verdict.finite,
+            has_gradient=has_gradient,
+            skip=verdict.skip,
+            keeps=verdict.keeps,
+            loss=given.loss,
+            batch=given.batch,
         )
-
-    def named(self, slots: Callable[[], Tensor]) -> Mapping[str, Tensor]:
-        """The norm of each parameter by name, where they are logged.
-
-        Args:
-            slots: Gives the norm of each slot, float64 of shape (slots,).
-        """
-        return ByName(self._indices, slots()) if self._config.log.per_parameter else {}
+        if len(norms) > 1:
+            facts.clipped_norm = _total(norms * verdict.coef, p)
+        if verdict.edits:
+            facts.changed = verdict.edited
+            facts.clipped_norm = torch.where(verdict.edited, math.nan, _total(norms, p))
+        return facts
 
     def count(
-        self,
-        record: ClipRecord,
-        slots: Callable[[], Tensor],
-        each: Callable[[], Tensor],
-        batch: int | None,
-        loss: Tensor | None,
-        sound: Tensor | None = None,
+        self, facts: Facts, slots: Callable[[], Tensor], each: Callable[[], Tensor]
     ) -> ClipRecord:
         """Count a step that was described, and keep what is asked for of it.
 
         Args:
-            record: What happened.
+            facts: What was found.
             slots: Gives the norm of each slot, float64 of shape (slots,).
             each: Gives the norm of each parameter, float64 of shape (parameters,).
-            batch: Index of the step's last batch, if known.
-            loss: 0-d, if known.
-            sound: As for `Tally.count`.
         """
         if self._config.recorder is not None and self._is_first:
             self._own()
-        record = self.tally.count(record, batch=batch, loss=loss, sound=sound)
-        row = self._last(1).select(0, 0)
+        self.tally.count(facts)
         if self._worst is not None:
-            self._worst.note(row, each)
+            self._worst.note(self.tally.row(facts), each)
         if len(self._sums) > 1:
-            self._add(row, slots())
-        if self._is_due(row):
+            self._add(facts, slots())
+        if self._is_due(facts):
             self._drain()
-        return record
+        named = ByName(self._indices, slots()) if self._config.log.per_parameter else {}
+        self._facts = facts
+        return ClipRecord(facts, self._device, named, self._plan.recorded)
 
     def amend(self, record: ClipRecord, verdict: Verdict) -> ClipRecord:
         """Join to the last step what one more evaluation of its closure found."""
-        return self.tally.amend(record, verdict)
+        self._facts = self.tally.amend(self._facts, verdict)
+        return ClipRecord(self._facts, self._device, record.per_parameter, record.norm_type)
 
     def add_update(self, norms: Tensor) -> None:
         """Take in how far a step moved the parameters.
@@ -367,11 +430,12 @@ class Recorder:
     def witness(self, step: Step) -> None:
         """Write a step that stops the run to the file, where alone it is counted."""
         if self._config.recorder is not None:
-            counts = self.tally.counts
-            skip = torch.ones_like(step.verdict.finite)
-            self.record(replace(step, verdict=replace(step.verdict, skip=skip)))
+            facts = self.describe(step)
+            facts.skip = torch.ones_like(step.verdict.finite) if step.known is None else True
+            facts.keeps = None
+            self.count(facts, *self._norms_of(step))
             self.close()
-            self.tally.counts = counts
+            self.tally.uncount()
 
     def spikes(self) -> list[Spike]:
         """What alarms found since the last call.
@@ -538,31 +602,24 @@ class Recorder:
             )
             raise ConfigError(msg) from None
 
-    def _is_due(self, row: Tensor) -> bool:
+    def _is_due(self, facts: Facts) -> bool:
         """Whether rows have to be read now."""
-        length, pending = len(self.tally.rows), self.tally.made - self._read
+        length, pending = self.tally.rows.maxlen or 0, self.tally.made - self._read
         if self._config.recorder is None:
             return pending == length
-        nonfinite = not self._reads_block and bool(row.select(0, COLUMNS.index("nonfinite")))
+        nonfinite = not self._reads_block and not bool(facts.finite)
         return nonfinite or pending == min(length, self._config.log.every_n_steps or 10)
 
-    def _add(self, row: Tensor, norms: Tensor) -> None:
+    def _add(self, facts: Facts, norms: Tensor) -> None:
         parts = [norms] if self._config.log.per_parameter else []
         if self._config.log.per_group:
             parts.append(combine(norms, self._plan.recorded, self._plan.group_members))
-        has_gradient = row.select(0, COLUMNS.index("has_gradient"))
-        steady = (has_gradient != 0) & (row.select(0, COLUMNS.index("nonfinite")) == 0)
-        self._sums += torch.where(steady, torch.cat([has_gradient.unsqueeze(0), *parts]), 0.0)
-
-    def _last(self, steps: int) -> Tensor:
-        """The rows of the last steps, in order."""
-        rows, made = self.tally.rows, self.tally.made
-        steps = min(steps, made, len(rows))
-        stop = made % len(rows)
-        if steps <= stop:
-            return rows.narrow(0, stop - steps, steps)
-        early = steps - stop
-        return torch.cat([rows.narrow(0, len(rows) - early, early), rows.narrow(0, 0, stop)])
+        one = torch.cat([norms.new_ones(1), *parts])
+        steady = facts.finite & facts.has_gradient
+        if isinstance(steady, Tensor):
+            self._sums += torch.where(steady, one, 0.0)
+        elif steady:
+            self._sums += one
 
     def _look(self) -> None:
         """Let the detector see the steps that it hasn't seen, in one copy with what is new."""
@@ -581,15 +638,19 @@ class Recorder:
     def _drain(self, at_least: int = 0) -> Tensor:
         """Read what is new, and give the rows that were read: these and `at_least` so many."""
         new = self.tally.made - self._read
-        rows = self._last(max(new, at_least))
-        if not len(rows) and not self._has_updates:
-            return rows
-        parts = [rows.flatten(), self._sums, self._updates]
-        flat, sums, updates = torch.cat(parts).cpu().split([len(part) for part in parts])
+        if not max(new, at_least) and not self._has_updates:
+            return torch.zeros(0, len(COLUMNS), dtype=torch.float64, device="cpu")
+        beside = self.tally.read(torch.cat([self._sums, self._updates]))
+        held = self.tally.rows
+        last = islice(held, max(0, len(held) - max(new, at_least)), None)
+        found = torch.tensor(list(last), dtype=torch.float64, device="cpu")
+        found = found.view(-1, len(COLUMNS))
         self._read, self._has_updates = self.tally.made, False
+        sums, updates = torch.tensor(beside, dtype=torch.float64, device="cpu").split(
+            [len(self._sums), len(self._updates)]
+        )
         self._sums.zero_()
         self._updates.zero_()
-        found = flat.view_as(rows)
         rows = found[len(found) - new :]
         self._interval.add(rows, sums, updates)
         if self._streaks is not None:
@@ -604,7 +665,8 @@ class Recorder:
 
     def _steps(self) -> list[dict[str, Any]]:
         """What the file has, in rising order."""
-        found = {row["step"]: row for row in map(_as_step, self._last(self.tally.made).tolist())}
+        self.tally.read()
+        found = {row["step"]: row for row in map(_as_step, self.tally.rows)}
         for values, norms in () if self._worst is None else self._worst.kept():
             row = found.setdefault(int(values[0]), _as_step(values))
             row["per_parameter"] = norms

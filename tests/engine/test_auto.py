@@ -50,12 +50,12 @@ RATES = {
 def test_rate_of_an_optimizer(subtests):
     for name, (optimizer, expected) in RATES.items():
         with subtests.test(name):
-            rate = rate_of(optimizer, CPU)
+            rate, number = rate_of(optimizer, CPU), rate_of(optimizer, None)
             if expected is None:
-                assert rate is None
+                assert rate is number is None
             else:
                 assert (rate.dtype, rate.shape) == (torch.float64, ())
-                assert float(rate) == pytest.approx(expected)
+                assert float(rate) == number == pytest.approx(expected)
 
 
 def by_hand(norms, size=None, rates=None):
