@@ -87,6 +87,15 @@ class AcceleratorClip:
             raise
         self._take_over()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the accelerator, which this is an attribute of, is a stock one, without it."""
+        self._say(
+            "copied",
+            "An accelerator that accelerate_clip.enable was called for was copied or pickled. The "
+            "copy is a stock one and doesn't clip; call enable for it too, if it trains.",
+        )
+        return _none, ()
+
     @property
     def clippers(self) -> list[GradientClipper]:
         """One for each prepared optimizer, in the order of preparation."""
@@ -219,8 +228,9 @@ class AcceleratorClip:
         }.items():
             patches.wrap(accelerator, name, around)
         patches.put(accelerator, "gradient_clip", self)
-        patches.callback(accelerator.register_save_state_pre_hook(self._save).remove)
-        patches.callback(accelerator.register_load_state_pre_hook(self._load).remove)
+        save, load = patches.hook(self._save), patches.hook(self._load)
+        patches.callback(accelerator.register_save_state_pre_hook(save).remove)
+        patches.callback(accelerator.register_load_state_pre_hook(load).remove)
 
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)
@@ -376,3 +386,7 @@ class AcceleratorClip:
         if what not in self._said:
             self._said.add(what)
             _logger.warning(text)
+
+
+def _none() -> None:
+    """What a copy has in the place of an `AcceleratorClip`."""

@@ -33,8 +33,8 @@ class GradientClipCallback(TrainerCallback):
     one Trainer at a time, and starts with fresh state when another trains with it.
 
     Args:
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file; `Auto()` if left out.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out.
 
     Attributes:
         config: The validated configuration.

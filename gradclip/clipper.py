@@ -47,8 +47,9 @@ class GradientClipper:
     """Clips the gradients of one optimizer, once per optimizer step.
 
     Args:
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file. If it is left out, `Auto()`: `GradientClipper(model, optimizer)`.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out:
+            `GradientClipper(model, optimizer)`.
         named_parameters: The model, or names for the parameters as from
             `model.named_parameters()`, where wrappers (DDP, FSDP1, `torch.compile`) leave no
             trace; without an optimizer, also which parameters to clip. The optimizer may stand

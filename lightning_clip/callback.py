@@ -70,8 +70,8 @@ class GradientClip(Callback):
     configuration says `schedule_on_skip: hold`.
 
     Args:
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file; `Auto()` if left out.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out.
         progress_bar: Also show the norm, the limit and the share of clipped steps in the progress
             bar. Costs a host read of each of them per step.
         restore: Continue from the clip state of a checkpoint; False starts with fresh state, as

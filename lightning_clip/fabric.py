@@ -32,8 +32,8 @@ def enable(
             optimizer.
         model: What `fabric.setup` or `fabric.setup_module` returned.
         optimizer: What `fabric.setup` or `fabric.setup_optimizers` returned.
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out.
 
     Returns:
         The clipper, which is attached to the optimizer already; `disable` undoes that.

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from gradclip.config import load_yaml
+from gradclip.config import as_config
+from gradclip.config.presets import preset_text, presets
 from gradclip.config.schema import schema_text
 from gradclip.errors import ConfigError, escaped
+from gradclip.models import nearest
 
 try:
     import typer
@@ -113,7 +115,7 @@ def import_(
 
 @app.command(
     epilog=_examples(
-        "gradclip check configs/zclip.yaml",
+        "gradclip check clip.yaml",
         "gradclip check configs/*.yaml --json",
     )
 )
@@ -142,7 +144,29 @@ def check(
     raise typer.Exit(1 if faults else 0)
 
 
-@app.command(epilog=_examples("gradclip schema", "gradclip schema --out configs/schema.json"))
+@app.command("presets", epilog=_examples("gradclip presets", "gradclip presets zclip > clip.yaml"))
+def list_presets(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this preset as a file to copy and change.")
+    ] = None,
+) -> None:
+    """List the configurations that come with gradclip, which their names stand for.
+
+    GradientClip("zclip"), enable(accelerator, "zclip") and "policy: zclip" take them.
+    """
+    known = presets()
+    if name is None:
+        width = max(map(len, known))
+        for preset, line in known.items():
+            echo(f"{preset:{width}}  {line}")
+    elif name in known:
+        echo(preset_text(name), nl=False)
+    else:
+        msg = f"{name} is no preset; {nearest(name, list(known))}"
+        raise ConfigError(msg)
+
+
+@app.command(epilog=_examples("gradclip schema", "gradclip schema --out schema.json"))
 def schema(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file.")] = None,
 ) -> None:
@@ -196,17 +220,17 @@ def report(
 
 @app.command(
     epilog=_examples(
-        "gradclip replay run.trace.jsonl --config zclip.yaml --config fixed_norm.yaml",
-        "gradclip replay run.trace.jsonl -c zclip.yaml --plot replay.png --html replay.html",
-        "gradclip replay run.trace.jsonl -c zclip.yaml --steps 1000:2000 --json",
+        "gradclip replay run.trace.jsonl --config zclip --config fixed_norm",
+        "gradclip replay run.trace.jsonl -c clip.yaml --plot replay.png --html replay.html",
+        "gradclip replay run.trace.jsonl -c zclip --steps 1000:2000 --json",
     )
 )
 def replay(
     trace: _TraceFile,
     config: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
-            "--config", "-c", exists=True, dir_okay=False, help="A configuration; may be repeated."
+            "--config", "-c", help="The path of a configuration, or a preset; may be repeated."
         ),
     ],
     plot: Annotated[
@@ -227,11 +251,12 @@ def replay(
         raise ConfigError(msg)
     for out in (plot, html):
         _refuse_lost_folder(out)
-        _refuse_input(out, trace, *config)
+        _refuse_input(out, trace, *(Path(given) for given in config))
     start, stop = _parse_steps(steps)
-    stems = [path.stem for path in config]
+    stems = [Path(given).stem for given in config]
     configs = {
-        str(path) if stems.count(path.stem) > 1 else path.stem: load_yaml(path) for path in config
+        given if stems.count(stem) > 1 else stem: as_config(given)
+        for given, stem in zip(config, stems, strict=True)
     }
     opened = Trace.open(trace)
     with _progress(f"Replaying {trace.name}") as progress:
@@ -336,7 +361,8 @@ def _parse_steps(text: str) -> tuple[int, int | None]:
 
 def _refuse_input(out: Path | None, *inputs: Path) -> None:
     """Refuse to write over an input, also by another name of the same file."""
-    if out is not None and out.exists() and any(map(out.samefile, inputs)):
+    read = [path for path in inputs if path.exists()]
+    if out is not None and out.exists() and any(map(out.samefile, read)):
         msg = f"{out} is what is read here, and would be lost. Name another file to write."
         raise ConfigError(msg)
 
