@@ -50,6 +50,10 @@ class GradientClipCallback(TrainerCallback):
         self.clip: AcceleratorClip | None = None
         weakref.finalize(self, follow_trainers())
 
+    def __repr__(self) -> str:
+        """What clips."""
+        return f"GradientClipCallback({self.clip or self.config.summary})"
+
     def bind(self, trainer: Trainer) -> None:
         """Clip with this Trainer's accelerator, unless this callback does so already."""
         if self.clip is None or _clip_of(trainer) is not self.clip:
@@ -138,7 +142,9 @@ class _Training:
         clip = _clip_of(trainer)
         if clip is not None:
             clip.place_record(trainer.args.output_dir)
+            clip.place_entries("the Trainer's logs")
             clip.divided_by = self._window
+            clip.default_norm = getattr(type(trainer.args), "max_grad_norm", None)
 
     def log(self, logs: dict[str, Any]) -> None:
         """Add the metrics of the steps since its last log, reading the device as it just did."""

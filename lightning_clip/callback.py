@@ -116,6 +116,11 @@ class GradientClip(Callback):
         self._saved_before: dict[str, Any] = {}  # the same, before this fit, validate or test
         self._saved_for: LightningModule | None = None  # None: any module
 
+    def __repr__(self) -> str:
+        """What clips, and what is clipped once fitting has started."""
+        clipped = "; ".join(clipper.summary for clipper in self._clippers)
+        return f"{type(self).__name__}({clipped or self.config.summary})"
+
     @property
     def clippers(self) -> list[GradientClipper]:
         """One for each of `trainer.optimizers`, in that order; empty before fitting starts."""
@@ -197,6 +202,7 @@ class GradientClip(Callback):
             steps = self._clippers.go_on_from(*self._earlier, same_run=False)
             self._reporter.resume(steps)
         self._saved, self._earlier, self._training = {}, None, (trainer, pl_module)
+        self._announce(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: object
@@ -351,6 +357,9 @@ class GradientClip(Callback):
         for optimizer in self._optimizers:
             claim_steps(optimizer, self._patches, "GradientClip")
 
+    def _announce(self, trainer: Trainer) -> None:
+        self._reporter.announce(trainer)
+
     def _take_in(self, state: Mapping[str, Any]) -> None:
         try:
             take_in = self._clippers.checked(state, with_steps=True)
@@ -406,6 +415,9 @@ class _ForFinder(GradientClip):
 
     def _claim_steps(self) -> None:
         """They are those of the fit, whose callback has claimed them."""
+
+    def _announce(self, trainer: Trainer) -> None:
+        """The fit's callback does."""
 
     def on_train_end(self, trainer: Trainer, *_: object) -> None:
         """The finder is done."""

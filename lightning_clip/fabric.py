@@ -9,7 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradclip import ConfigError, GradientClipper, PolicyLike
-from gradclip.adapters import Patches
+from gradclip.adapters import ClipperSet, Patches
 from lightning_clip.framework import Fabric, is_set_up, live_scaler, steps_by_engine
 
 __all__ = ["disable", "enable"]
@@ -101,6 +101,7 @@ def enable(
         return clip(module, optimizer, *rest, **more)
 
     patches.wrap(fabric, "clip_gradients", refuse)
+    ClipperSet([clipper]).announce("clipper.flush()")
     return clipper
 
 

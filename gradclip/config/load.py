@@ -92,7 +92,7 @@ def as_config(policy: PolicyLike | None) -> ClipConfig:
 
 
 def _by_name(name: str) -> ClipConfig:
-    """A preset, or else a file. (`./zclip` and `Path("zclip")` are files.)"""
+    """A preset, else a file: `./zclip` and `Path("zclip")` are files in any case."""
     if name in presets():
         return load_yaml(preset_file(name))
     if os.path.lexists(name):

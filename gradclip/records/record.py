@@ -16,7 +16,7 @@ COLUMNS = (
 """What a row of the last steps holds. Batch is -1 and loss NaN where they are unknown."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ClipRecord:
     """One clipping step. Plain 0-d tensors on the device, equal on every rank.
 
@@ -53,6 +53,13 @@ class ClipRecord:
     per_parameter: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     norm_type: float = 2.0
     dropped: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """The numbers, which reads them on the host."""
+        names = ("grad_norm", "limit", "coef", "clipped_norm", "clip_rate")
+        numbers = [f"{name}={float(getattr(self, name)):.4g}" for name in names]
+        flags = [f"{name}={bool(getattr(self, name))}" for name in ("clipped", "skipped", "finite")]
+        return f"ClipRecord({', '.join(numbers + flags)})"
 
     def as_metrics(self) -> dict[str, Tensor]:
         """Float 0-d tensors by metric key, still on the device.

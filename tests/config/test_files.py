@@ -41,7 +41,7 @@ def test_a_name_is_a_preset_and_a_path_is_a_file(tmp_path, monkeypatch):
 
 
 NOWHERE = {
-    "zclp": r"^zclp: there is no such preset, and no such file\. .* did you mean 'zclip'\? Known: ad",
+    "zclp": r"^zclp: there is no such preset, and no such file\. .* you mean 'zclip'\? Known: ad",
     "norm": "'fixed_norm'.* A policy of this type is written {type: norm}",
     "configs/zclip.yaml": r"^configs/zclip\.yaml: the file can't be read \(No .*mean 'zclip'\?",
     "": "there is no such preset",

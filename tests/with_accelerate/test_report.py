@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accelerate_clip
-from accelerate_clip.report import describe
 from gradclip import ClipByNorm, ClipConfig, GroupConfig, LogConfig, RecorderConfig, ZClip
 
 
@@ -289,4 +288,4 @@ def test_a_configuration_in_one_line():
         policies=[ZClip(z_threshold=3.0), ClipByNorm(max_norm=1.0)],
         groups=[GroupConfig(match="*", policies=[])],
     )
-    assert describe(config) == "zclip(z_threshold=3.0), norm(max_norm=1.0) and groups"
+    assert config.summary == "zclip(z_threshold=3.0), norm(max_norm=1.0) and groups"
