@@ -60,7 +60,7 @@ class Patches:
                 the meantime, it stays in place and only passes on.
         """
         before = vars(owner).get(name, _MISSING)
-        wrapper = _Wrapper(self, getattr(owner, name), around, before)
+        wrapper = _Wrapper(self, getattr(owner, name), around, before, name)
         setattr(owner, name, wrapper)
 
         def put_back() -> None:
@@ -74,7 +74,7 @@ class Patches:
 
         After `undo`, and in a copy of its owner, it does nothing.
         """
-        return _Wrapper(self, _do_nothing, partial(_call, call), _MISSING)
+        return _Wrapper(self, _do_nothing, partial(_call, call), _MISSING, "")
 
     def callback(self, undo: Callable[[], object]) -> None:
         """Call this too when all is undone."""
@@ -93,10 +93,15 @@ class _Wrapper:
     """
 
     def __init__(
-        self, patches: Patches, method: Callable[..., Any], around: Callable[..., Any], before: Any
+        self,
+        patches: Patches,
+        method: Callable[..., Any],
+        around: Callable[..., Any],
+        before: Any,
+        name: str,
     ) -> None:
         functools.update_wrapper(self, method)
-        self.patches, self.before = patches, before
+        self.patches, self.before, self._name = patches, before, name
         self._method, self._around = method, around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,6 +119,10 @@ class _Wrapper:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
+        owner = getattr(self._method, "__self__", None)
+        if owner is not None and self.before is _MISSING:
+            # By the name that it has there: a decorated method may call itself something else.
+            return getattr, (owner, self._name)
         return _unwrapped, (self._method,)
 
 

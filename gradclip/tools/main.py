@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+from gradclip import __version__
 from gradclip.config import as_config
 from gradclip.config.presets import preset_text, presets
 from gradclip.config.schema import schema_text
@@ -61,9 +62,21 @@ _StepRange = Annotated[str, typer.Option(help="Take steps from A up to but witho
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        echo(f"gradclip {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _gradclip() -> None:
+def _gradclip(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
     """See what gradient clipping did, and choose how to clip."""
+    del version
 
 
 @app.command(
