@@ -1,6 +1,7 @@
 """What reaches a tracker, read back and compared with float64 arithmetic of its own."""
 
 import json
+import logging
 import math
 import os
 
@@ -281,6 +282,15 @@ def test_the_host_reads_no_record_between_log_entries():
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
     assert reads.count == alone
+
+
+def test_the_first_step_says_once_what_is_clipped_and_where_entries_go(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "gradclip")
+    clip, _ = run(FileTracker(tmp_path / "log"), CONFIG, 3)
+    what = "norm(max_norm=1.5) on 2 parameters of SGD, not sharded"
+    said = [record.message for record in caplog.records if "Entries:" in record.message]
+    assert said == [f"gradclip: {what}. Entries: file every 3 steps."]
+    assert repr(clip) == f"AcceleratorClip({what})"
 
 
 def test_a_configuration_in_one_line():
