@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from types import MethodType
 
 import pytest
 import torch
@@ -55,9 +56,9 @@ def test_copies_of_what_it_clips_are_stock_ones(copy_of, tmp_path, caplog):
     assert all(map(torch.equal, other.parameters(), moved))  # by more than the limit
     assert all(map(torch.equal, model.parameters(), before))
     assert clip.steps == [2]
-    assert "wrapped" not in str(vars(other_opt).get("step"))
+    assert type(vars(other_opt)["step"]) is MethodType
 
-    second = copy_of(accelerator)
+    second = pickled(accelerator)  # a deep copy is the accelerator itself
     assert second.gradient_clip is None
     assert caplog.text.count("The copy is a stock one and doesn't clip") == 1
     for hook in second._save_model_state_pre_hook.values():
