@@ -24,8 +24,8 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=25
 
-schema: setup  ## Write configs/schema.json anew from the models.
-	$(BIN)/gradclip schema --out configs/schema.json
+schema: setup  ## Write gradclip/presets/schema.json anew from the models.
+	$(BIN)/gradclip schema --out gradclip/presets/schema.json
 
 pictures: setup  ## Draw docs/images anew: policies over one recorded run, a replay, a report (Chromium).
 	$(BIN)/python docs/pictures.py

@@ -21,7 +21,7 @@ from accelerate_clip.engine import ClippedEngine, settle_threshold
 from accelerate_clip.groups import configs_of, named_parameters
 from accelerate_clip.private import prepared_models, prepared_optimizers
 from accelerate_clip.refuse import check_accelerator, refuse_lomo, refuse_stale
-from accelerate_clip.report import Reporter, describe, is_same_rule
+from accelerate_clip.report import Reporter, is_same_rule
 from accelerate_clip.scaler import SharedScaler
 from accelerate_clip.step import (
     Clipped,
@@ -57,6 +57,8 @@ class AcceleratorClip:
         config: The validated configuration.
         divided_by: Gives by how many batches the script itself divides the loss that it hands to
             `accelerator.backward`: 1, and a window under transformers' `Trainer`.
+        default_norm: The `max_norm` that a trainer passes if its user gave none; it isn't warned
+            about. None outside of a trainer.
         owner: The callback that enabled it, if one did.
 
     Raises:
@@ -68,6 +70,7 @@ class AcceleratorClip:
         self.config = as_config(policy)
         check_accelerator(accelerator)
         self.divided_by: Callable[[], int] = lambda: 1
+        self.default_norm: float | None = None
         self.owner: object | None = None
         self._accelerator = accelerator
         self._clipped: list[Clipped] = []
@@ -88,6 +91,20 @@ class AcceleratorClip:
             self._patches.undo()
             raise
         self._take_over()
+
+    def __repr__(self) -> str:
+        """What clips, and what is clipped once optimizers are prepared."""
+        clipped = "; ".join(clipper.summary for clipper in self._set)
+        return f"AcceleratorClip({clipped or self.config.summary})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the accelerator, which this is an attribute of, is a stock one, without it."""
+        self._say(
+            "copied",
+            "An accelerator that accelerate_clip.enable was called for was copied or pickled. The "
+            "copy is a stock one and doesn't clip; call enable for it too, if it trains.",
+        )
+        return _none, ()
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -129,13 +146,13 @@ class AcceleratorClip:
             ConfigError: If there are such parameters, and no prepared optimizer owns any of them.
         """
         # Without a limit the call asks for the norm alone, as the Trainer's with max_grad_norm=0.
-        asks = max_norm == math.inf and norm_type == 2
+        asks = max_norm in (math.inf, self.default_norm) and norm_type == 2
         if not asks and not is_same_rule(self.config, max_norm, norm_type):
             given = "" if norm_type == 2 else f", norm_type={norm_type}"
             self._say(
                 "clip_grad_norm_",
                 f"accelerator.clip_grad_norm_ was called with max_norm={max_norm}{given}; the "
-                f"gradclip configuration decides instead: {describe(self.config)}. Pass math.inf "
+                f"gradclip configuration decides instead: {self.config.summary}. Pass math.inf "
                 "(transformers' Trainer: max_grad_norm=0) to leave it to the configuration.",
             )
         return self._clip("clip_grad_norm_", parameters)
@@ -153,7 +170,7 @@ class AcceleratorClip:
         self._say(
             "clip_grad_value_",
             f"accelerator.clip_grad_value_ was called with clip_value={clip_value}; the "
-            f"gradclip configuration decides instead: {describe(self.config)}.",
+            f"gradclip configuration decides instead: {self.config.summary}.",
         )
         self._clip("clip_grad_value_", parameters)
 
@@ -200,6 +217,10 @@ class AcceleratorClip:
         """Where the flight record goes, unless the accelerator has a folder of its own."""
         self._reporter.place_record(folder)
 
+    def place_entries(self, where: str) -> None:
+        """What the first step's line says of where entries go, if not to trackers."""
+        self._reporter.entries = where
+
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether this prepared optimizer is clipped."""
         return any(one.prepared is optimizer for one in self._clipped)
@@ -233,8 +254,9 @@ class AcceleratorClip:
         }.items():
             patches.wrap(accelerator, name, around)
         patches.put(accelerator, "gradient_clip", self)
-        patches.callback(accelerator.register_save_state_pre_hook(self._save).remove)
-        patches.callback(accelerator.register_load_state_pre_hook(self._load).remove)
+        save, load = patches.hook(self._save), patches.hook(self._load)
+        patches.callback(accelerator.register_save_state_pre_hook(save).remove)
+        patches.callback(accelerator.register_load_state_pre_hook(load).remove)
 
     def _clip(self, call: str, parameters: Tensor | Iterable[Tensor]) -> Tensor:
         owners = self._owners(call, parameters)
@@ -371,6 +393,9 @@ class AcceleratorClip:
                 return backward(*args, **kwargs)
 
     def _after_step(self, one: Clipped) -> None:
+        if "started" not in self._said:
+            self._said.add("started")
+            self._reporter.announce()
         self._last_record = one.clipper.last_record
         self._reporter.step(self._clipped.index(one))
 
@@ -392,3 +417,7 @@ class AcceleratorClip:
         if what not in self._said:
             self._said.add(what)
             _logger.warning(text)
+
+
+def _none() -> None:
+    """What a copy has in the place of an `AcceleratorClip`."""

@@ -22,8 +22,8 @@ def enable(accelerator: Accelerator, policy: PolicyLike | None = None) -> Accele
 
     Args:
         accelerator: Before or after `prepare`.
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file; `Auto()` if left out.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out.
 
     Returns:
         A handle that shows what happened; its `detach` undoes this.

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from gradclip import ClipByNorm, ClipConfig, LogConfig
 from gradclip.adapters import ClipperSet
 
-__all__ = ["Reporter", "describe", "is_same_rule"]
+__all__ = ["Reporter", "is_same_rule"]
 
 
 class Reporter:
@@ -25,6 +25,9 @@ class Reporter:
         accelerator: Whose trackers.
         log: How often, and what.
         steps: Gives how many steps each optimizer has made.
+
+    Attributes:
+        entries: Where entries go, if not to the trackers; "" if they do.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Reporter:
         self._log = log
         self._steps = steps
         self._folder = accelerator.logging_dir or accelerator.project_dir
+        self.entries = ""
         self._clippers = ClipperSet()
         self._due: set[int] = set()
         self._script_logs = False
@@ -47,6 +51,14 @@ class Reporter:
         self._due = {index for index, clipper in enumerate(clippers) if clipper in held}
         self._clippers = clippers
         self.place_record(None)
+
+    def announce(self) -> None:
+        """Say what is clipped, and where entries go."""
+        names = ", ".join(tracker.name for tracker in self._accelerator.trackers)
+        every = self._log.every_n_steps or 10
+        self._clippers.announce(
+            self.entries or (f"{names} every {every} steps" if names else "clip.flush()")
+        )
 
     def place_record(self, folder: str | None) -> None:
         """Where the flight record goes, if the accelerator has no folder of its own."""
@@ -111,15 +123,6 @@ class Reporter:
                 self._clippers.give_histogram(index, tracker.tracker, step)
         if step is None:
             send(ours)
-
-
-def describe(config: ClipConfig) -> str:
-    """The policies in one line: `norm(max_norm=1.0), zclip(decay=0.9)`."""
-    text: list[str] = []
-    for policy in config.policies:
-        fields = policy.model_dump(exclude_defaults=True, exclude={"type"})
-        text.append(f"{policy.type}({', '.join(f'{k}={v!r}' for k, v in fields.items())})")
-    return ", ".join(text) + (" and groups" if config.groups else "")
 
 
 def is_same_rule(config: ClipConfig, max_norm: float, norm_type: float) -> bool:

@@ -1,7 +1,8 @@
 """Run an unchanged script with clipping on: `python -m accelerate_clip.run script.py args...`.
 
 The configuration comes from the environment variable `ACCELERATE_CLIP_CONFIG`: JSON (a
-configuration, or a list of policies), or the path of a YAML file. `accelerate-clip launch` sets it.
+configuration, a policy or a list of them), the name of a preset, or the path of a YAML file.
+`accelerate-clip launch` sets it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def config_from_environment() -> ClipConfig:
     if not value:
         msg = (
             f"The environment variable {CONFIG_VARIABLE} is not set; allowed: a configuration or "
-            "a list of policies as JSON, or the path of a YAML file. Set it, or start the script "
-            "with accelerate-clip launch --config_file FILE script.py."
+            "a list of policies as JSON, the name of a preset, or the path of a YAML file. Set it, "
+            "or start the script with accelerate-clip launch --config_file FILE script.py."
         )
         raise ConfigError(msg)
     if not value.lstrip().startswith(("{", "[")):
@@ -51,7 +52,7 @@ def config_from_environment() -> ClipConfig:
     except json.JSONDecodeError as error:
         msg = f"{CONFIG_VARIABLE} is {value!r}, which isn't JSON: {error}. Check its quotes."
         raise ConfigError(msg) from None
-    return as_config({"policies": given} if isinstance(given, list) else given)
+    return as_config(given)
 
 
 def enable_on_creation(config: ClipConfig) -> Patches:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -69,9 +68,7 @@ class ClippedOptimizer:
             self.clipper, self._raw, share=self._share, after_step=self._end_step
         )
         self._patches.callback(self._once.remove)
-        # A method: schedulers take the function out of it, and bind that anew.
-        step = self._around(prepared.step)
-        self._patches.put(prepared, "step", MethodType(step, prepared))
+        self._patches.wrap(prepared, "step", self._clip_and_step)
 
     @property
     def steps(self) -> int:
@@ -124,25 +121,21 @@ class ClippedOptimizer:
         window = self.prepared.gradient_state.num_steps
         return window_share(self._backwards or window, window)
 
-    def _around(self, step: Callable[..., None]) -> Callable[..., None]:
+    def _clip_and_step(self, step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """What the prepared optimizer's step is now."""
-
-        def clip_and_step(prepared: AcceleratedOptimizer, *args: Any, **kwargs: Any) -> None:
-            if not self._patches.is_on or not prepared.gradient_state.sync_gradients:
+        if not self.prepared.gradient_state.sync_gradients:
+            step(*args, **kwargs)
+            return
+        refuse_closure(self.prepared, *args, **kwargs)
+        self._withheld = None
+        try:
+            with self._in_step(self), self._once.in_step():
                 step(*args, **kwargs)
-                return
-            refuse_closure(prepared, *args, **kwargs)
-            self._withheld = None
-            try:
-                with self._in_step(self), self._once.in_step():
-                    step(*args, **kwargs)
-            except BaseException:
-                self._backwards = 0  # as after a step that was made
-                raise
-            if self._withheld is not None:
-                hold_schedule(prepared, self._withheld)
-
-        return clip_and_step
+        except BaseException:
+            self._backwards = 0  # as after a step that was made
+            raise
+        if self._withheld is not None:
+            hold_schedule(self.prepared, self._withheld)
 
     @torch.no_grad()
     def _see_withheld(self, *_: object) -> None:

@@ -33,8 +33,8 @@ class GradientClipCallback(TrainerCallback):
     one Trainer at a time, and starts with fresh state when another trains with it.
 
     Args:
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file; `Auto()` if left out.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out.
 
     Attributes:
         config: The validated configuration.
@@ -54,6 +54,10 @@ class GradientClipCallback(TrainerCallback):
     def on_spike(self, call: Callable[[Spike], object]) -> None:
         """Call this at every alarm, from the next `train` on; see `GradientClipper.on_spike`."""
         self._listeners.append(call)
+
+    def __repr__(self) -> str:
+        """What clips."""
+        return f"GradientClipCallback({self.clip or self.config.summary})"
 
     def bind(self, trainer: Trainer) -> None:
         """Clip with this Trainer's accelerator, unless this callback does so already."""
@@ -145,7 +149,9 @@ class _Training:
         clip = _clip_of(trainer)
         if clip is not None:
             clip.place_record(trainer.args.output_dir)
+            clip.place_entries("the Trainer's logs")
             clip.divided_by = self._window
+            clip.default_norm = getattr(type(trainer.args), "max_grad_norm", None)
 
     def log(self, logs: dict[str, Any]) -> None:
         """Add the metrics of the steps since its last log, reading the device as it just did."""

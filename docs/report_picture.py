@@ -23,7 +23,7 @@ from text import Text  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from gradclip import ClipConfig, GradientClipper, RecorderConfig  # noqa: E402
-from gradclip.config import load_yaml  # noqa: E402
+from gradclip.config import as_config  # noqa: E402
 from gradclip.tools.main import main as gradclip  # noqa: E402
 
 BROKEN_STEP = 180
@@ -37,7 +37,7 @@ def record_run(path: Path) -> None:
     model = setting.model(text)
     optimizer = setting.optimizer(model)
     schedule = setting.schedule(optimizer)
-    config = load_yaml(ROOT / "configs" / "zclip.yaml")
+    config = as_config("zclip")
     config = ClipConfig(**{**dict(config), "recorder": RecorderConfig(file=str(path))})
     clipper = GradientClipper(config, model.named_parameters(), optimizer)
     batches = DataLoader(setting.training_samples(text), batch_size=setting.batch_size)

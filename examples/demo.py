@@ -23,11 +23,10 @@ from runs import Run
 from setting import SMALL, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs"
 RUNS = {
-    "no clipping": "measure_only.yaml",
-    "fixed norm 1.0": "fixed_norm.yaml",
-    "auto": "recorder.yaml",
+    "no clipping": "measure_only",
+    "fixed norm 1.0": "fixed_norm",
+    "auto": "recorder",
 }
 ACCELERATE = "auto, Accelerate, 2 processes"
 
@@ -35,7 +34,7 @@ ACCELERATE = "auto, Accelerate, 2 processes"
 def run_accelerate(setting: Setting, small: bool, lines: Path) -> Run:
     """Launch the Accelerate script, which doesn't know of clipping, on two processes."""
     launch = [sys.executable, "-m", "accelerate_clip.launch", "launch", "--config_file"]
-    config = CONFIGS / "accelerate" / "two_processes.yaml"
+    config = ROOT / "configs" / "accelerate" / "two_processes.yaml"
     script = [ROOT / "examples" / "accelerate_gpt.py", "--steps", setting.steps, "--out", lines]
     any_port = ["--main_process_port", "0"]
     command = [*launch, config, *any_port, *script, *(["--small"] if small else [])]
@@ -88,7 +87,7 @@ def main() -> None:
     runs: dict[str, Run] = {}
     for name, config in RUNS.items():
         Console().rule(name)
-        runs[name] = lightning_gpt.train(str(CONFIGS / config), setting)
+        runs[name] = lightning_gpt.train(config, setting)
     Console().rule(ACCELERATE)
     lines = arguments.folder.resolve() / "accelerate.jsonl"
     runs[ACCELERATE] = run_accelerate(setting, arguments.small, lines)

@@ -1,6 +1,6 @@
 """Lightning: clipping is one callback.
 
-python examples/lightning_gpt.py --config configs/auto.yaml
+python examples/lightning_gpt.py --config auto
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def train(policy: PolicyLike, setting: Setting) -> Run:
 
 if __name__ == "__main__":
     options = parser("Train a small GPT with Lightning.")
-    options.add_argument("--config", default="configs/auto.yaml", help="a policy file")
+    options.add_argument("--config", default="auto", help="a preset or a file")
     options.add_argument("--out", type=Path, help="a JSON file for the numbers of every step")
     arguments = options.parse_args()
     result = train(arguments.config, setting_of(arguments))

@@ -17,7 +17,7 @@ from gradclip import GradientClipper
 def main() -> None:
     """Train for fifty steps and say what was clipped."""
     options = parser("Train a small GPT in a plain loop.")
-    options.add_argument("--config", default="configs/auto.yaml", help="a policy file")
+    options.add_argument("--config", default="auto", help="a preset or a file")
     options.set_defaults(steps=50)
     arguments = options.parse_args()
     setting, text = setting_of(arguments), Text()

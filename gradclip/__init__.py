@@ -50,6 +50,8 @@ from gradclip.policies import (
 from gradclip.records.alarm import Spike
 from gradclip.records.record import ClipRecord
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AGC",
     "AdaGC",

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -20,7 +22,8 @@ from torch.optim import Optimizer
 from gradclip.changes import GradientSnapshot, changes_gradients
 from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
-from gradclip.errors import ConfigError
+from gradclip.errors import ConfigError, escaped
+from gradclip.layouts import is_first_rank
 from gradclip.patches import Patches
 from gradclip.plan.parameters import Named, as_pairs, configs_for, group_names
 from gradclip.records.alarm import Spike
@@ -40,6 +43,8 @@ __all__ = [
     "group_names",
     "window_share",
 ]
+
+_logger = logging.getLogger("gradclip")
 
 
 class ClipperSet(Sequence[GradientClipper]):
@@ -120,6 +125,25 @@ class ClipperSet(Sequence[GradientClipper]):
             for index in (range(len(self)) if indices is None else indices)
             for key, value in self[index].flush().items()
         }
+
+    def announce(self, entries: str) -> None:
+        """Say in one line, on the first rank, what is clipped and where entries go.
+
+        The line is logged at INFO by the logger `gradclip`. In a program that set up no logging it
+        goes to standard error, as Python does with warnings; a level of the logger above INFO
+        (`logging.getLogger("gradclip").setLevel("WARNING")`) switches it off.
+
+        Args:
+            entries: Where they go: "TensorBoardLogger every 50 steps".
+        """
+        if not len(self) or not is_first_rank():
+            return
+        clipped = "; ".join(clipper.summary for clipper in self)
+        line = f"gradclip: {clipped}. Entries: {entries}."
+        if _logger.hasHandlers():
+            _logger.info(line)
+        elif _logger.level <= logging.INFO:
+            sys.stderr.write(f"{escaped(line)}\n")
 
     def give_histogram(self, index: int, writer: Any, step: int | None) -> None:
         """Give the norms of the last `flush` to what has histograms; anything else is left alone.

@@ -31,6 +31,7 @@ from gradclip.kernels import KernelName
 from gradclip.layouts import Groups
 from gradclip.layouts.deepspeed import DeepSpeedLayout
 from gradclip.plan.parameters import Named, as_pairs, in_place, told_apart
+from gradclip.plot import plot_steps
 from gradclip.records.alarm import Spike
 from gradclip.records.record import ClipRecord
 from gradclip.records.recorder import Recorder
@@ -49,8 +50,9 @@ class GradientClipper:
     """Clips the gradients of one optimizer, once per optimizer step.
 
     Args:
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file. If it is left out, `Auto()`: `GradientClipper(model, optimizer)`.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out:
+            `GradientClipper(model, optimizer)`.
         named_parameters: The model, or names for the parameters as from
             `model.named_parameters()`, where wrappers (DDP, FSDP1, `torch.compile`) leave no
             trace; without an optimizer, also which parameters to clip. The optimizer may stand
@@ -128,6 +130,10 @@ class GradientClipper:
         self._attached: weakref.ref[Attached] | None = None  # its optimizer keeps it alive
         self._beginning = self._core.begin()
         self.batch: int | None = None
+
+    def __repr__(self) -> str:
+        """What clips what."""
+        return f"GradientClipper({self.summary})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is built anew, with this one's adaptive state and counts; it isn't attached."""
@@ -311,8 +317,34 @@ class GradientClipper:
         self.recorder.saved_to(str(path))
 
     @property
+    def summary(self) -> str:
+        """Policies, parameters and layout: `auto on 4 parameters of AdamW, not sharded`."""
+        count, optimizer = len(self._core.machinery.plan.shapes), self._core.sources.optimizer
+        if self._engine_layout is not None:
+            stepped, lies = " of a DeepSpeed engine", self._engine_layout.kind
+        else:
+            stepped = "" if optimizer is None else f" of {type(optimizer).__name__}"
+            lies = "sharded over ranks" if self._core.machinery.layout.reduces else "not sharded"
+        parameters = f"{count:,} parameter{'s' * (count != 1)}{stepped}"
+        return f"{self.config.summary} on {parameters}, {lies}"
+
+    def plot(self, axes: Any | None = None) -> Any:
+        """Draw the norms and limits of the last steps, as in a notebook; reads them on the host.
+
+        Args:
+            axes: Of matplotlib, to draw on; None makes new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ConfigError: If no step was made yet, or matplotlib isn't installed.
+        """
+        return plot_steps(self.recorder.steps(), axes)
+
+    @property
     def recorder(self) -> Recorder:
-        """The last steps; `recorder.write()` makes a file of them at any time."""
+        """The last steps: `recorder.steps()` as rows, `recorder.write()` as a file."""
         return self._core.recorder
 
     @property

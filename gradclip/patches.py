@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -59,7 +60,7 @@ class Patches:
                 the meantime, it stays in place and only passes on.
         """
         before = vars(owner).get(name, _MISSING)
-        wrapper = _Wrapper(self, getattr(owner, name), around, before)
+        wrapper = _Wrapper(self, getattr(owner, name), around, before, name)
         setattr(owner, name, wrapper)
 
         def put_back() -> None:
@@ -67,6 +68,13 @@ class Patches:
                 _restore(owner, name, _alive(before))
 
         self._stack.callback(put_back)
+
+    def hook(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, to be kept in somebody's list of hooks.
+
+        After `undo`, and in a copy of its owner, it does nothing.
+        """
+        return _Wrapper(self, _do_nothing, partial(_call, call), _MISSING, "")
 
     def callback(self, undo: Callable[[], object]) -> None:
         """Call this too when all is undone."""
@@ -79,13 +87,21 @@ class Patches:
 
 
 class _Wrapper:
-    """Stands for a method; where its owner is copied or pickled, the copy has the method itself."""
+    """Stands for a method; where its owner is copied or pickled, the copy has the method itself.
+
+    Nothing that it holds of ours reaches a copy, which is what it would be without us.
+    """
 
     def __init__(
-        self, patches: Patches, method: Callable[..., Any], around: Callable[..., Any], before: Any
+        self,
+        patches: Patches,
+        method: Callable[..., Any],
+        around: Callable[..., Any],
+        before: Any,
+        name: str,
     ) -> None:
         functools.update_wrapper(self, method)
-        self.patches, self.before = patches, before
+        self.patches, self.before, self._name = patches, before, name
         self._method, self._around = method, around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,10 +110,28 @@ class _Wrapper:
         return self._method(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None else MethodType(self, instance)
+        is_bound = getattr(self._method, "__self__", None) is not None
+        return self if instance is None or is_bound else MethodType(self, instance)
+
+    @property
+    def __func__(self) -> _Wrapper:
+        """What torch's schedulers take out of an optimizer's `step`, and bind to it anew."""
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
+        owner = getattr(self._method, "__self__", None)
+        if owner is not None and self.before is _MISSING:
+            # By the name that it has there: a decorated method may call itself something else.
+            return getattr, (owner, self._name)
         return _unwrapped, (self._method,)
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """What copies have in the place of a hook."""
+
+
+def _call(call: Callable[..., Any], _: object, *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
 
 
 def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:

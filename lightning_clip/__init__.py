@@ -4,7 +4,8 @@
 >>> callback = GradientClip({"policies": [{"type": "zclip"}]})  # for Trainer(callbacks=[callback])
 """
 
+from gradclip import __version__
 from lightning_clip.callback import GradientClip
 from lightning_clip.fabric import disable, enable
 
-__all__ = ["GradientClip", "disable", "enable"]
+__all__ = ["GradientClip", "__version__", "disable", "enable"]

@@ -71,8 +71,8 @@ class GradientClip(Callback):
     configuration says `schedule_on_skip: hold`.
 
     Args:
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file; `Auto()` if left out.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out.
         progress_bar: Also show the norm, the limit and the share of clipped steps in the progress
             bar. Costs a host read of each of them per step.
         restore: Continue from the clip state of a checkpoint; False starts with fresh state, as
@@ -117,6 +117,11 @@ class GradientClip(Callback):
         self._saved: dict[str, Any] = {}  # waits for training to start
         self._saved_before: dict[str, Any] = {}  # the same, before this fit, validate or test
         self._saved_for: LightningModule | None = None  # None: any module
+
+    def __repr__(self) -> str:
+        """What clips, and what is clipped once fitting has started."""
+        clipped = "; ".join(clipper.summary for clipper in self._clippers)
+        return f"{type(self).__name__}({clipped or self.config.summary})"
 
     @property
     def clippers(self) -> list[GradientClipper]:
@@ -206,6 +211,7 @@ class GradientClip(Callback):
             steps = self._clippers.go_on_from(*self._earlier, same_run=False)
             self._reporter.resume(steps)
         self._saved, self._earlier, self._training = {}, None, (trainer, pl_module)
+        self._announce(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: object
@@ -376,6 +382,9 @@ class GradientClip(Callback):
         for optimizer in self._optimizers:
             claim_steps(optimizer, self._patches, "GradientClip")
 
+    def _announce(self, trainer: Trainer) -> None:
+        self._reporter.announce(trainer)
+
     def _take_in(self, state: Mapping[str, Any]) -> None:
         try:
             take_in = self._clippers.checked(state, with_steps=True)
@@ -431,6 +440,9 @@ class _ForFinder(GradientClip):
 
     def _claim_steps(self) -> None:
         """They are those of the fit, whose callback has claimed them."""
+
+    def _announce(self, trainer: Trainer) -> None:
+        """The fit's callback does."""
 
     def on_train_end(self, trainer: Trainer, *_: object) -> None:
         """The finder is done."""

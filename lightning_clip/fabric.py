@@ -9,7 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradclip import ConfigError, GradientClipper, PolicyLike
-from gradclip.adapters import Patches
+from gradclip.adapters import ClipperSet, Patches
 from lightning_clip.framework import Fabric, is_set_up, live_scaler, steps_by_engine
 
 __all__ = ["disable", "enable"]
@@ -32,8 +32,8 @@ def enable(
             optimizer.
         model: What `fabric.setup` or `fabric.setup_module` returned.
         optimizer: What `fabric.setup` or `fabric.setup_optimizers` returned.
-        policy: A policy, a list of them (applied in order), a `ClipConfig`, a mapping, or the
-            path of a YAML file.
+        policy: A policy, a list of them (applied in order), the name of a preset ("zclip"), the
+            path of a YAML file, a mapping, or a `ClipConfig`; `Auto()` if left out.
 
     Returns:
         The clipper, which is attached to the optimizer already; `disable` undoes that.
@@ -101,6 +101,7 @@ def enable(
         return clip(module, optimizer, *rest, **more)
 
     patches.wrap(fabric, "clip_gradients", refuse)
+    ClipperSet([clipper]).announce("clipper.flush()")
     return clipper
 
 

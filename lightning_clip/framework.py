@@ -17,8 +17,17 @@ if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
     from lightning.fabric import Fabric
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
-    from lightning_fabric import Fabric
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    try:
+        from lightning_fabric import Fabric
+        from pytorch_lightning import Callback, LightningModule, Trainer
+    except ModuleNotFoundError as error:
+        if error.name not in ("lightning_fabric", "pytorch_lightning"):
+            raise
+        msg = (
+            "lightning_clip needs Lightning, which isn't installed. Install it: "
+            'pip install "gradclip[lightning]"'
+        )
+        raise ModuleNotFoundError(msg, name=error.name) from None
 
 __all__ = [
     "Callback",

@@ -44,9 +44,17 @@ class Reporter:
         self._clippers = clippers
         self._filed = [0] * len(clippers)
         self.resume([0] * len(clippers))
-        folder = trainer.log_dir or trainer.default_root_dir
+        folder = str(trainer.log_dir or trainer.default_root_dir)  # some loggers give a Path
         is_local = "://" not in folder  # a bucket can't be written to like a folder
         clippers.place_records(folder if is_local else Path.cwd())
+
+    def announce(self, trainer: Trainer) -> None:
+        """Say what is clipped, and where entries go."""
+        names = ", ".join(type(logger).__name__ for logger in trainer.loggers)
+        every = self._log.every_n_steps or trainer.log_every_n_steps
+        self._clippers.announce(
+            f"{names} every {every} steps" if names else "trainer.callback_metrics"
+        )
 
     def resume(self, steps: Sequence[int]) -> None:
         """Go on after so many steps of each optimizer."""
@@ -99,5 +107,5 @@ class Reporter:
         for logger in trainer.loggers:
             if self._log.histograms:  # first: to W&B it is part of the row that metrics complete
                 self._clippers.give_histogram(index, logger.experiment, step)
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics=metrics, step=step)  # by name, as Lightning does
             logger.save()

@@ -1,8 +1,12 @@
-"""A configuration that names classes by `class_path`, as LightningCLI's files do: only our own."""
+"""What may stand for a configuration, as the one mapping that is validated.
+
+A `class_path`, as in LightningCLI's files, names only our own classes. Nodes of OmegaConf are
+mappings and sequences like any other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
@@ -10,7 +14,7 @@ from pydantic import BaseModel
 from gradclip.config.models import ClipConfig
 from gradclip.models import MODELS, POLICIES, KeyPath, nearest
 
-__all__ = ["PARTS", "as_written"]
+__all__ = ["PARTS", "as_written", "is_list"]
 
 PARTS = ("init_args", "dict_kwargs")
 """Where the arguments of a class stand."""
@@ -23,6 +27,7 @@ def as_written(value: Any, refuse: Refuse) -> tuple[Any, KeyPath]:
 
     Args:
         value: A mapping, one policy or a list of them, or a class with arguments, at any depth.
+            A list may be any sequence.
         refuse: Raises the error of a fault at a key path.
 
     Returns:
@@ -32,11 +37,16 @@ def as_written(value: Any, refuse: Refuse) -> tuple[Any, KeyPath]:
         ConfigError: If a `class_path` names no class of gradclip's configuration.
     """
     fields = _fields(value, (), refuse)
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return {"policies": fields}, ("policies",)
     if isinstance(fields, Mapping) and "type" in fields and "policies" not in fields:
         return {"policies": [fields]}, ("policies", 0)
     return fields, ()
+
+
+def is_list(value: Any) -> bool:
+    """Whether it is a sequence of values, and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _fields(value: Any, at: KeyPath, refuse: Refuse) -> Any:
@@ -55,7 +65,7 @@ def _fields(value: Any, at: KeyPath, refuse: Refuse) -> Any:
         return fields
     if isinstance(value, Mapping):
         return {key: _fields(item, (*at, str(key)), refuse) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if is_list(value):
         return [_fields(item, (*at, index), refuse) for index, item in enumerate(value)]
     return value
 

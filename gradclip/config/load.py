@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,18 +12,28 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import ValidationError
 
-from gradclip.config.by_class import as_written
+from gradclip.config.by_class import PARTS, as_written, is_list
 from gradclip.config.models import ClipConfig
+from gradclip.config.presets import preset_file, presets
 from gradclip.errors import ConfigError
-from gradclip.models import KeyPath, Lines, dotted, explain
+from gradclip.models import POLICIES, KeyPath, Lines, dotted, explain, line_of, nearest
 from gradclip.policies import Auto, Policy
 
-__all__ = ["PolicyLike", "as_config", "load_section", "load_yaml", "parse_mapping"]
+__all__ = [
+    "PolicyLike",
+    "as_config",
+    "load_section",
+    "load_yaml",
+    "parse_mapping",
+    "parse_section",
+    "parse_written",
+]
 
 PolicyLike = (
     Policy | Sequence[Policy | Mapping[str, Any]] | ClipConfig | Mapping[str, Any] | str | Path
 )
-"""What a clipper can be built from: policies, a configuration, a mapping, or a YAML file."""
+"""What a clipper can be built from: policies, the name of a preset, the path of a YAML file, a
+mapping or a configuration."""
 
 
 _MOST_BYTES, _MOST_VALUES = 1 << 20, 20_000  # of a file, so that none takes all memory
@@ -60,26 +71,40 @@ def as_config(policy: PolicyLike | None) -> ClipConfig:
         return ClipConfig(policies=[Auto()])
     if isinstance(policy, ClipConfig):
         return policy
-    if isinstance(policy, str | Path):
+    if isinstance(policy, str):
+        return _by_name(policy)
+    if isinstance(policy, Path):
         return load_yaml(policy)
-    items: Any = policy if isinstance(policy, list | tuple) else [policy]
+    given: Any = [policy] if isinstance(policy, Policy) else policy
+    items = given if is_list(given) else [given]
     if all(isinstance(item, Policy | Mapping) for item in items):
-        given = [policy] if isinstance(policy, Policy) else policy
         try:
-            return parse_mapping(as_written(given, _refuse)[0])
+            return parse_written(given)
         except RecursionError:
             msg = "policy is nested too deeply, or contains itself. Write it out."
             raise ConfigError(msg) from None
     msg = (
-        f"policy is {policy!r:.80}; allowed: a policy such as Auto(), a list of them, a "
-        "ClipConfig, a mapping with the key 'policies', or the path of a YAML file. Write, for "
-        "instance, ClipByNorm(max_norm=1.0) in its place, or nothing for Auto()."
+        f"policy is {policy!r:.80}; allowed: a policy such as Auto(), a list of them, the name of "
+        "a preset, the path of a YAML file, a mapping with the key 'policies', or a ClipConfig. "
+        "Write, for instance, ClipByNorm(max_norm=1.0) in its place, or nothing for Auto()."
     )
     raise ConfigError(msg)
 
 
-def _refuse(at: KeyPath, fault: str) -> NoReturn:
-    msg = f"{dotted(('policy', *at))}: {fault}."
+def _by_name(name: str) -> ClipConfig:
+    """A preset, else a file: `./zclip` and `Path("zclip")` are files in any case."""
+    if name in presets():
+        return load_yaml(preset_file(name))
+    if os.path.lexists(name):
+        return load_yaml(name)
+    path = Path(name)
+    known = nearest(path.stem, list(presets()))
+    if path.suffix or len(path.parts) > 1:
+        fault = "the file can't be read (No such file or directory)"
+    else:
+        fault = "there is no such preset, and no such file"
+    own = f" A policy of this type is written {{type: {name}}}." if name in POLICIES else ""
+    msg = f"{name}: {fault}. Give the path of a YAML file, or a preset: {known}{own}"
     raise ConfigError(msg)
 
 
@@ -90,7 +115,7 @@ def load_yaml(path: str | Path) -> ClipConfig:
         ConfigError: If the file can't be read, isn't YAML, or isn't a valid configuration.
     """
     content, lines = read_yaml(path)
-    return parse_mapping(content, str(path), lines)
+    return parse_written(content, str(path), lines)
 
 
 def load_section(path: str | Path, key: str) -> ClipConfig:
@@ -98,7 +123,8 @@ def load_section(path: str | Path, key: str) -> ClipConfig:
 
     Args:
         path: The file.
-        key: The section's top-level key.
+        key: The section's top-level key. It holds what a file of its own would, or the name of a
+            preset or the path of a file.
 
     Raises:
         ConfigError: If the file can't be read, isn't YAML, has no such section, or the section
@@ -115,7 +141,7 @@ def load_section(path: str | Path, key: str) -> ClipConfig:
         )
         raise ConfigError(msg)
     inside = {at[1:]: line for at, line in lines.items() if at[:1] == (key,)}
-    return parse_mapping(content[key], str(path), inside)
+    return parse_section(content[key], str(path), inside)
 
 
 def read_yaml(path: str | Path) -> tuple[Any, Lines]:
@@ -155,6 +181,52 @@ def read_yaml(path: str | Path) -> tuple[Any, Lines]:
         fault = "values are nested too deeply, or an alias contains itself. Write them out."
     msg = f"{where}: {fault}"
     raise ConfigError(msg)
+
+
+def parse_section(content: Any, where: str, lines: Lines) -> ClipConfig:
+    """Validate a part of a file, which may also be the name of a preset or the path of a file.
+
+    Args:
+        content: As `parse_written` takes it, or a name.
+        where: The file that errors name.
+        lines: The line of each key path in the content.
+
+    Raises:
+        ConfigError: If it isn't valid.
+    """
+    if not isinstance(content, str):
+        return parse_written(content, where, lines)
+    try:
+        return _by_name(content)
+    except ConfigError as error:
+        msg = f"{where}, line {line_of((), lines)}: {error}"
+        raise ConfigError(msg) from None
+
+
+def parse_written(content: Any, where: str = "", lines: Lines | None = None) -> ClipConfig:
+    """Validate a configuration, one policy or a list of policies.
+
+    Args:
+        content: A mapping, or a sequence of mappings and policies; `class_path` may name our
+            classes in it.
+        where: The file that errors name.
+        lines: The line of each key path in the content.
+
+    Raises:
+        ConfigError: If it isn't valid, or a `class_path` names another class.
+    """
+    lines = lines or {}
+
+    def refuse(at: KeyPath, fault: str) -> NoReturn:
+        line = line_of(at, lines)
+        msg = f"{where}, line {line}: {fault}." if line else f"{dotted(('policy', *at))}: {fault}."
+        raise ConfigError(msg)
+
+    written, start = as_written(content, refuse)
+    moved: dict[KeyPath, int] = {(): lines[()]} if () in lines else {}
+    for at, line in lines.items():
+        moved.setdefault((*start, *(part for part in at if part not in PARTS)), line)
+    return parse_mapping(written, where, moved)
 
 
 def parse_mapping(content: Any, where: str = "", lines: Lines | None = None) -> ClipConfig:

@@ -170,6 +170,16 @@ class ClipConfig(Model):
     Costs two reads of the gradients, a message more for each, and reads on the host."""
 
     @property
+    def summary(self) -> str:
+        """The policies in a line: `norm(max_norm=1.0), zclip and groups`."""
+        text: list[str] = []
+        for policy in self.policies:
+            fields = policy.model_dump(exclude_defaults=True, exclude={"type"})
+            given = ", ".join(f"{key}={value!r}" for key, value in fields.items())
+            text.append(f"{policy.type}({given})" if given else policy.type)
+        return ", ".join(text) + (" and groups" if self.groups else "")
+
+    @property
     def names_groups(self) -> bool:
         """Whether anything depends on the optimizer's parameter groups."""
         scopes = {policy.measured[0] for chain in self.lists for policy in chain}

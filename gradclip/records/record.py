@@ -155,10 +155,6 @@ class ClipRecord:
         _ = self._facts.counts
         return ClipRecord, (self._facts, self._device, self.per_parameter, self.norm_type)
 
-    def __repr__(self) -> str:
-        names = [name for name in COLUMNS if hasattr(ClipRecord, name)]
-        return f"ClipRecord({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
-
     @property
     def grad_norm(self) -> Tensor:
         """Float64. Norm of all gradients before clipping; NaN or inf if they are."""
@@ -220,6 +216,13 @@ class ClipRecord:
         """
         dropped = self._facts.dropped
         return None if dropped is None else self._number(dropped)
+
+    def __repr__(self) -> str:
+        """The numbers, which reads them on the host."""
+        names = ("grad_norm", "limit", "coef", "clipped_norm", "clip_rate")
+        numbers = [f"{name}={float(getattr(self, name)):.4g}" for name in names]
+        flags = [f"{name}={bool(getattr(self, name))}" for name in ("clipped", "skipped", "finite")]
+        return f"ClipRecord({', '.join(numbers + flags)})"
 
     def as_metrics(self) -> dict[str, Tensor]:
         """Float 0-d tensors by metric key, still on the device.

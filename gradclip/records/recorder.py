@@ -529,9 +529,9 @@ class Recorder:
         if path is None:
             self._own()
             wanted, is_new = self._path or self._wanted(), self._path is None
-            path = self._path = write_trace(wanted, header, self._steps(), anew=is_new)
+            path = self._path = write_trace(wanted, header, self.steps(), anew=is_new)
         else:
-            path = write_trace(path, header, self._steps())
+            path = write_trace(path, header, self.steps())
         self._written = self.tally.made
         return path
 
@@ -663,8 +663,13 @@ class Recorder:
             self._save()
         return found
 
-    def _steps(self) -> list[dict[str, Any]]:
-        """What the file has, in rising order."""
+    def steps(self) -> list[dict[str, Any]]:
+        """The last steps in rising order, as a flight record has them; read on the host.
+
+        Returns:
+            For each step `step`, `grad_norm`, `limit`, `coef`, `clipped_norm`, `clipped`,
+            `skipped`, `finite`, and where known `batch`, `loss` and `per_parameter`.
+        """
         self.tally.read()
         found = {row["step"]: row for row in map(_as_step, self.tally.rows)}
         for values, norms in () if self._worst is None else self._worst.kept():

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from gradclip.config import ClipConfig, as_config, load_section, parse_mapping
-from gradclip.config.by_class import PARTS, as_written
-from gradclip.config.load import read_yaml
+from gradclip.config import ClipConfig, as_config, load_section
+from gradclip.config.by_class import PARTS
+from gradclip.config.load import parse_section, parse_written, read_yaml
 from gradclip.errors import ConfigError
 from gradclip.models import KeyPath, Lines, dotted, line_of
 from gradclip.records.trace_file import spell_out
@@ -66,7 +66,7 @@ def check_file(path: str | Path) -> Checked:
         elif kind is None:
             _refuse_other(file)
         else:
-            configs = {"": parse_mapping(file.content, str(path), file.lines)}
+            configs = {"": parse_written(file.content, str(path), file.lines)}
     except ConfigError as error:
         return Checked(path, kind, {}, str(error))
     return Checked(path, kind, configs)
@@ -178,17 +178,11 @@ def _check_callback(file: _File, at: KeyPath) -> tuple[str, ClipConfig]:
     """The key path of the callback's policy as text, and the configuration it stands for."""
     arguments = _check_arguments(file, at)
     if "policy" not in arguments:
-        fault = "init_args.policy is missing; give policies, or the path of a file with them"
-        file.refuse(at, fault)
+        return dotted(at), as_config(None)
     at = arguments["policy"]
-    policy, lines = _as_mapping(file, at)
-    if isinstance(policy, Mapping):
-        return dotted(at), parse_mapping(policy, str(file.path), lines)
-    try:
-        return dotted(at), as_config(policy)
-    except ConfigError as error:
-        msg = f"{file.path}, line {line_of(at, file.lines)}: {error}"
-        raise ConfigError(msg) from None
+    lines: dict[KeyPath, int] = {(): line_of(at, file.lines) or 1}
+    lines |= {spot[len(at) :]: line for spot, line in file.lines.items() if spot[: len(at)] == at}
+    return dotted(at), parse_section(file.value(at), str(file.path), lines)
 
 
 def _check_arguments(file: _File, at: KeyPath) -> dict[str, KeyPath]:
@@ -219,28 +213,6 @@ def _is_flag(value: Any) -> bool:
     """Whether jsonargparse takes it where true or false is expected."""
     words = ("true", "false", "yes", "no")
     return isinstance(value, bool | None) or (isinstance(value, str) and value.lower() in words)
-
-
-def _as_mapping(file: _File, at: KeyPath) -> tuple[Any, Lines]:
-    """The `policy` of a callback as the mapping that `ClipConfig` validates.
-
-    Returns:
-        That mapping, and the line of each key path in it.
-
-    Raises:
-        ConfigError: If a `class_path` names no class of gradclip's configuration.
-    """
-
-    def refuse(inside: KeyPath, fault: str) -> NoReturn:
-        file.refuse((*at, *inside), fault)
-
-    written, start = as_written(file.value(at), refuse)
-    lines: dict[KeyPath, int] = {(): line_of(at, file.lines) or 1}
-    for spot, line in file.lines.items():
-        if spot[: len(at)] == at:
-            inside = (part for part in spot[len(at) :] if part not in PARTS)
-            lines.setdefault((*start, *inside), line)
-    return written, lines
 
 
 def _refuse_other(file: _File) -> NoReturn:

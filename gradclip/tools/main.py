@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from gradclip.config import load_yaml
+from gradclip import __version__
+from gradclip.config import as_config
+from gradclip.config.presets import preset_text, presets
 from gradclip.config.schema import schema_text
 from gradclip.errors import ConfigError, escaped
+from gradclip.models import nearest
 
 try:
     import typer
@@ -70,9 +73,21 @@ _StepRange = Annotated[str, typer.Option(help="Take steps from A up to but witho
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        echo(f"gradclip {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _gradclip() -> None:
+def _gradclip(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
     """See what gradient clipping did, and choose how to clip."""
+    del version
 
 
 @app.command(
@@ -127,7 +142,7 @@ def import_(
 
 @app.command(
     epilog=_examples(
-        "gradclip check configs/zclip.yaml",
+        "gradclip check clip.yaml",
         "gradclip check configs/*.yaml --json",
     )
 )
@@ -156,7 +171,29 @@ def check(
     raise typer.Exit(1 if faults else 0)
 
 
-@app.command(epilog=_examples("gradclip schema", "gradclip schema --out configs/schema.json"))
+@app.command("presets", epilog=_examples("gradclip presets", "gradclip presets zclip > clip.yaml"))
+def list_presets(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this preset as a file to copy and change.")
+    ] = None,
+) -> None:
+    """List the configurations that come with gradclip, which their names stand for.
+
+    GradientClip("zclip"), enable(accelerator, "zclip") and "policy: zclip" take them.
+    """
+    known = presets()
+    if name is None:
+        width = max(map(len, known))
+        for preset, line in known.items():
+            echo(f"{preset:{width}}  {line}")
+    elif name in known:
+        echo(preset_text(name), nl=False)
+    else:
+        msg = f"{name} is no preset; {nearest(name, list(known))}"
+        raise ConfigError(msg)
+
+
+@app.command(epilog=_examples("gradclip schema", "gradclip schema --out schema.json"))
 def schema(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file.")] = None,
 ) -> None:
@@ -235,17 +272,17 @@ def lint(
 
 @app.command(
     epilog=_examples(
-        "gradclip replay run.trace.jsonl --config zclip.yaml --config fixed_norm.yaml",
-        "gradclip replay run.trace.jsonl -c zclip.yaml --plot replay.png --out replay.html",
-        "gradclip replay trainer_output -c zclip.yaml --steps 1000:2000 --json",
+        "gradclip replay run.trace.jsonl --config zclip --config fixed_norm",
+        "gradclip replay run.trace.jsonl -c clip.yaml --plot replay.png --out replay.html",
+        "gradclip replay trainer_output -c zclip --steps 1000:2000 --json",
     )
 )
 def replay(
     run: _RunFile,
     config: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
-            "--config", "-c", exists=True, dir_okay=False, help="A configuration; may be repeated."
+            "--config", "-c", help="The path of a configuration, or a preset; may be repeated."
         ),
     ],
     out: Annotated[Path | None, _Page] = None,
@@ -262,10 +299,11 @@ def replay(
     opened = open_run(run)
     for path in (plot, out):
         _refuse_lost_folder(path)
-        _refuse_input(path, opened.path, *config)
-    stems = [path.stem for path in config]
+        _refuse_input(path, opened.path, *(Path(given) for given in config))
+    stems = [Path(given).stem for given in config]
     configs = {
-        str(path) if stems.count(path.stem) > 1 else path.stem: load_yaml(path) for path in config
+        given if stems.count(stem) > 1 else stem: as_config(given)
+        for given, stem in zip(config, stems, strict=True)
     }
     with _progress(f"Replaying {opened.path.name}") as progress:
         found = run_replay(opened, configs, start=start, stop=stop, progress=progress)
@@ -389,7 +427,8 @@ def _refuse_other_picture(plot: Path | None) -> None:
 
 def _refuse_input(out: Path | None, *inputs: Path) -> None:
     """Refuse to write over an input, also by another name of the same file."""
-    if out is not None and out.exists() and any(map(out.samefile, inputs)):
+    read = [path for path in inputs if path.exists()]
+    if out is not None and out.exists() and any(map(out.samefile, read)):
         msg = f"{out} is what is read here, and would be lost. Name another file to write."
         raise ConfigError(msg)
 

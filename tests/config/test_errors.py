@@ -127,14 +127,16 @@ def test_a_file_or_section_without_a_mapping(tmp_path):
     path = tmp_path / "run.yaml"
     whole = {
         "": ": found None",
-        "[]": r", line 1: found \[\]",
         "\nzclip": ", line 2: found 'zclip'",
     }
     for text, found in whole.items():
         path.write_text(text)
         with pytest.raises(ConfigError, match=rf"run\.yaml{found}; a mapping with the key"):
             load_yaml(path)
-    for value in ("null", "", "agc.yaml"):
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"run\.yaml, line 1: policies is \[\]; at least one"):
+        load_yaml(path)
+    for value in ("null", "", "1.0"):
         path.write_text(f"num_processes: 2\ngradient_clip_config: {value}\n")
         with pytest.raises(ConfigError, match=r"run\.yaml, line 2: found .*; a mapping with the k"):
             load_section(path, "gradient_clip_config")

@@ -80,6 +80,44 @@ def test_metrics_are_those_of_the_steps_between(every, kernel):
             assert clipper.flush() == {}
 
 
+def test_what_a_notebook_shows(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    clipper, params = made()
+    assert (
+        repr(clipper) == "GradientClipper(norm(max_norm=1.0) on 3 parameters of SGD, not sharded)"
+    )
+    with pytest.raises(ConfigError, match="plot: no step with a finite norm was made yet"):
+        clipper.plot()
+    for norms in ([0.3, 0, 0.4], [3.0, 0, 4.0], [math.nan, 0, 0], NOTHING):
+        record = step(clipper, params, norms)
+        assert repr(record).startswith("ClipRecord(grad_norm=")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in clipper.plot().lines}
+    assert lines["gradient norm"] == pytest.approx(np.array([[0, 0.5], [1, 5.0]]))
+    assert lines["limit"] == [[0, 1.0], [1, 1.0]]
+    assert lines["clipped"] == [[1, 5.0]]
+    matplotlib.pyplot.close("all")
+    for name in ("matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"pip install 'gradclip\[tools\]'"):
+        clipper.plot()
+
+
+def test_what_is_clipped_is_said_as_the_program_logs(capsys, caplog, monkeypatch):
+    """A line at INFO; on standard error where nobody set up logging, as Python's warnings."""
+    clippers, logger = ClipperSet([made()[0]]), logging.getLogger("gradclip")
+    line = "gradclip: norm(max_norm=1.0) on 3 parameters of SGD, not sharded. Entries: nowhere."
+    caplog.set_level(logging.INFO, "gradclip")
+    clippers.announce("nowhere")
+    assert caplog.messages == [line]
+    monkeypatch.setattr(logger, "hasHandlers", lambda: False)
+    for level, shown in ((logging.NOTSET, f"{line}\n"), (logging.WARNING, "")):
+        caplog.set_level(level, "gradclip")
+        clippers.announce("nowhere")
+        assert capsys.readouterr().err == shown
+    assert caplog.messages == [line]
+
+
 def test_metrics_of_one_step_that_has_no_norm_to_show():
     clipper, params = made()
     for norms, nonfinite in (([math.nan, 0.0, 0.0], 1), (NOTHING, 0)):

@@ -1,11 +1,12 @@
-"""Every policy file in configs/ is valid, says what it is, and builds a clipper for the GPT."""
+"""Every preset builds a clipper for the GPT; configs/README.md lists what is shipped."""
 
 import sys
 from pathlib import Path
 
 import torch
 
-from gradclip import Auto, ClipByNorm, GradientClipper, ZClip, load_section, load_yaml
+from gradclip import Auto, ClipByNorm, GradientClipper, ZClip, as_config, load_section
+from gradclip.config.presets import presets
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -13,29 +14,21 @@ sys.path.insert(0, str(ROOT / "examples"))
 from setting import SMALL  # noqa: E402
 from text import Text  # noqa: E402
 
-SCHEMA = "# yaml-language-server: $schema=./schema.json\n"
-FILES = [
-    path
-    for path in sorted((ROOT / "configs").glob("*.yaml"))
-    if path.read_text(encoding="utf-8").startswith(SCHEMA)
-]
 
-
-def test_every_policy_file_says_what_it_is_and_clips_the_gpt(tmp_path, monkeypatch, subtests):
+def test_every_preset_clips_the_gpt(tmp_path, monkeypatch, subtests):
     monkeypatch.chdir(tmp_path)  # for flight records
-    for path in FILES:
-        with subtests.test(path.stem):
-            assert path.read_text(encoding="utf-8").splitlines()[1].startswith("# ")
+    for name in presets():
+        with subtests.test(name):
             model = SMALL.model(Text())
-            clipper = GradientClipper(path, model.named_parameters())
+            clipper = GradientClipper(name, model.named_parameters())
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 10.0)
             record = clipper.clip()
-            assert bool(record.clipped) == (path.stem != "measure_only")
+            assert bool(record.clipped) == (name != "measure_only")
 
 
-def test_named_files_hold_what_their_names_say():
-    policies = {path.stem: load_yaml(path).policies for path in FILES}
+def test_presets_hold_what_their_names_say():
+    policies = {name: as_config(name).policies for name in presets()}
     assert set(policies) >= {"value", "groups"}
     assert policies["measure_only"] == [ClipByNorm(max_norm=float("inf"))]
     assert policies["fixed_norm"] == [ClipByNorm(max_norm=1.0)]
@@ -46,12 +39,13 @@ def test_named_files_hold_what_their_names_say():
 
 def test_readme_lists_every_file():
     listed = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
-    for path in (ROOT / "configs").iterdir():
-        if path.suffix in {".yaml", ".json"}:
-            assert f"[{path.name}]({path.name})" in listed
+    for name in presets():
+        assert f"[`{name}`](../gradclip/presets/{name}.yaml)" in listed
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert f"[{path.name}]({path.name})" in listed
 
 
-def test_accelerate_file_clips_as_auto_yaml():
+def test_accelerate_file_clips_as_the_preset_auto():
     file = ROOT / "configs" / "accelerate" / "two_processes.yaml"
     config = load_section(file, "gradient_clip_config")
-    assert config.policies == load_yaml(ROOT / "configs" / "auto.yaml").policies
+    assert config.policies == as_config("auto").policies

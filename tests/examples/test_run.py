@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 COMMANDS = {
     "plain_loop": ["--small", "--steps", "4"],
-    "lightning_gpt": ["--small", "--steps", "4", "--config", "configs/fixed_norm.yaml"],
+    "lightning_gpt": ["--small", "--steps", "4", "--config", "fixed_norm"],
     "accelerate_gpt": ["--small", "--steps", "4"],
     "demo": ["--small", "--steps", "3"],
 }

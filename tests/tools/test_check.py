@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradclip import ClipByNorm, ClipConfig, LogConfig, load_yaml
+from gradclip import Auto, ClipByNorm, ClipConfig, LogConfig, load_yaml
+from gradclip.config.presets import preset_file, presets
 from gradclip.tools.check import check_file, describe_as_json, describe_as_yaml
 from gradclip.tools.main import main
 from lightning_clip import GradientClip
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FILES = [*sorted(CONFIGS.glob("*.yaml")), *sorted(CONFIGS.glob("accelerate/*.yaml"))]
+FILES = [*map(preset_file, presets()), *sorted(CONFIGS.rglob("*.yaml"))]
 NORM = "{policies: [{type: norm, max_norm: 1.0}]}"
 
 
@@ -36,7 +37,7 @@ def callback(policy=NORM, more=""):
     )
 
 
-def test_each_file_in_configs_is_valid_and_of_its_kind(subtests):
+def test_each_shipped_file_is_valid_and_of_its_kind(subtests):
     kinds = {"lightning_cli": "lightning", "accelerate": "accelerate"}
     for path in FILES:
         with subtests.test(path.name):
@@ -70,6 +71,12 @@ def test_a_callback_under_a_subcommand_with_a_file(tmp_path):
     assert config.policies == [ClipByNorm(max_norm=2.0)]
 
 
+def test_a_callback_without_a_policy_is_auto(tmp_path):
+    text = trainer("    - class_path: lightning_clip.GradientClip\n")
+    [config] = check_file(written(tmp_path, text)).configs.values()
+    assert config.policies == [Auto()]
+
+
 ACCELERATE = "distributed_type: DEEPSPEED\nnum_processes: 2\n"
 OURS = f"gradient_clip_config: {NORM}\n"
 BAD = {
@@ -89,10 +96,6 @@ BAD = {
     "no callback": (
         trainer("    - class_path: lightning_clip.GradientClp\n"),
         "Line 4 has 'lightning_clip.GradientClp'.",
-    ),
-    "no policy": (
-        trainer("    - class_path: lightning_clip.GradientClip\n"),
-        "line 4: init_args.policy is missing",
     ),
     "no such file": (trainer(callback("nowhere.yaml")), "line 6: nowhere.yaml: the file can't"),
     "an argument": (
@@ -194,11 +197,11 @@ def test_the_command_checks_every_file(tmp_path, capsys):
     assert stop.value.code == 1
     shown = capsys.readouterr()
     assert "policies is []; at least one policy is needed" in shown.err
-    assert yaml.safe_load(shown.out)["policies"][0]["z_threshold"] == 2.5
+    assert yaml.safe_load(shown.out)["policies"][1]["max_norm"] == 10.0
 
 
 def test_a_missing_file_is_a_usage_error_and_json_lists_every_file(monkeypatch, capsys):
-    monkeypatch.chdir(CONFIGS)
+    monkeypatch.chdir(preset_file("zclip").parent)
     with pytest.raises(SystemExit) as stop:
         main(["check", "nowhere.yaml"])
     assert stop.value.code == 2

@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+import yaml
 from support import spiky_run
 
 from gradclip import ConfigError, GradientClipper, as_config
+from gradclip.config.presets import presets
 from gradclip.tools.main import app, main
 from gradclip.tools.trace import TraceHeader, write_trace
 
@@ -58,6 +60,18 @@ def test_the_schema_is_printed_or_written(tmp_path, capsys):
     assert run("schema", "--out", str(path)) == 0
     assert path.read_text() == printed
     assert '"policies"' in printed
+
+
+def test_presets_are_listed_and_printed(capsys):
+    assert run("presets") == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == list(presets())
+    assert run("presets", "zclip") == 0
+    printed = capsys.readouterr().out
+    assert as_config(yaml.safe_load(printed)) == as_config("zclip")
+    assert "schema.json" not in printed
+    assert run("presets", "zclp") == 2
+    assert "zclp is no preset; did you mean 'zclip'?" in capsys.readouterr().err
 
 
 def test_without_typer_it_says_what_to_install(monkeypatch, capsys):

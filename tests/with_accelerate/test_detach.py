@@ -1,6 +1,9 @@
 """`detach` undoes `enable`: what follows is a stock accelerator's, and can be enabled anew."""
 
+import copy
 import json
+import pickle
+from types import MethodType
 
 import pytest
 import torch
@@ -30,6 +33,50 @@ def test_nothing_of_it_is_left_on_the_accelerator():
     clip.detach()
     clip.detach()
     assert vars(accelerator) == before
+
+
+def copied(value):
+    return copy.deepcopy(value)
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("copy_of", [copied, pickled])
+def test_copies_of_what_it_clips_are_stock_ones(copy_of, tmp_path, caplog):
+    accelerator, clip, model, opt = prepared(SMALL)
+    train(accelerator, model, opt, range(2))
+    other, other_opt = copy_of((model, opt))
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in other.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    moved = [p.detach() - 0.1 for p in other.parameters()]
+    other_opt.step()
+    assert all(map(torch.equal, other.parameters(), moved))  # by more than the limit
+    assert all(map(torch.equal, model.parameters(), before))
+    assert clip.steps == [2]
+    assert type(vars(other_opt)["step"]) is MethodType
+
+    second = pickled(accelerator)  # a deep copy is the accelerator itself
+    assert second.gradient_clip is None
+    assert caplog.text.count("The copy is a stock one and doesn't clip") == 1
+    for hook in second._save_model_state_pre_hook.values():
+        hook([], [], tmp_path)
+    assert not any(tmp_path.iterdir())
+    train(accelerator, model, opt, range(2, 3))
+    assert clip.steps == [3]
+
+
+def test_a_schedule_of_torch_follows_the_step_that_clips():
+    """Which takes `__func__` out of it, and binds that anew."""
+    accelerator, clip, model, opt = prepared(SMALL)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+    for step in range(2):
+        train(accelerator, model, opt, [step])
+        schedule.step()  # warns if it sees no step before it
+    assert clip.steps == [2]
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.025)
 
 
 def test_steps_and_checkpoints_are_stock_ones_from_then_on(tmp_path):

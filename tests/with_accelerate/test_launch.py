@@ -277,6 +277,7 @@ WRONG = {
         r"yaml, line 8: policies\[0\]\.type is 'nrm'; did you mean 'norm'"
     ),
     SECTION.replace("policies", "policy"): r"yaml, line 7: policy is not a known key",
+    "gradient_clip_config: zclp": r"yaml, line \d+: zclp: .*did you mean 'zclip'",
     "gradient_clip_config: 1.0": "found 1.0; a mapping with the key 'policies' is needed",
 }
 

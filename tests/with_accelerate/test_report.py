@@ -1,6 +1,7 @@
 """What reaches a tracker, read back and compared with float64 arithmetic of its own."""
 
 import json
+import logging
 import math
 import os
 
@@ -14,7 +15,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accelerate_clip
-from accelerate_clip.report import describe
 from gradclip import ClipByNorm, ClipConfig, GroupConfig, LogConfig, RecorderConfig, ZClip
 
 RATE = 0.01
@@ -290,9 +290,18 @@ def test_the_host_reads_no_record_between_log_entries():
     assert reads.count == alone
 
 
+def test_the_first_step_says_once_what_is_clipped_and_where_entries_go(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "gradclip")
+    clip, _ = run(FileTracker(tmp_path / "log"), CONFIG, 3)
+    what = "norm(max_norm=1.5) on 2 parameters of SGD, not sharded"
+    said = [record.message for record in caplog.records if "Entries:" in record.message]
+    assert said == [f"gradclip: {what}. Entries: file every 3 steps."]
+    assert repr(clip) == f"AcceleratorClip({what})"
+
+
 def test_a_configuration_in_one_line():
     config = ClipConfig(
         policies=[ZClip(z_threshold=3.0), ClipByNorm(max_norm=1.0)],
         groups=[GroupConfig(match="*", policies=[])],
     )
-    assert describe(config) == "zclip(z_threshold=3.0), norm(max_norm=1.0) and groups"
+    assert config.summary == "zclip(z_threshold=3.0), norm(max_norm=1.0) and groups"

@@ -237,13 +237,17 @@ def test_each_parameters_norm_where_asked_for(tmp_path):
     assert all(row["clip/grad_norms/transformer.wte.weight"] > 0 for row in rows_of(trainer))
 
 
-@pytest.mark.parametrize(("max_norm", "times"), [(1.0, 1), (0, 0), (0.25, 0)])
+@pytest.mark.parametrize(
+    ("max_norm", "times"),
+    [(0.5, 1), (1.0, 0), (0, 0), (0.25, 0)],  # 1.0 is what the Trainer passes unasked
+)
 def test_another_max_grad_norm_is_replaced_and_said_once(max_norm, times, tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
     policy = {"policies": [{"type": "norm", "max_norm": 0.25}]}
     trainer, callback = made(tmp_path, policy, max_grad_norm=max_norm, save_strategy="no")
     trainer.train()
     assert caplog.text.count("the gradclip configuration decides instead") == times
+    assert caplog.text.count("of AdamW, not sharded. Entries: the Trainer's logs.") == 1
     assert float(callback.clip.last_record.clipped_norm) == pytest.approx(0.25, rel=1e-4)
 
 

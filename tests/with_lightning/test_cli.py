@@ -66,7 +66,7 @@ def config_file(folder, policy, **arguments):
 def test_the_example_trains_and_clips():
     made = cli("fit", f"--config={EXAMPLE}", *QUIET, "--trainer.max_steps=3")
     clip = callback_of(made)
-    assert [policy.type for policy in clip.config.policies] == ["zclip", "norm"]
+    assert [policy.type for policy in clip.config.policies] == ["auto", "norm"]
     assert clip.clippers[0].state_dict()["counts"]["steps"] == 3
 
 
@@ -132,7 +132,7 @@ WRONG = [
     ),
     ({"policies": [{"type": "zclp"}]}, "policies[0].type is 'zclp'; did you mean 'zclip'?"),
     ({"polices": []}, "polices is not a known key; did you mean 'policies'?"),
-    (3, "policy is 3; allowed: a policy such as ZClip()"),
+    (3, "policy is 3; allowed: a policy such as Auto()"),
     ("nowhere.yaml", "nowhere.yaml: the file can't be read"),
 ]
 

@@ -1,12 +1,19 @@
 """What the Trainer's loggers wrote, read back, against norms that torch alone computed."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from support.lit import NAN, NOTHING, After, Before, Pair, Small, adamw, trainer_of
 from support.logged import (
     board_entries,
@@ -399,3 +406,36 @@ def test_barebones_logs_nothing_and_warns_of_nothing():
     )
     trainer.fit(Small(), range(3))
     assert bool(clip.last_record.clipped)
+
+
+class ByName(Logger):
+    """Takes what Lightning itself passes: metrics by name; its folder is a Path."""
+
+    name, version = "own", 0
+
+    def __init__(self, folder):
+        super().__init__()
+        self.save_dir, self.rows = folder, []
+
+    save_dir = None
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    def log_metrics(self, *, metrics, step=None):
+        self.rows.append((step, metrics))
+
+
+def test_a_logger_of_ones_own_needs_no_more_than_lightning_asks_of_it(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "gradclip")
+    logger = ByName(tmp_path)
+    trainer, _ = run(logger, log_every_n_steps=5)
+    assert any("clip/grad_norm" in row for _, row in logger.rows)
+    [said] = [record.message for record in caplog.records if "Entries:" in record.message]
+    assert said == (
+        "gradclip: norm(max_norm=6.0) on 4 parameters of AdamW, not sharded. "
+        "Entries: ByName every 5 steps."
+    )
+    [clip] = [callback for callback in trainer.callbacks if isinstance(callback, GradientClip)]
+    assert repr(clip) == "GradientClip(norm(max_norm=6.0) on 4 parameters of AdamW, not sharded)"
+    assert repr(GradientClip("auto")) == "GradientClip(auto)"
