@@ -3,7 +3,9 @@
 import contextlib
 import os
 import re
+import textwrap
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -27,6 +29,8 @@ PAGES = [
     *POLICIES.glob("*.md"),
 ]
 TYPES = [policy.model_fields["type"].default for policy in get_args(get_args(AnyPolicy)[0])]
+NEEDS = re.compile(r"^# needs (\w+)$", re.MULTILINE)
+"""Marks a block with a package that isn't among ours; the block is run where that is installed."""
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning",
     "ignore::FutureWarning",
@@ -50,8 +54,10 @@ class Block:
 def blocks(language, pages):
     for page in sorted(pages):
         text = page.read_text()
-        for found in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            yield Block(page, text.count("\n", 0, found.start(1)) + 1, found[1])
+        fence = rf"^( *)```{language}\n(.*?)^\1```"  # indented within a tab
+        for found in re.finditer(fence, text, re.DOTALL | re.MULTILINE):
+            code = textwrap.dedent(found[2])
+            yield Block(page, text.count("\n", 0, found.start(2)) + 1, code)
 
 
 def pages_with(language):
@@ -62,6 +68,8 @@ def pages_with(language):
 def test_python(page, monkeypatch, tmp_path):
     """Each block by itself, in a folder of its own; tracebacks show the lines of the page."""
     for number, block in enumerate(blocks("python", [page])):
+        if any(find_spec(name) is None for name in NEEDS.findall(block.text)):
+            continue
         folder = tmp_path / str(number)
         folder.mkdir()
         for name in ("configs", "examples"):
