@@ -42,7 +42,9 @@ def messages() -> Iterator[Message]:
                 continue
             for node in _own(function):
                 kind, given = _kind(node, errors)
-                names = outside | _assigned(function, given.lineno if given else 0)
+                if given is None:
+                    continue
+                names = outside | _assigned(function, given.lineno)
                 for text in _texts(given, names, tree):
                     # A message of gaps alone is told where it was made: by another function.
                     if len(re.findall(r"[a-zA-Z]{2,}", text)) >= 4:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import gradclip
+from docs.messages import GAP, messages
 from gradclip import ConfigError, adapters
 from gradclip.config import parse_mapping
 from gradclip.policies import AnyPolicy
@@ -152,3 +153,19 @@ def test_every_page_on_a_policy_is_of_one():
     assert {page.stem for page in POLICIES.glob("*.md")} == {*TYPES, *others}
     drawn = {path.stem for path in (ROOT / "docs" / "images" / "policies").iterdir()}
     assert drawn == {*TYPES, "schedules"}
+
+
+def test_every_warning_and_error_class_is_explained():
+    """In docs/troubleshooting.md, by its first words; `messages` reads the code."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text().replace("`", "")
+    kinds = {name for name in gradclip.__all__ if name.endswith("Error")}
+    assert not {kind for kind in kinds if kind not in text}
+    warnings = [message.text for message in messages() if message.kind == "Warning"]
+    assert len(warnings) > 15
+    lost = []
+    for warning in warnings:
+        parts = [part.split() for part in warning.split(GAP)]
+        runs = {" ".join(part[i : i + 5]) for part in parts for i in range(len(part) - 4)}
+        if not any(run in text for run in runs):
+            lost.append(warning)
+    assert not lost
