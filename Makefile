@@ -1,9 +1,9 @@
 # Needs Python 3.11, pip, git and make. Everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks docs/pictures.py docs/report_picture.py
+SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks docs
 
-.PHONY: setup demo test lint schema pictures bench outcome kill clean
+.PHONY: setup demo test lint schema site pictures bench outcome kill clean
 
 setup: .venv/ready
 
@@ -27,6 +27,9 @@ test: lint
 schema: setup  ## Write gradclip/presets/schema.json anew from the models.
 	$(BIN)/gradclip schema --out gradclip/presets/schema.json
 
+site: setup  ## Build the documents as a site, in site/; it opens from disk, without a server.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 pictures: setup  ## Draw docs/images anew: policies over one recorded run, a replay, a report (Chromium).
 	$(BIN)/python docs/pictures.py
 	$(BIN)/python docs/replay_picture.py
@@ -45,4 +48,4 @@ kill: setup  ## Kill a run 20 times at random moments and compare it with one th
 	PYTHONPATH=tests $(BIN)/python tests/faults/kill.py --kills 20
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import re
+import textwrap
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 import gradclip
+from docs.messages import GAP, messages
 from gradclip import ConfigError, adapters
 from gradclip.config import parse_mapping
 from gradclip.policies import AnyPolicy
@@ -27,6 +30,8 @@ PAGES = [
     *POLICIES.glob("*.md"),
 ]
 TYPES = [policy.model_fields["type"].default for policy in get_args(get_args(AnyPolicy)[0])]
+NEEDS = re.compile(r"^# needs (\w+)$", re.MULTILINE)
+"""Marks a block with a package that isn't among ours; the block is run where that is installed."""
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning",
     "ignore::FutureWarning",
@@ -50,8 +55,10 @@ class Block:
 def blocks(language, pages):
     for page in sorted(pages):
         text = page.read_text()
-        for found in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            yield Block(page, text.count("\n", 0, found.start(1)) + 1, found[1])
+        fence = rf"^( *)```{language}\n(.*?)^\1```"  # indented within a tab
+        for found in re.finditer(fence, text, re.DOTALL | re.MULTILINE):
+            code = textwrap.dedent(found[2])
+            yield Block(page, text.count("\n", 0, found.start(2)) + 1, code)
 
 
 def pages_with(language):
@@ -62,6 +69,8 @@ def pages_with(language):
 def test_python(page, monkeypatch, tmp_path):
     """Each block by itself, in a folder of its own; tracebacks show the lines of the page."""
     for number, block in enumerate(blocks("python", [page])):
+        if any(find_spec(name) is None for name in NEEDS.findall(block.text)):
+            continue
         folder = tmp_path / str(number)
         folder.mkdir()
         for name in ("configs", "examples"):
@@ -144,3 +153,19 @@ def test_every_page_on_a_policy_is_of_one():
     assert {page.stem for page in POLICIES.glob("*.md")} == {*TYPES, *others}
     drawn = {path.stem for path in (ROOT / "docs" / "images" / "policies").iterdir()}
     assert drawn == {*TYPES, "schedules"}
+
+
+def test_every_warning_and_error_class_is_explained():
+    """In docs/troubleshooting.md, by its first words; `messages` reads the code."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text().replace("`", "")
+    kinds = {name for name in gradclip.__all__ if name.endswith("Error")}
+    assert not {kind for kind in kinds if kind not in text}
+    warnings = [message.text for message in messages() if message.kind == "Warning"]
+    assert len(warnings) > 15
+    lost = []
+    for warning in warnings:
+        parts = [part.split() for part in warning.split(GAP)]
+        runs = {" ".join(part[i : i + 5]) for part in parts for i in range(len(part) - 4)}
+        if not any(run in text for run in runs):
+            lost.append(warning)
+    assert not lost

@@ -4,14 +4,10 @@ import base64
 import dataclasses
 import hashlib
 import math
-import os
-import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 
 import pytest
 from support import spiky_run
+from support.browser import require_browser, visit
 from support.spiky_run import BOLD, MARKUP, SCRIPT
 
 from gradclip import ClipByNorm
@@ -23,7 +19,6 @@ from gradclip.tools.show_replay import draw_replay
 from gradclip.tools.show_report import write_report
 from gradclip.tools.trace import Trace, TraceHeader, write_trace
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = """
 setTimeout(() => {
   document.querySelector("[data-scale=linear]").click();
@@ -36,38 +31,7 @@ setTimeout(() => {
 
 @pytest.fixture(autouse=True)
 def browser():
-    if BROWSER is None:
-        text = "needs Chromium: apt-get install chromium"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(text)
-
-
-class Page(HTMLParser):
-    """What a browser made of a page: its elements, its text, and what it printed."""
-
-    def __init__(self, html, console):
-        super().__init__()
-        self.console, self.tags, self.text = console, [], ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1][0] not in ("script", "style"):
-            self.text += data
-
-    def count(self, tag, kind=None):
-        classes = [(a.get("class") or "").split() for name, a in self.tags if name == tag]
-        return sum(kind is None or kind in found for found in classes)
-
-
-def visit(path):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    flags += [f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=10000"]
-    log = ["--enable-logging=stderr", "--v=0", "--dump-dom"]
-    command = [BROWSER, *flags, *log, path.as_uri()]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    return Page(done.stdout, re.findall(r"CONSOLE:\d+\] (.*)", done.stderr))
+    require_browser()
 
 
 @pytest.fixture
