@@ -43,6 +43,7 @@ class Arithmetic:
     logical_not: Callable[..., Tensor] = staticmethod(torch.logical_not)
     full_like: Callable[..., Tensor] = staticmethod(torch.full_like)
     clip: Callable[..., Tensor] = staticmethod(torch.clamp)
+    double: Callable[..., Tensor] = staticmethod(torch.Tensor.double)
 
     @staticmethod
     def own(values: Tensor | None) -> Tensor | None:
@@ -172,6 +173,10 @@ class _Numbers:
     def count(values: Any) -> int:
         del values
         return 1
+
+    @staticmethod
+    def double(value: Any) -> Any:
+        return np.float64(value)
 
     @staticmethod
     def isfinite(value: Any) -> Any:

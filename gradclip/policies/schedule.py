@@ -63,7 +63,7 @@ class Schedule(Model):
 
     def at(self, step: Tensor) -> Tensor:
         """The limit at a step, float64 of its shape; no host read."""
-        t = step - self.begin
+        t = arithmetic(step).double(step) - self.begin
         if self.schedule == "linear":
             return self.start + (self.end - self.start) * _share(t, self.steps)
         if self.peak is None:
