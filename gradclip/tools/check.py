@@ -156,7 +156,7 @@ def _check_callback(file: _File, at: KeyPath) -> tuple[str, ClipConfig]:
         fault = "init_args.policy is missing; give policies, or the path of a file with them"
         file.refuse(at, fault)
     at = arguments["policy"]
-    lines = {(): line_of(at, file.lines) or 1}
+    lines: dict[KeyPath, int] = {(): line_of(at, file.lines) or 1}
     lines |= {spot[len(at) :]: line for spot, line in file.lines.items() if spot[: len(at)] == at}
     return dotted(at), parse_section(file.value(at), str(file.path), lines)
 
