@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from accelerate.logging import get_logger
 from accelerate.utils import load, save
-from torch.distributed.checkpoint.stateful import Stateful
 
 from gradclip import ConfigError
 
@@ -18,7 +17,11 @@ _FILE = "gradient_clip.bin"
 _logger = get_logger(__name__)
 
 
-class _Clips(Stateful, Protocol):
+class _Clips(Protocol):  # not of torch's Stateful: a protocol made from that breaks isinstance
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
     def saved_to(self, path: str) -> None: ...
 
 
