@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from os import PathLike
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,9 +41,25 @@ from gradclip.types import Given, Handle, Layout
 __all__ = ["GradientClipper"]
 
 _logger = logging.getLogger("gradclip")
-# Validation runs in it, and a checkpoint or a log entry may be due there: what is kept from one
-# step to the next must not become a tensor that no later step may write to.
-_outside_inference = torch.inference_mode(mode=False)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _outside_inference(method: Callable[P, T]) -> Callable[P, T]:
+    """Leave `torch.inference_mode` for a call.
+
+    Validation runs in it, and a checkpoint or a log entry may be due there: what is kept from one
+    step to the next must not become a tensor that no later step may write to.
+    """
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(mode=False):
+            return method(*args, **kwargs)
+
+    return call
 
 
 class GradientClipper:

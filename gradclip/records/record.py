@@ -94,6 +94,14 @@ class Facts:
         return nonfinite if self.late_nonfinite is None else nonfinite | self.late_nonfinite
 
     @property
+    def outcome(self) -> tuple[float, float]:
+        """Coefficient, and norm after it, of a step of which the host knows all."""
+        if self.skip:
+            return 1.0, self.grad_norm
+        norm = self.grad_norm * self.coef if self.clipped_norm is None else self.clipped_norm
+        return self.coef, norm
+
+    @property
     def taken(self) -> Flag:
         """The optimizer's step moved parameters."""
         taken, withheld = self.keeps, [self.late_skip, self.late_nonfinite]
@@ -123,6 +131,9 @@ class Facts:
 
 
 _FOUND = [field.name for field in fields(Facts) if field.name not in ("keeps", "counted", "before")]
+
+
+_METRICS = ("grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "clip_rate")
 
 
 class ClipRecord:
@@ -232,8 +243,16 @@ class ClipRecord:
             `clip/skipped`, `clip/clip_rate`, and where recorded `clip/dropped` and
             `clip/grad_norms/<parameter>`.
         """
-        keys = ("grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "clip_rate")
-        metrics = {f"clip/{key}": getattr(self, key).double() for key in keys}
+        facts = self._facts
+        if isinstance(facts.grad_norm, Tensor):
+            found = [getattr(self, name).double() for name in _METRICS]
+        else:  # all are known: one tensor is made for all of them
+            steps, clipped = facts.counts
+            coef, norm = facts.outcome
+            flags = (float(facts.clipped), float(facts.skipped))
+            numbers = (facts.grad_norm, facts.limit, coef, norm, *flags, clipped / max(steps, 1.0))
+            found = list(torch.tensor(numbers, dtype=torch.float64, device=self._device).unbind())
+        metrics = {f"clip/{name}": value for name, value in zip(_METRICS, found, strict=True)}
         if self.dropped is not None:
             metrics["clip/dropped"] = self.dropped
         norms = {f"clip/grad_norms/{name}": norm for name, norm in self.per_parameter.items()}

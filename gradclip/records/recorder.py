@@ -183,16 +183,12 @@ TAKEN = Tally.NAMES.index("taken")
 
 def _row(number: int, facts: Facts) -> list[float]:
     """The row of a step of which the host knows everything, but for the clip rate."""
-    coef, norm, after = facts.coef, facts.grad_norm, facts.clipped_norm
-    if after is None:
-        after = norm * coef
-    if facts.skip:
-        coef, after = 1.0, norm
+    coef, after = facts.outcome
     return [
         number,
         -1 if facts.batch is None else facts.batch,
         math.nan if facts.loss is None else facts.loss,
-        norm,
+        facts.grad_norm,
         facts.limit,
         coef,
         after,
