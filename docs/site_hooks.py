@@ -1,8 +1,8 @@
 """What the site holds beside the pages in docs/: pages from other folders, and pages made here.
 
 mkdocs calls the functions `on_*` while it builds; see mkdocs.yml. Nothing of gradclip is imported:
-settings come from configs/schema.json, which a test compares with the models, and the names of the
-API from `__all__`.
+settings come from gradclip/presets/schema.json, which a test compares with the models, and the
+names of the API from `__all__`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that aren't in docs/, and the configuration files that pages link to."""
     for source, name in BROUGHT.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text("utf-8")))
-    for path in sorted((ROOT / "configs").rglob("*.[yj]*")):
+    presets = (ROOT / "gradclip" / "presets").rglob("*.[yj]*")
+    for path in sorted([*(ROOT / "configs").rglob("*.[yj]*"), *presets]):
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     files.append(File.generated(config, "settings.md", content=settings_page()))
@@ -113,10 +114,10 @@ def _in_site(place: str, anchor: str) -> str | None:
 
 def settings_page() -> str:
     """Every setting of a configuration, from the schema."""
-    schema = json.loads((ROOT / "configs" / "schema.json").read_text("utf-8"))
+    schema = json.loads((ROOT / "gradclip" / "presets" / "schema.json").read_text("utf-8"))
     parts = [
         "# Every setting",
-        "Made from the [schema](configs/schema.json), which editors complete YAML files from. "
+        "Made from the [schema](gradclip/presets/schema.json), which editors complete YAML from. "
         "[Configuration](configuration.md) explains how settings work together.",
         "## The configuration",
         *_settings(schema),

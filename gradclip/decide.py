@@ -31,8 +31,10 @@ def take_numbers(rules: Sequence[Rule]) -> bool:
         own = next(names for names in known if "decide" in names)
         return bool(own.get("takes_numbers", False))
 
-    return has_numbers() and all(
-        rule.same_slots and len(rule.names) == 1 and takes(rule.policy) for rule in rules
+    return (
+        bool(rules)
+        and has_numbers()
+        and all(rule.same_slots and len(rule.names) == 1 and takes(rule.policy) for rule in rules)
     )
 
 
@@ -204,8 +206,8 @@ def decide_all(
     ]
     edits = [replace(edit, learns=edit.learns & keeps) for edit in edits]
     skip = _either(xp.logical_not(finite) if skip_nonfinite else None, withheld)
-    assert coef is not None
-    assert limit is not None
+    if coef is None or limit is None:  # no policy acts on any parameter
+        coef, limit = xp.full_like(every[0], 1.0), xp.full_like(xp.least(every[0]), math.inf)
     return Verdict(coef, limit, finite, skip, stop, keeps, tuple(edits)), kept
 
 

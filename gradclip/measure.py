@@ -80,6 +80,8 @@ def _reduced(
 ) -> tuple[Sequence[Tensor], Tensor | None]:
     """Values over all ranks, and the flag that travels with them."""
     message = [*values] if flag is None else [*values, flag]
+    if len(message) == 1:
+        return [reduce(message[0])], None
     found = reduce(torch.cat(message)).split([len(part) for part in message])
     return (found, None) if flag is None else (found[:-1], found[-1])
 

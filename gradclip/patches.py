@@ -92,6 +92,10 @@ class _Wrapper:
     Nothing that it holds of ours reaches a copy, which is what it would be without us.
     """
 
+    # Not in `__dict__`, which `functools.wraps` copies: torch's schedulers wrap an optimizer's
+    # step.
+    __slots__ = ("__dict__", "__weakref__", "_around", "_method", "_name", "before", "patches")
+
     def __init__(
         self,
         patches: Patches,
@@ -103,6 +107,11 @@ class _Wrapper:
         functools.update_wrapper(self, method)
         self.patches, self.before, self._name = patches, before, name
         self._method, self._around = method, around
+        patches.callback(self._let_go)
+
+    def _let_go(self) -> None:
+        """Hold nothing of ours any more, as it may stay in place or in a list for long."""
+        self._around = _do_nothing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.patches.is_on:

@@ -30,8 +30,8 @@ def site(tmp_path_factory):
 
 def test_every_setting_and_public_name_has_its_place(site):
     text = (site / "settings.html").read_text()
-    models = json.loads((ROOT / "configs" / "schema.json").read_text())["$defs"].items()
-    for name, model in models:
+    schema = json.loads((ROOT / "gradclip" / "presets" / "schema.json").read_text())
+    for name, model in schema["$defs"].items():
         assert model["properties"].keys() <= set(re.findall(r"<td><code>(\w+)</code></td>", text))
         assert name in text
     for page, module in {

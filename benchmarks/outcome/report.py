@@ -194,6 +194,8 @@ def by_optimizer(comparison: Comparison) -> str:
     heads = ["rival", *(f"{kind}, {number}" for kind in kinds for number in ("mean", "worst"))]
     lines = [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
     for name, outcome in comparison.outcomes.items():
+        if not _was_run(outcome).any():
+            continue
         told = [name]
         for chosen in kinds.values():
             of_cells = outcome.regrets[np.array(chosen) & _was_run(outcome)].mean(1)

@@ -211,7 +211,7 @@ def _read(
     parts = [torch.stack(values).double() for values in held if values]
     if beside is not None:
         parts.append(beside)
-    read = torch.cat(parts).tolist() if parts else []
+    read = torch.cat(parts).cpu().tolist() if parts else []
     flags, start = iter(map(bool, read)), len(held[0])
     numbers = iter(read[start:])
     found = [
@@ -463,10 +463,9 @@ class Recorder:
                 _logger.warning(text)
             return
         self.close()
-        text = f"{text} {ending}"
-        if self._is_first:
-            _logger.error(text)  # Python shows nothing of an error that is a SystemExit
-        raise AlarmError(text, spike.checkpoint)
+        if self._is_first:  # Python shows nothing of an error that is a SystemExit
+            _logger.error(text + " " + ending)
+        raise AlarmError(text + " " + ending, spike.checkpoint)
 
     def _ending(self, spike: Spike) -> str:
         """Why a spike ends the run; empty if it doesn't."""

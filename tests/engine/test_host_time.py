@@ -78,7 +78,7 @@ def test_numbers_of_the_host_give_the_bits_of_tensors(policies):
     step, taken = torch.zeros((), dtype=torch.float64), 0.0
     for index, (norm, loss) in enumerate(zip(*observations(), strict=True)):
         how = {"skip_nonfinite": index % 2 == 0, "share": 0.5 if index % 7 == 0 else 1.0}
-        how |= {"weights": None, "held": None, "loss": loss}
+        how |= {"weights": None, "rate": None, "held": None, "loss": loss}
         norms = {p: norm.reshape(1)}
         one, tensors = decide_all(rules, norms, tensors, step=step, **how)
         other, known, numbers = decide_on_host(rules, norms, numbers, step=taken, **how)
