@@ -23,7 +23,7 @@ from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
 from gradclip.config import ClipConfig
-from gradclip.decide import decide_all, decide_on_host, take_numbers
+from gradclip.decide import compiled, decide_all, decide_on_host, take_numbers
 from gradclip.effect.effect import Effect, apply
 from gradclip.effect.elements import ElementMemory
 from gradclip.errors import ClipError, ConfigError
@@ -316,7 +316,8 @@ class Core:
             verdict, known, states = decide_on_host(on.plan.rules, norms, states, **common)
             has_gradient = bool(has_gradient)
         else:
-            verdict, states = decide_all(
+            decide = compiled() if self.config.compile else decide_all
+            verdict, states = decide(
                 on.plan.rules,
                 norms,
                 states,

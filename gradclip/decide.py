@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, reduce
 from operator import and_
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradclip.errors import ConfigError
 from gradclip.plan.plan import Rule
 from gradclip.policies.arithmetic import arithmetic, has_numbers, number, numbers_of, quiet
+from gradclip.private import compile_error
 from gradclip.types import Decision, Edit, Elementwise, Known, State, Stats, Verdict
 
-__all__ = ["decide_all", "decide_on_host", "take_numbers"]
+__all__ = ["compiled", "decide_all", "decide_on_host", "take_numbers"]
 
 
 def take_numbers(rules: Sequence[Rule]) -> bool:
@@ -209,6 +212,31 @@ def decide_all(
     if coef is None or limit is None:  # no policy acts on any parameter
         coef, limit = xp.full_like(every[0], 1.0), xp.full_like(xp.least(every[0]), math.inf)
     return Verdict(coef, limit, finite, skip, stop, keeps, tuple(edits)), kept
+
+
+@cache
+def compiled() -> Callable[..., tuple[Verdict, list[State]]]:
+    """`decide_all` as graphs that torch makes of it, one for each list of policies.
+
+    Sums may be rounded in another order. A policy of a user's that reads values on the host
+    (`if norm > 1:`) breaks its graph in two, and is right all the same.
+
+    It raises ConfigError where torch can't compile.
+    """
+    graph = torch.compile(decide_all, dynamic=False)
+
+    def decide(*args: Any, **kwargs: Any) -> tuple[Verdict, list[State]]:
+        try:
+            return graph(*args, **kwargs)
+        except compile_error() as error:
+            why = str(error).partition("\n")[0]
+            msg = (
+                f"compile is true, and torch can't compile what policies decide ({why}); "
+                "allowed: where there is Triton or, on a CPU, a C++ compiler. Set compile: false."
+            )
+            raise ConfigError(msg) from error
+
+    return decide
 
 
 def _finite(norms: Sequence[Tensor], watched: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 __all__ = [
     "all_writes",
     "comm_hooks",
+    "compile_error",
     "gradient_hooks",
     "has_step_hooks",
     "is_unscaled",
@@ -57,6 +59,11 @@ def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:
 def comm_hooks(model: DistributedDataParallel) -> list[Callable[..., Any]]:
     """What DDP reduces gradients with, where that was replaced."""
     return [hook for hook, _ in model._comm_hooks]
+
+
+def compile_error() -> type[Exception]:
+    """What a function of `torch.compile` raises where torch can't compile it."""
+    return torch._dynamo.exc.TorchDynamoException  # its module takes seconds to import
 
 
 def has_step_hooks(optimizer: Any) -> bool:

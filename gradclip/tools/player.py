@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from gradclip.config import ClipConfig
-from gradclip.decide import decide_all
+from gradclip.decide import decide_all, take_numbers
 from gradclip.errors import ConfigError, NonFiniteError, SkipLimitError
 from gradclip.plan.plan import Rule
 from gradclip.policies import ElementPolicy, Policy
+from gradclip.policies.arithmetic import numbers_of, quiet
 from gradclip.stops import refuse_stop
 from gradclip.tools.curves import Bools, Floats, Steps
 from gradclip.tools.trace import TraceHeader
@@ -54,10 +56,14 @@ class Player:
         names = tuple(str(slot) for slot in range(slots))
         owner = torch.arange(slots, dtype=torch.int64, device="cpu")
         self._rules = [
-            Rule((0, i), p, names, tuple(range(slots)), None, owner)
+            Rule((0, i), p, names, tuple(range(slots)), None, owner, same_slots=True)
             for i, p in enumerate(config.policies)
         ]
         self._states = [policy.init(slots, _CPU) for policy in config.policies]
+        # Numbers of the host, as a clipper uses them on a CPU: the same bits, many times faster.
+        self._in_numbers = slots == 1 and take_numbers(self._rules)
+        if self._in_numbers:
+            self._states = [numbers_of(state) for state in self._states]
         self._on_nonfinite = config.on_nonfinite
         self._watches_loss = any(policy.watches_loss for policy in config.policies)
         self._norm_type, self._slots = norm_type, slots
@@ -74,16 +80,18 @@ class Player:
         limits, coefs, skips = [], [], []
         stopped: str | None = None
         raises = self._on_nonfinite == "raise"
-        with torch.inference_mode():
-            for at, norm, one_loss in zip(*map(_unbound, (step, norms, loss)), strict=True):
-                number = int(at)
+        number = 0
 
-                def where(number: int = number) -> str:
-                    return f"step {number}: a gradient is NaN or infinite."
+        def where() -> str:
+            return f"step {number}: a gradient is NaN or infinite."
 
+        with torch.inference_mode(), quiet():
+            for number, at, norm, one_loss in zip(
+                step.tolist(), *map(self._each, (step, norms, loss)), strict=True
+            ):
                 verdict, states = decide_all(
                     self._rules,
-                    {self._norm_type: norm.expand(self._slots)},
+                    {self._norm_type: norm if self._in_numbers else norm.expand(self._slots)},
                     self._states,
                     step=at - self._not_taken,
                     loss=one_loss if self._watches_loss else None,
@@ -102,13 +110,14 @@ class Player:
                 coefs.append(verdict.coef)
                 skips.append(skipped)
         skipped_at = np.array(skips, dtype=np.bool_)
-        coef = torch.stack(coefs).numpy() if coefs else np.empty((0, self._slots))
-        return Decisions(
-            limit=torch.stack(limits).numpy() if limits else np.empty(0),
-            coef=np.where(skipped_at[:, None], 1.0, coef),
-            skipped=skipped_at,
-            stopped=stopped,
-        )
+        coef = _joined(coefs).reshape(-1, self._slots)
+        coef = np.where(skipped_at[:, None], 1.0, coef)
+        return Decisions(limit=_joined(limits), coef=coef, skipped=skipped_at, stopped=stopped)
+
+    def _each(self, values: NDArray[Any]) -> Iterable[Any]:
+        """Values one by one: numbers, or 0-d tensors."""
+        wide = values.astype(np.float64)
+        return wide if self._in_numbers else torch.from_numpy(wide).unbind()
 
 
 def refuse_unplayable(config: ClipConfig, header: TraceHeader, name: str) -> None:
@@ -129,8 +138,11 @@ def refuse_unplayable(config: ClipConfig, header: TraceHeader, name: str) -> Non
             raise ConfigError(msg)
 
 
-def _unbound(values: NDArray[Any]) -> tuple[torch.Tensor, ...]:
-    return torch.from_numpy(values.astype(np.float64)).unbind()
+def _joined(values: list[Any]) -> Floats:
+    """Values of one step each in one array: numbers, or tensors of one shape."""
+    if values and isinstance(values[0], torch.Tensor):
+        return torch.stack(values).numpy()
+    return np.array(values, dtype=np.float64)
 
 
 def _lacks(policy: Policy, header: TraceHeader) -> str | None:

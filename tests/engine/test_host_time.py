@@ -8,10 +8,14 @@ import pytest
 import torch
 from support.gradients import POLICIES
 from support.ops import CountOps
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
+from torch._inductor import metrics
 
 from gradclip import (
     ClipByNorm,
     ClipConfig,
+    ConfigError,
     EmaClip,
     GradientClipper,
     SkipNonfinite,
@@ -129,6 +133,44 @@ def test_a_step_of_20_tensors_dispatches_few_operations(name, kernel, most):
         with CountOps() as made:
             clipper.clip()
     assert made.writes <= most
+
+
+def steps_of(name, **how):
+    """What 30 steps decide on the accelerator path, among them one with NaN and one large one."""
+    params = {str(index): torch.nn.Parameter(torch.ones(8)) for index in range(4)}
+    optimizer = torch.optim.AdamW(params.values(), fused=True)
+    config = ClipConfig(policies=LISTS[name], **how)
+    clipper = GradientClipper(config, params, optimizer, kernel="accelerator")
+    generator = torch.Generator().manual_seed(2)
+    for index in range(30):
+        size = {11: math.nan, 20: 100.0}.get(index, 1.0)
+        for parameter in params.values():
+            parameter.grad = size * torch.randn(8, generator=generator)
+        clipper.clip()
+        optimizer.step()
+    names = ("grad_norm", "limit", "coef", "clipped_norm", "clipped", "skipped", "finite")
+    return torch.tensor([[float(row[n]) for n in names] for row in clipper.recorder.steps()])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
+def test_a_compiled_decision_is_the_eager_one_in_few_kernels():
+    torch.compiler.reset()
+    metrics.reset()
+    counters.clear()
+    compiled = steps_of("four", compile=True)
+    torch.testing.assert_close(compiled, steps_of("four"), rtol=1e-12, atol=0, equal_nan=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert 1 <= metrics.generated_kernel_count <= 20  # 163 operations in the eager decision
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
+def test_compile_without_a_compiler_is_refused_at_the_first_step():
+    torch.compiler.reset()
+    with inductor.patch("cpp.cxx", ("no-such-compiler",)):
+        with pytest.raises(ConfigError, match=r"compile is true, and torch can't compile.*Set com"):
+            steps_of("four", compile=True)
+    torch.compiler.reset()
 
 
 def test_importing_gradclip_is_light_and_numpy_is_optional():
