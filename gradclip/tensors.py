@@ -22,7 +22,8 @@ def flat_chunks(tensor: Tensor, limit: int) -> Iterator[Tensor]:
     if not tensor.is_contiguous():
         tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
     if tensor.is_contiguous():
-        yield from tensor.view(-1).split(limit)
+        flat = tensor.view(-1)
+        yield from (flat,) if flat.numel() <= limit else flat.split(limit)
     elif tensor.numel() <= min(limit, COPIED):
         yield tensor.reshape(-1)
     else:

@@ -77,9 +77,10 @@ class CpuKernel(FastKernel):
             halves = [grad.numel() for grad in flat if grad.element_size() < 4]
             most = min(max(halves, default=0), BLOCK)
             buffer = torch.empty(most, dtype=torch.float32, device="cpu")
-            for index, grad, is_small in zip(owners, flat, small, strict=True):
-                if not is_small:
-                    sums[index] += _large(grad, norm_type, buffer)
+            for index, slot in enumerate(grads):
+                large = [grad for grad in slot if grad.numel() >= SMALL]
+                if large:
+                    sums[index] += _large(large, norm_type, buffer)
             del buffer
             flat, owners = list(compress(flat, small)), list(compress(owners, small))
             sizes = list(compress(sizes, small))
@@ -105,13 +106,15 @@ class CpuKernel(FastKernel):
             scale_slots_([slot if w else [] for slot, w in zip(grads, wanted, strict=True)], coef)
 
 
-def _large(grad: Tensor, norm_type: float, buffer: Tensor) -> float:
+def _large(grads: Sequence[Tensor], norm_type: float, buffer: Tensor) -> float:
     """Sum of |g|^p from norms of rows, added up in float64; half precision uses the buffer."""
-    if grad.dtype == torch.float64:
-        return _exact([grad], norm_type)
-    half = grad.element_size() < 4
-    blocks = _copies([grad], buffer) if half else flat_chunks(grad, CHUNK_SIZE)
-    return _by_rows(blocks, norm_type)
+    double = [grad for grad in grads if grad.dtype == torch.float64]
+    blocks = chain.from_iterable(
+        _copies([grad], buffer) if grad.element_size() < 4 else flat_chunks(grad, CHUNK_SIZE)
+        for grad in grads
+        if grad.dtype != torch.float64
+    )
+    return _by_rows(blocks, norm_type) + (_exact(double, norm_type) if double else 0.0)
 
 
 def _joined(grads: Sequence[Tensor]) -> Tensor:
@@ -135,7 +138,7 @@ def _by_rows(blocks: Iterable[Tensor], norm_type: float) -> float:
     for block in blocks:
         rows, rest = divmod(block.numel(), ROW)
         if rows:
-            whole = block[: rows * ROW].view(rows, ROW)
+            whole = (block[: rows * ROW] if rest else block).view(rows, ROW)
             norms.append(torch.linalg.vector_norm(whole, norm_type, dim=1))
         if rest:
             tail = block[rows * ROW :].view(1, rest)
