@@ -166,8 +166,8 @@ class ClipConfig(Model):
     """Compare configuration, parameters, state and norms over ranks every so many steps, in one
     message of 32 bytes and with a read on the host; 0, the default, when built and loaded alone."""
     compile: bool = False
-    """Where the device decides, decide in one graph that `torch.compile` makes: few launches in
-    place of tens, after some seconds at the first step. Needs Triton or, on a CPU, a C++ compiler."""
+    """Where the device decides, decide in one graph of `torch.compile`: few launches in place of
+    tens, after some seconds at the first step. Needs Triton or, on a CPU, a C++ compiler."""
     debug: bool = False
     """Check before and after each step that gradients are fresh, and within the limit once clipped.
     Costs two reads of the gradients, a message more for each, and reads on the host."""

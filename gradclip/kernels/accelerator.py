@@ -64,7 +64,9 @@ class AcceleratorKernel(FastKernel):
         if fused and all(len(slot) == 1 for slot in grads):
             return _norms([slot[0] for slot in grads], norm_type).pow(norm_type)
         if fused and len(grads) == 1 and grads[0]:
-            return _norms(grads[0], norm_type).pow(norm_type).sum(0, keepdim=True)
+            norms = _norms(grads[0], norm_type)
+            total = norms.dot(norms) if norm_type == 2.0 else norms.pow(norm_type).sum()
+            return total.unsqueeze(0)
         sums = _zeros(grads)
         scales = [None] * len(grads) if scale is None else scale.unbind()
         for slot, total, factor in zip(grads, sums.unbind(), scales, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,15 +81,9 @@ class Player:
         limits, coefs, skips = [], [], []
         stopped: str | None = None
         raises = self._on_nonfinite == "raise"
-        number = 0
-
-        def where() -> str:
-            return f"step {number}: a gradient is NaN or infinite."
-
         with torch.inference_mode(), quiet():
-            for number, at, norm, one_loss in zip(
-                step.tolist(), *map(self._each, (step, norms, loss)), strict=True
-            ):
+            for at, norm, one_loss in zip(*map(self._each, (step, norms, loss)), strict=True):
+                where = partial("step {:.0f}: a gradient is NaN or infinite.".format, at)
                 verdict, states = decide_all(
                     self._rules,
                     {self._norm_type: norm if self._in_numbers else norm.expand(self._slots)},
