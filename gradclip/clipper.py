@@ -82,7 +82,7 @@ class GradientClipper:
             group one to count. For scopes other than "global" one name on several ranks means
             one parameter, sharded over them.
         layout: How parameters are laid out over ranks; found out from them if not given.
-        kernel: "cpu", "accelerator" or "reference"; by the device if not given.
+        kernel: "cpu", "accelerator", "single" or "reference"; by the device if not given.
         scaler: The `GradScaler` that scales the loss, if any. `clip` then sees to it that gradients
             are unscaled, once, and an overflow, which is how the scaler finds its scale, is a
             step that isn't finite but no error. Needs the optimizer.

@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from gradclip.config import ClipConfig
 from gradclip.decide import compiled, decide_all, decide_on_host, take_numbers
+from gradclip.devices import moved
 from gradclip.effect.effect import Effect, apply
 from gradclip.effect.elements import ElementMemory
 from gradclip.errors import ClipError, ConfigError
@@ -294,6 +295,8 @@ class Core:
         watch = self._backward_watch
         if watch is not None and not watch.look(on.plan.parameters):
             self._backward_watch = None
+        if given.grad_scale is not None:
+            given = replace(given, grad_scale=moved(given.grad_scale, on.device))
         scale, memory = given.grad_scale, on.memory
         probes = {} if memory is None else memory.probes(grads.counted, scale)
         update = None if self._updates is None else self._updates.share(on.layout)

@@ -428,7 +428,10 @@ class Layout(Protocol):
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """Where local gradients are; measures, decisions and records live on the first."""
+        """Where local gradients are; measures, decisions and records live on the first.
+
+        That is the CPU, with or without gradients, if the first of theirs has no float64.
+        """
         ...
 
     @property

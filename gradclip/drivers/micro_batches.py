@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradclip.core import Core
+from gradclip.devices import moved
 from gradclip.drivers.accumulation import Accumulated, add_up, is_borrowed
 from gradclip.drivers.closures import refuse_closures
 from gradclip.drivers.losses import Losses
@@ -233,7 +234,7 @@ class MicroBatches:
             return factor
         device = self._core.machinery.device
         share = torch.full((), given.share, dtype=torch.float64, device=device)
-        return share if factor is None else factor * share
+        return share if factor is None else moved(factor, device) * share
 
     def _described(self, step: Step, drop: Tensor | None) -> Accumulated:
         """The window of one micro-batch, with whether it joins the sum; not counted yet."""

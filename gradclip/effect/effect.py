@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradclip.devices import has_float64
 from gradclip.effect.elements import ElementMemory
 from gradclip.effect.fused import FusedStep, has_own_step, takes_factors
 from gradclip.errors import ConfigError
@@ -189,6 +190,11 @@ def _why_no_flag(plan: Plan, optimizer: Any | None) -> str | None:
     if not takes_factors(optimizer):
         return f"{type(optimizer).__name__} wasn't built with fused=True, or can't be"
     held = set(plan.parameters.values())
+    lacking = [p.device.type for p in held if not has_float64(p.device)]
+    if lacking:
+        # mps has fused kernels, which leave both factors unread (torch 2.13,
+        # aten/src/ATen/native/mps/operations/FusedOptimizerOps.h).
+        return f"parameters are on {lacking[0]}, whose fused kernels read no factor"
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.requires_grad and p not in held for p in stepped):
         return "the optimizer steps parameters that this clipper doesn't hold"

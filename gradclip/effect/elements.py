@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip.devices import has_float64, moved
 from gradclip.plan.plan import Plan, Rule
 from gradclip.saved import read_mapping, read_numbers
 from gradclip.tensors import aligned_chunks, refuse_sparse
@@ -136,7 +137,7 @@ class ElementMemory:
         for part in _parts(grad, held, scale):
             new, memory = edit.policy.clip(part.grad, part.memory, values)
             if scale is not None:  # elements that stay keep their bits
-                new = torch.where(new == part.grad, part.target, new * scale)
+                new = torch.where(new == part.grad, part.target, new * _near(scale, grad))
             _write_(part.target, new, changes)
             if held.bias is None:
                 for name, value in memory.items():
@@ -271,11 +272,13 @@ def _needed_whole(plan: Plan) -> list[tuple[str, Tensor]]:
 def _parts(grad: Tensor, held: _Held, scale: Tensor | None) -> Iterator[_Part]:
     limit = CHUNK_SIZE.get(grad.device.type, CHUNK_SIZE["cuda"])
     for target, *values in aligned_chunks([grad, *held.tensors.values()], limit):
-        part = _single(target) if scale is None else _single(target) / scale
+        part = _single(target) if scale is None else _single(target) / _near(scale, target)
         own = dict(zip(held.tensors, values, strict=True))
         memory = own
         if held.bias is not None:
-            memory = {name: _single(value) / held.bias for name, value in own.items()}
+            bias = held.bias
+            bias = _near(bias, target) if isinstance(bias, Tensor) else bias
+            memory = {name: _single(value) / bias for name, value in own.items()}
         yield _Part(target, part, memory, own)
 
 
@@ -293,7 +296,7 @@ def _write_(target: Tensor, new: Tensor, wanted: bool | Tensor) -> None:
 
 
 def _near(value: Tensor, like: Tensor) -> Tensor:
-    return value if value.device == like.device else value.to(like.device)
+    return moved(value, like.device)
 
 
 class _Probe:
@@ -340,5 +343,6 @@ def _combined(found: Sequence[Sequence[Tensor]], how: Callable[[Tensor], Tensor]
 def _bias(beta: Any, step: Any) -> Tensor | float:
     """What a running mean from 0 has to be divided by after so many steps."""
     if isinstance(step, Tensor):
+        step = step if has_float64(step.device) else step.cpu()
         return (1 - beta ** step.double()).clamp(min=1e-30)
     return float(max(1 - beta**step, 1e-30))

@@ -14,6 +14,7 @@ from gradclip.types import Grads, Units, UnitSpan
 __all__ = [
     "FastKernel",
     "assembled",
+    "holding",
     "rows_of",
     "scale_slots_",
     "scale_units_",
@@ -125,6 +126,23 @@ def assembled(runs: Sequence[tuple[int, Tensor]], units: Units) -> Tensor:
     if at < units.count:
         filled.append(zero.expand(units.count - at))
     return torch.cat(filled)
+
+
+def holding(units: Units, wanted: Tensor) -> Units:
+    """The tensors that hold a wanted unit.
+
+    Args:
+        units: Of which tensors.
+        wanted: Bool of shape (all units,), on the CPU: one host read tells it of all tensors.
+    """
+    # `before[i]` counts the wanted units below i.
+    before = torch.cat([wanted.new_zeros(1, dtype=torch.int64), wanted.cumsum(0)])
+    ends = [(span.start, span.start + span.units) for span in units.spans]
+    bounds = torch.tensor(ends, dtype=torch.int64, device="cpu").view(-1, 2)
+    first, last = before[bounds].unbind(1)
+    kept = [i for i, holds in enumerate((last > first).tolist()) if holds]
+    tensors = [units.tensors[i] for i in kept]
+    return Units(tensors, [units.spans[i] for i in kept], units.count, units.device)
 
 
 def scale_units_(units: Units, coef: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradclip.kernels.common import (
     FastKernel,
     assembled,
+    holding,
     rows_of,
     scale_slots_,
     scale_units_,
@@ -99,7 +100,7 @@ class CpuKernel(FastKernel):
     def scale_(self, grads: Grads | Units, coef: Tensor) -> None:
         """Multiply in place, leaving slots with a coefficient of 1 unread."""
         if isinstance(grads, Units):
-            _scale_clipped_(grads, coef)
+            scale_units_(holding(grads, coef != 1.0), coef)
             return
         wanted = [c != 1.0 for c in coef.tolist()]
         if any(wanted):
@@ -229,20 +230,6 @@ def _unit_power_sums(units: Units, norm_type: float, scale: Tensor | None = None
             sums = _exact_rows(rows, norm_type) if wide else _fast_rows(rows.float(), norm_type)
             runs.extend(_runs(sums, [span for _, span in batch]))
     return assembled(runs, units)
-
-
-def _scale_clipped_(units: Units, coef: Tensor) -> None:
-    """Multiply in place, leaving tensors whose coefficients are all 1 unread."""
-    # `before[i]` counts the units below i that are clipped: one host read tells it of all tensors.
-    before = torch.cat([coef.new_zeros(1), (coef != 1.0).double().cumsum(0)])
-    ends = [(span.start, span.start + span.units) for span in units.spans]
-    bounds = torch.tensor(ends, dtype=torch.int64, device="cpu").view(-1, 2)
-    first, last = before[bounds].unbind(1)
-    wanted = [i for i, clips in enumerate((last > first).tolist()) if clips]
-    if wanted:
-        tensors = [units.tensors[i] for i in wanted]
-        spans = [units.spans[i] for i in wanted]
-        scale_units_(Units(tensors, spans, units.count, units.device), coef)
 
 
 def _batches(held: Sequence[tuple[Tensor, UnitSpan]]) -> Iterator[list[tuple[Tensor, UnitSpan]]]:

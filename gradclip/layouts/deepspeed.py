@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from gradclip.devices import decided_on
 from gradclip.errors import ConfigError, LayoutError
 from gradclip.layouts.deepspeed_refusals import refuse_engine
 from gradclip.layouts.local import LocalLayout
@@ -138,7 +139,7 @@ class DeepSpeedLayout(LocalLayout):
         flat = [group["params"] for group in engine.optimizer.param_groups]
         if self.kind == "DeepSpeedZeroOptimizer_Stage3":
             flat = [engine.optimizer.fp32_partitioned_groups_flat]
-        self.devices = tuple(dict.fromkeys(p.device for p in chain.from_iterable(flat)))
+        self.devices = decided_on(p.device for p in chain.from_iterable(flat))
         self._slots: Sequence[Sequence[Tensor]] = ()
         self._members: dict[int, list[tuple[int, Address]]] = {}
         self._in_step = False

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from gradclip.devices import decided_on
 from gradclip.layouts.fsdp1 import flat_region, is_flattened, padding
 from gradclip.layouts.meshes import is_dtensor, mesh_region
 from gradclip.types import Collected, Grads, Region
@@ -45,8 +46,7 @@ class LocalLayout:
         self._groups = list(groups)
         self.reduces = bool(groups)
         parts = [local_part(p) for p in parameters.values()]
-        devices = dict.fromkeys(part.device for part in parts)
-        self.devices = tuple(devices) or (torch.device("cpu"),)
+        self.devices = decided_on(part.device for part in parts)
         self._some_empty = not all(part.numel() for part in parts)
 
     def collect(self, slots: Sequence[Sequence[Tensor]]) -> Collected:

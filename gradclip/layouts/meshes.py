@@ -42,7 +42,11 @@ def axis_of(group: ProcessGroup) -> Axis:
 
 def root_of(mesh: DeviceMesh) -> DeviceMesh:
     """The mesh that this one is a slice of, or itself."""
-    return mesh._get_root_mesh()
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    from torch.distributed.device_mesh import _mesh_resources  # where torch 2.6 to 2.8 keep it
+
+    return _mesh_resources.get_root_mesh(mesh)
 
 
 def sharding_over(mesh: DeviceMesh, placements: Sequence[Placement]) -> Sharding:

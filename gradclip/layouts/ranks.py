@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradclip.devices import moved
 from gradclip.layouts.local import device_of
 from gradclip.layouts.meshes import is_dtensor
 
@@ -29,7 +30,7 @@ def mean_loss(losses: Sequence[Tensor], device: torch.device) -> Tensor | None:
     whole = [loss.full_tensor() if is_dtensor(loss) else loss for loss in losses]
     mine = None
     if whole:
-        mine = torch.stack([loss.reshape(()).to(device, torch.float64) for loss in whole]).mean()
+        mine = torch.stack([moved(loss.reshape(()), device).double() for loss in whole]).mean()
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return mine
     message = torch.zeros(2, dtype=torch.float64, device=device)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradclip.devices import moved
+
 __all__ = ["grows_with_gradient", "kinds_of", "rate_of"]
 
 _GROWING = {"SGD", "ASGD", "SGDW", "SGDP", "AccSGD", "FusedSGD", "AggMo", "QHM"}
@@ -47,7 +49,7 @@ def rate_of(optimizer: Any, device: torch.device | None) -> Tensor | float | Non
     rates = [_rate(group) for group in optimizer.param_groups]
     if device is None:
         return max(map(float, rates), default=0.0)
-    tensors = [rate.to(device, torch.float64) for rate in rates if isinstance(rate, Tensor)]
+    tensors = [moved(rate, device).double() for rate in rates if isinstance(rate, Tensor)]
     most = max((rate for rate in rates if not isinstance(rate, Tensor)), default=0.0)
     known = torch.full((), most, dtype=torch.float64, device=device)
     return torch.stack([known, *(t.reshape(()) for t in tensors)]).amax() if tensors else known

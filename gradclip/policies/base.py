@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from gradclip.models import Model
 from gradclip.policies.arithmetic import arithmetic

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
+from typing_extensions import Self
 
 from gradclip.policies.arithmetic import arithmetic
 from gradclip.policies.base import NormPolicy, Policy, coefficient, filled

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from gradclip.policies.base import COUNT, NORM, SHARE, filled, fixed, refuse_endless_warmup
 from gradclip.policies.history import lacks, percentile_of_last, pushed

@@ -67,7 +67,7 @@ def _read_spelled(value: Any) -> Any:
     return _SPELLED.get(value, value) if isinstance(value, str) else value
 
 
-_SpelledOut = BeforeValidator(_read_spelled), PlainSerializer(spell_out)
+_READ, _SPELL = BeforeValidator(_read_spelled), PlainSerializer(spell_out)
 
 
 def _need_totals(counts: dict[str, int]) -> dict[str, int]:
@@ -91,11 +91,11 @@ class TraceHeader(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    norm_type: Annotated[float, *_SpelledOut] = Field(
+    norm_type: Annotated[float, _READ, _SPELL] = Field(
         2.0, gt=0, description='a number above 0, or ".inf"'
     )
     source: str = Field("recorder", description="text")
-    config: Annotated[dict[str, Any] | None, *_SpelledOut] = Field(
+    config: Annotated[dict[str, Any] | None, _READ, _SPELL] = Field(
         None, description="an object or null"
     )
     created: str | None = Field(None, description="text or null")

@@ -13,7 +13,7 @@ from gradclip.kernels import kernel_for
 from gradclip.kernels.split import SplitKernel
 
 CPU = torch.device("cpu")
-FAST = ["cpu", "accelerator"]
+FAST = ["cpu", "accelerator", "single"]
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-12}
 
 

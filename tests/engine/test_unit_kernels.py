@@ -11,8 +11,8 @@ from gradclip.kernels import kernel_for
 from gradclip.types import Units, UnitSpan
 
 CPU = torch.device("cpu")
-KERNELS = [kernel_for([CPU], name) for name in ("cpu", "accelerator", "reference")]
-names = ["cpu", "accelerator", "reference"]
+KERNELS = [kernel_for([CPU], name) for name in ("cpu", "accelerator", "single", "reference")]
+names = ["cpu", "accelerator", "single", "reference"]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=names)
 
 # Shape and unit dims: rows, one unit, columns, a conv's filters, optax's rank 3, elements.
