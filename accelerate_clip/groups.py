@@ -25,14 +25,16 @@ def named_parameters(
         prefixed: Put `model<i>.` before the names of a single model too.
 
     Returns:
-        The model's own names; with several models preceded by `model<i>.`.
+        The model's own names; with several models preceded by `model<i>.`. Also of parameters of
+        these models that need no gradient: the optimizer may get them later.
     """
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     found = [
         (index, name, p)
         for index, model in enumerate(models)
+        if not owned.isdisjoint(model.parameters())
         for name, p in model.named_parameters()
-        if p in owned
+        if p in owned or not p.requires_grad
     ]
     is_one = len({index for index, *_ in found}) == 1 and not prefixed
     return [(name if is_one else f"model{index}.{name}", p) for index, name, p in found]

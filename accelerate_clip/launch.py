@@ -1,37 +1,40 @@
-"""`accelerate-clip launch`: `accelerate launch`, with clipping from a section of the same YAML."""
+"""`accelerate-clip`: `launch` runs an unchanged script, clipped as a section of its YAML says."""
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
-import yaml
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from accelerate_clip.run import CONFIG_VARIABLE
+from accelerate_clip.setting_up import SECTION, ask, show_environment, stock_file
 from gradclip import AlarmError, ConfigError, load_section
 
 __all__ = ["SECTION", "main"]
 
-SECTION = "gradient_clip_config"
-
 _USAGE = """\
 usage: accelerate-clip launch --config_file FILE [accelerate launch flags] script.py [arguments]
+       accelerate-clip config [--config_file FILE]
+       accelerate-clip env [--config_file FILE]
 
-Runs an unchanged Accelerate script with the clipping that the section 'gradient_clip_config:' of
-the Accelerate configuration FILE asks for. Flags are those of accelerate launch:
-accelerate-clip launch --help
+launch  Runs an unchanged Accelerate script with the clipping that the section
+        'gradient_clip_config:' of the Accelerate configuration FILE asks for. Flags are those of
+        accelerate launch: accelerate-clip launch --help
+config  Asks the questions of accelerate config, then how to clip, and writes FILE
+        (accelerate_clip.yaml), which launch takes.
+env     Prints versions and settings for a bug report.
 """
+_FILE = Path("accelerate_clip.yaml")
 _SEVERAL = ("use_deepspeed", "use_fsdp", "use_megatron_lm", "multi_gpu", "tpu")
 _ONE = ("NO", "MULTI_CPU")
 
@@ -46,37 +49,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given[:1] in (["-h"], ["--help"]):
         sys.stdout.write(_USAGE)
         return
-    if given[:1] != ["launch"]:
+    command = given[0] if given else ""
+    if command not in ("launch", "config", "env"):
         sys.stderr.write(_USAGE)
         sys.exit(2)
-    arguments = launch_command_parser().parse_args(given[1:])
+    parser = launch_command_parser() if command == "launch" else _file_parser(command)
+    arguments = parser.parse_args(given[1:])
     try:
-        _launch(arguments)
+        if command == "launch":
+            _launch(arguments)
+        elif command == "config":
+            ask(arguments.config_file or _FILE)
+        else:
+            show_environment(arguments.config_file)
     except ConfigError as error:
         sys.exit(f"accelerate-clip: {error}")
+
+
+def _file_parser(command: str) -> ArgumentParser:
+    parser = ArgumentParser(f"accelerate-clip {command}")
+    parser.add_argument("--config_file", type=Path, help="An Accelerate configuration in YAML.")
+    return parser
 
 
 def _launch(arguments: Namespace) -> None:
     file = _config_file(arguments)
     config = load_section(file, SECTION)
-    rest = yaml.safe_load(file.read_text(encoding="utf-8"))
-    del rest[SECTION]
-    _refuse(arguments, rest, file)
-    if _starts_one(arguments, rest):
-        sys.stderr.write(
-            "accelerate-clip: warning: several processes are asked for, but accelerate launch "
-            "starts ONE on the CPU this way; for several put 'distributed_type: MULTI_GPU' and "
-            f"'use_cpu: true' into {file} and leave out --cpu.\n"
-        )
-    _run_through_us(arguments)
-    environment = {CONFIG_VARIABLE: json.dumps(config.model_dump())}
-    if rest.get("use_cpu") and not arguments.cpu:
-        # Accelerate 1.15 passes use_cpu on only to a single process: of several, each would
-        # find no GPU and train alone.
-        environment["ACCELERATE_USE_CPU"] = "true"
-    with tempfile.TemporaryDirectory() as folder:
-        stock = Path(folder) / "accelerate.yaml"
-        stock.write_text(yaml.safe_dump(rest), encoding="utf-8")
+    with stock_file(file) as (stock, rest):
+        _refuse(arguments, rest, file)
+        if _starts_one(arguments, rest):
+            sys.stderr.write(
+                "accelerate-clip: warning: several processes are asked for, but accelerate launch "
+                "starts ONE on the CPU this way; for several put 'distributed_type: MULTI_GPU' "
+                f"and 'use_cpu: true' into {file} and leave out --cpu.\n"
+            )
+        _run_through_us(arguments)
+        environment = {CONFIG_VARIABLE: json.dumps(config.model_dump())}
+        if rest.get("use_cpu") and not arguments.cpu:
+            # Accelerate 1.15 passes use_cpu on only to a single process: of several, each would
+            # find no GPU and train alone.
+            environment["ACCELERATE_USE_CPU"] = "true"
         try:
             load_config_from_file(str(stock))
         except ValueError as error:

@@ -7,8 +7,6 @@ configuration, a policy or a list of them), the name of a preset, or the path of
 
 from __future__ import annotations
 
-import json
-import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -18,10 +16,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from accelerate_clip.enable import enable
-from gradclip import ClipConfig, ConfigError, as_config
-from gradclip.adapters import Patches
+from gradclip import ClipConfig, ConfigError
+from gradclip.adapters import Patches, config_from_environment
 
-__all__ = ["CONFIG_VARIABLE", "config_from_environment", "enable_on_creation", "main"]
+__all__ = ["CONFIG_VARIABLE", "enable_on_creation", "main"]
 
 CONFIG_VARIABLE = "ACCELERATE_CLIP_CONFIG"
 
@@ -29,30 +27,6 @@ _USAGE = (
     "usage: python -m accelerate_clip.run script.py [arguments]\n"
     "       python -m accelerate_clip.run -m module [arguments]"
 )
-
-
-def config_from_environment() -> ClipConfig:
-    """The configuration that the launcher hands over.
-
-    Raises:
-        ConfigError: If `ACCELERATE_CLIP_CONFIG` isn't set, or isn't a valid configuration.
-    """
-    value = os.environ.get(CONFIG_VARIABLE, "")
-    if not value:
-        msg = (
-            f"The environment variable {CONFIG_VARIABLE} is not set; allowed: a configuration or "
-            "a list of policies as JSON, the name of a preset, or the path of a YAML file. Set it, "
-            "or start the script with accelerate-clip launch --config_file FILE script.py."
-        )
-        raise ConfigError(msg)
-    if not value.lstrip().startswith(("{", "[")):
-        return as_config(value)
-    try:
-        given = json.loads(value)
-    except json.JSONDecodeError as error:
-        msg = f"{CONFIG_VARIABLE} is {value!r}, which isn't JSON: {error}. Check its quotes."
-        raise ConfigError(msg) from None
-    return as_config(given)
 
 
 def enable_on_creation(config: ClipConfig) -> Patches:
@@ -80,9 +54,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments:
         sys.exit(_USAGE)
     try:
-        config = config_from_environment()
+        config = config_from_environment(CONFIG_VARIABLE)
     except ConfigError as error:
         sys.exit(f"accelerate_clip.run: {error}")
+    if config is None:
+        sys.exit(
+            f"accelerate_clip.run: The environment variable {CONFIG_VARIABLE} is not set; allowed: "
+            "a configuration or a list of policies as JSON, the name of a preset, or the path of a "
+            "YAML file. Set it, or start the script with accelerate-clip launch --config_file FILE "
+            "script.py."
+        )
     sys.argv[:] = arguments
     if not is_module and not sys.flags.safe_path:
         sys.path[0] = str(Path(arguments[0]).resolve().parent)

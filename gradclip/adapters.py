@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from gradclip.changes import GradientSnapshot, changes_gradients
 from gradclip.clipper import GradientClipper
-from gradclip.config import PolicyLike, as_config
+from gradclip.config import PolicyLike, as_config, config_from_environment
+from gradclip.config.presets import preset_text, presets
 from gradclip.errors import ConfigError, escaped
 from gradclip.layouts import is_first_rank
 from gradclip.patches import Patches
@@ -30,6 +31,7 @@ from gradclip.records.alarm import Spike
 from gradclip.records.record import ClipRecord
 from gradclip.saved import read_list, read_mapping, read_whole, refuse_saved
 from gradclip.steps import claim_steps, closure_place, follow_steps
+from gradclip.versions import installed_versions
 
 __all__ = [
     "ClipperSet",
@@ -39,8 +41,12 @@ __all__ = [
     "changes_gradients",
     "claim_steps",
     "closure_place",
+    "config_from_environment",
     "follow_steps",
     "group_names",
+    "installed_versions",
+    "preset_text",
+    "presets",
     "window_share",
 ]
 

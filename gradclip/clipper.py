@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -14,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from gradclip.config import ClipConfig, PolicyLike, as_config
@@ -38,7 +39,10 @@ from gradclip.records.recorder import Recorder
 from gradclip.state import pack, unpack
 from gradclip.types import Given, Handle, Layout
 
-__all__ = ["GradientClipper"]
+__all__ = ["DEBUG_VARIABLE", "GradientClipper"]
+
+DEBUG_VARIABLE = "GRADCLIP_DEBUG"
+"""An environment variable: `debug: true` for every clipper that can be checked so."""
 
 _logger = logging.getLogger("gradclip")
 P = ParamSpec("P")
@@ -132,7 +136,7 @@ class GradientClipper:
         self._scaler = None
         if scaler is not None:
             self._scaler = LossScale(scaler, optimizer, in_engine=in_engine)
-        if self.config.debug:
+        if self.config.debug or (DEBUG_VARIABLE in os.environ and not in_engine):
             self._core: Core = CheckedCore(self.config, sources, in_engine=in_engine)
         else:
             self._core = Core(self.config, sources)
@@ -357,6 +361,11 @@ class GradientClipper:
             ConfigError: If no step was made yet, or matplotlib isn't installed.
         """
         return plot_steps(self.recorder.steps(), axes)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """What this rank holds of what is clipped, in a fixed order."""
+        return list(self._core.current().plan.parameters.values())
 
     @property
     def recorder(self) -> Recorder:

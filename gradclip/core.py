@@ -44,7 +44,7 @@ from gradclip.layouts import (
 from gradclip.measure import measure_each, measure_step
 from gradclip.plan.build import build_plan, needs_regions
 from gradclip.plan.in_backward import BackwardWatch, refuse_taken
-from gradclip.plan.parameters import collect_parameters, facts_of
+from gradclip.plan.parameters import collect_parameters, facts_of, frozen_names
 from gradclip.plan.plan import Plan
 from gradclip.plan.rates import rate_of
 from gradclip.policies.arithmetic import tensors_of
@@ -524,7 +524,12 @@ def _build(config: ClipConfig, sources: Sources, before: Machinery | None = None
     facts = gathered(facts_of(parameters, optimizer, shapes), group)
     # Where a host read waits, the recorder can't ask on the host when it needs each norm.
     fine = config.log.per_parameter or (config.recorder is not None and kernel.reads_block)
-    plan = build_plan(config, facts, parameters, regions, layout.devices[0], fine=fine)
+    # Ranks that hold other parameters don't know each other's frozen ones.
+    known = [] if group or optimizer is None else [optimizer]
+    frozen = frozen_names(sources.named_parameters, known)
+    plan = build_plan(
+        config, facts, parameters, regions, layout.devices[0], fine=fine, frozen=frozen
+    )
     if any(rule.policy.uses_sizes or rule.policy.uses_rate for rule in plan.rules):
         plan = plan.with_sizes(layout.sizes(plan.slots))
     flat = [name for name, p in parameters.items() if is_flat(p)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,13 @@ from gradclip import ConfigError, GradientClipper, PolicyLike
 from gradclip.adapters import ClipperSet, Patches
 from lightning_clip.framework import Fabric, is_set_up, live_scaler, steps_by_engine
 
-__all__ = ["disable", "enable"]
+__all__ = ["UNASKED", "build", "disable", "enable"]
+
+UNASKED = "gradient_clip_unasked"
+"""Marks an optimizer that is clipped because of an environment variable."""
 
 _MARK = "gradient_clip"
+_logger = logging.getLogger("gradclip")
 
 
 def enable(
@@ -57,6 +62,50 @@ def enable(
         >>> bool(clipper.last_record.clipped), round(float(clipper.last_record.clipped_norm), 4)
         (True, 1.0)
     """
+    if hasattr(getattr(optimizer, "optimizer", optimizer), UNASKED):
+        _logger.warning(
+            "GRADCLIP_CONFIG is set, and this script calls lightning_clip.enable itself, which "
+            "decides. Unset the variable, or leave the call out."
+        )
+        disable(optimizer)
+    clipper, patches, raw = build(fabric, model, optimizer, policy)
+    patches.callback(clipper.attach(raw).remove)
+
+    def refuse(
+        clip: Callable[..., Any], module: Any, optimizer: Any, *rest: Any, **more: Any
+    ) -> Any:
+        if getattr(optimizer, "optimizer", optimizer) is raw:
+            msg = (
+                f"fabric.clip_gradients was called for a {type(raw).__name__} that "
+                "lightning_clip.enable clips before each step, so gradients would be clipped "
+                "twice. Remove the call; the norm is in clipper.last_record.grad_norm."
+            )
+            raise ConfigError(msg)
+        return clip(module, optimizer, *rest, **more)
+
+    patches.wrap(fabric, "clip_gradients", refuse)
+    ClipperSet([clipper]).announce("clipper.flush()")
+    return clipper
+
+
+def build(
+    fabric: Fabric, model: Module, optimizer: Optimizer, policy: PolicyLike | None
+) -> tuple[GradientClipper, Patches, Optimizer]:
+    """Mark an optimizer as clipped.
+
+    Args:
+        fabric: As for `enable`, as the others are.
+        model: Whose names the parameters have.
+        optimizer: Set up by Fabric.
+        policy: What to do.
+
+    Returns:
+        The clipper, which isn't attached; what `disable` undoes; the optimizer that Fabric wraps.
+
+    Raises:
+        ConfigError: As `enable`.
+        LayoutError: As `enable`.
+    """
     for what, found, kind in (("model", model, Module), ("optimizer", optimizer, Optimizer)):
         if not is_set_up(fabric, found) or not isinstance(found, kind):
             msg = (
@@ -84,25 +133,9 @@ def enable(
     scaler = live_scaler(fabric.strategy.precision)
     clipper = GradientClipper(policy, named, raw, scaler=scaler)
     patches = Patches()
-    patches.callback(clipper.attach(raw).remove)
     patches.callback(clipper.recorder.close)
     patches.put(raw, _MARK, patches)
-
-    def refuse(
-        clip: Callable[..., Any], module: Any, optimizer: Any, *rest: Any, **more: Any
-    ) -> Any:
-        if getattr(optimizer, "optimizer", optimizer) is raw:
-            msg = (
-                f"fabric.clip_gradients was called for a {type(raw).__name__} that "
-                "lightning_clip.enable clips before each step, so gradients would be clipped "
-                "twice. Remove the call; the norm is in clipper.last_record.grad_norm."
-            )
-            raise ConfigError(msg)
-        return clip(module, optimizer, *rest, **more)
-
-    patches.wrap(fabric, "clip_gradients", refuse)
-    ClipperSet([clipper]).announce("clipper.flush()")
-    return clipper
+    return clipper, patches, raw
 
 
 def disable(optimizer: Optimizer) -> None:

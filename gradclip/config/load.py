@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from gradclip.policies import Auto, Policy
 __all__ = [
     "PolicyLike",
     "as_config",
+    "config_from_environment",
     "load_section",
     "load_yaml",
     "parse_mapping",
@@ -89,6 +91,32 @@ def as_config(policy: PolicyLike | None) -> ClipConfig:
         "Write, for instance, ClipByNorm(max_norm=1.0) in its place, or nothing for Auto()."
     )
     raise ConfigError(msg)
+
+
+def config_from_environment(variable: str) -> ClipConfig | None:
+    """The configuration that an environment variable holds.
+
+    Args:
+        variable: Its name. Its value is the name of a preset, the path of a YAML file, or a
+            configuration, a policy or a list of policies as JSON.
+
+    Returns:
+        None if it isn't set, or empty.
+
+    Raises:
+        ConfigError: If it isn't a valid configuration.
+    """
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        return None
+    try:
+        return as_config(json.loads(value) if value.startswith(("{", "[")) else value)
+    except json.JSONDecodeError as error:
+        msg = f"{variable} is {value!r}, which isn't JSON: {error}. Check its quotes."
+        raise ConfigError(msg) from None
+    except ConfigError as error:
+        msg = f"{variable}: {error}"
+        raise ConfigError(msg) from None
 
 
 def _by_name(name: str) -> ClipConfig:

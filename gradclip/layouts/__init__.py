@@ -14,10 +14,11 @@ from gradclip.layouts.detect import (
     gathered,
     refuse_shared_names,
 )
-from gradclip.layouts.fsdp1 import is_flat, is_flattened
-from gradclip.layouts.local import LocalLayout, region_of
+from gradclip.layouts.fsdp1 import fsdp1_class, is_flat, is_flattened
+from gradclip.layouts.local import LocalLayout, local_part, region_of
+from gradclip.layouts.meshes import is_dtensor
 from gradclip.layouts.partial import completed
-from gradclip.layouts.ranks import is_first_rank, mean_loss
+from gradclip.layouts.ranks import is_first_rank, mean_loss, rank_count
 from gradclip.layouts.sharded import ShardedLayout
 
 __all__ = [
@@ -29,11 +30,15 @@ __all__ = [
     "bits_of",
     "completed",
     "detect",
+    "fsdp1_class",
     "gathered",
+    "is_dtensor",
     "is_first_rank",
     "is_flat",
     "is_flattened",
+    "local_part",
     "mean_loss",
+    "rank_count",
     "refuse_shared_names",
     "region_of",
     "shape_of",

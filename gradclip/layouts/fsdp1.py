@@ -11,8 +11,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,12 +27,22 @@ if TYPE_CHECKING:  # else imported where FSDP1 is in use: that takes as long as 
 
 __all__ = [
     "flat_region",
+    "fsdp1_class",
     "fsdp1_shardings",
     "is_flat",
     "is_flattened",
     "padding",
     "unflattened_shape",
 ]
+
+
+def fsdp1_class() -> Any | None:
+    """`FullyShardedDataParallel`, imported if torch was built with it; that takes a while."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel
 
 
 class _Known(NamedTuple):

@@ -12,7 +12,7 @@ from gradclip.devices import moved
 from gradclip.layouts.local import device_of
 from gradclip.layouts.meshes import is_dtensor
 
-__all__ = ["is_first_rank", "mean_loss", "this_rank"]
+__all__ = ["is_first_rank", "mean_loss", "rank_count", "this_rank"]
 
 
 def mean_loss(losses: Sequence[Tensor], device: torch.device) -> Tensor | None:
@@ -54,3 +54,8 @@ def is_first_rank() -> bool:
 def this_rank() -> int:
     """The number of this process; 0 where there is one alone."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def rank_count() -> int:
+    """How many ranks there are; 1 where there is one process alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1

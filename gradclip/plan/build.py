@@ -35,6 +35,7 @@ def build_plan(
     device: torch.device,
     *,
     fine: bool,
+    frozen: Sequence[str] = (),
 ) -> Plan:
     """Divide parameters into slots and give every policy its own.
 
@@ -46,6 +47,7 @@ def build_plan(
         regions: Where this rank's part of each of them lies, if units are measured.
         device: Where decisions are made.
         fine: Every parameter is measured by itself, whatever policies ask for.
+        frozen: Names that groups may match although nothing is clipped there yet.
 
     Raises:
         ConfigError: If a pattern of the configuration matches no parameter, or policies don't
@@ -54,7 +56,7 @@ def build_plan(
     """
     chains = config.lists
     policies = [policy for chain in chains for policy in chain]
-    members = members_of(config, facts)
+    members = members_of(config, facts, frozen)
     logged = _PARAMETER if fine else 1 if config.log.per_group else 0
     depth = max([logged, *(_finest(policy) for policy in policies)])
 

@@ -49,15 +49,22 @@ class Membership(NamedTuple):
     watched: bool = True
 
 
-def members_of(config: ClipConfig, facts: Mapping[str, Fact]) -> dict[str, Membership]:
+def members_of(
+    config: ClipConfig, facts: Mapping[str, Fact], frozen: Iterable[str] = ()
+) -> dict[str, Membership]:
     """Where every parameter belongs; the first group that matches has it.
 
+    Args:
+        config: With the groups.
+        facts: Of what is clipped, by name.
+        frozen: Names of parameters that need no gradient and aren't clipped yet.
+
     Raises:
-        ConfigError: If a group matches no parameter.
+        ConfigError: If a group matches no parameter, nor a frozen one.
     """
     found = dict.fromkeys(facts, Membership())
     for index, group in reversed(list(enumerate(config.groups))):
-        names = _in_group(f"groups[{index}]", group, facts)
+        names = _in_group(f"groups[{index}]", group, facts, frozen)
         own = group.policies is not None
         counted = not own if group.counted is None else group.counted
         member = Membership(
@@ -67,8 +74,12 @@ def members_of(config: ClipConfig, facts: Mapping[str, Fact]) -> dict[str, Membe
     return found
 
 
-def for_each(config: ClipConfig, facts: Sequence[Mapping[str, Fact]]) -> list[ClipConfig]:
+def for_each(
+    config: ClipConfig, facts: Sequence[Mapping[str, Fact]], frozen: Iterable[str] = ()
+) -> list[ClipConfig]:
     """One configuration for each set of parameters: with the groups that match any of it.
+
+    A group that matches frozen parameters alone goes to all of them.
 
     Raises:
         ConfigError: If a group matches in none.
@@ -78,7 +89,7 @@ def for_each(config: ClipConfig, facts: Sequence[Mapping[str, Fact]]) -> list[Cl
         missed: list[ConfigError] = []
         for own, groups in zip(facts, kept, strict=True):
             try:
-                _in_group(f"groups[{index}]", group, own)
+                _in_group(f"groups[{index}]", group, own, frozen)
             except ConfigError as error:
                 missed.append(error)
             else:
@@ -106,10 +117,15 @@ def matched(where: str, pattern: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-def _in_group(where: str, group: GroupConfig, facts: Mapping[str, Fact]) -> Sequence[str]:
+def _in_group(
+    where: str, group: GroupConfig, facts: Mapping[str, Fact], frozen: Iterable[str]
+) -> Sequence[str]:
     names = list(facts)
     if group.match is not None:
-        names = matched(f"{where}.match", group.match, names)
+        found = matched(f"{where}.match", group.match, [*names, *frozen])
+        names = [name for name in found if name in facts]
+        if not names:
+            return []
     if group.optimizer_group is not None:
         known = dict.fromkeys(facts[name].group for name in names)
         kept = set(matched(f"{where}.optimizer_group", group.optimizer_group, known))

@@ -23,6 +23,7 @@ __all__ = [
     "collect_parameters",
     "configs_for",
     "facts_of",
+    "frozen_names",
     "grad_dtype",
     "group_names",
     "in_place",
@@ -147,6 +148,24 @@ def collect_parameters(
         raise ConfigError(msg)
     refuse_marked(found)
     return found
+
+
+def frozen_names(
+    named_parameters: Named | None, optimizers: Sequence[Optimizer | Any]
+) -> list[str]:
+    """Names of parameters that need no gradient and that no optimizer has yet.
+
+    Args:
+        named_parameters: The model, or names.
+        optimizers: Whose parameters are clipped; with none all are, and nothing comes later.
+    """
+    if not optimizers:
+        return []
+    held = {p for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    pairs = as_pairs(named_parameters)
+    frozen = [(name, p) for name, p in pairs if not p.requires_grad and p not in held]
+    model = named_parameters if isinstance(named_parameters, Module) else None
+    return [name for name, _ in _unwrapped(frozen, model)]
 
 
 def grad_dtype(parameter: torch.Tensor) -> torch.dtype:
@@ -274,4 +293,4 @@ def configs_for(
     if not isinstance(named, Module):
         named = as_pairs(named)
     facts = [facts_of(collect_parameters(named, opt), opt, {}) for opt in optimizers]
-    return for_each(config, facts)
+    return for_each(config, facts, frozen_names(named, optimizers))

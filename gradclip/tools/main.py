@@ -23,6 +23,7 @@ try:
     from rich.progress import Progress
 
     from gradclip.tools import check as checks
+    from gradclip.tools import doctor as doctors
     from gradclip.tools import lint as lints
     from gradclip.tools import show_replay, show_report
     from gradclip.tools.imports import import_log
@@ -367,6 +368,33 @@ def recommend(
     echo(f"\n{show_replay.recommendation_as_yaml(found)}", nl=False)
     if out is not None:
         echo(f"Wrote {out}")
+
+
+@app.command(
+    epilog=_examples(
+        "gradclip doctor",
+        "gradclip doctor -- python train.py --max_grad_norm 0.01",
+        "gradclip doctor -- torchrun --nproc-per-node 2 train.py",
+    ),
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def doctor(
+    context: typer.Context,
+) -> None:
+    """Find out whether clipping does what was asked for.
+
+    Makes a tiny step in each framework that is installed, and compares the factor that gradients
+    got with the one asked for. After -- give the command that trains: the first step of each of
+    its optimizers is watched, then it is ended. Exits with 1 if something is wrong.
+    """
+    if context.args:
+        found = doctors.examine_command(context.args)
+    else:
+        with _progress("Trying") as progress:
+            progress(0.0)
+            found = doctors.examine_stacks()
+    echo(doctors.verdicts_as_text(found))
+    raise typer.Exit(1 if any(one.fault for one in found) else 0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 from support.gradients import assert_same_grads, fill, grads, optimizer_for, parameters
 from torch import nn
 
-from gradclip import ClipByNorm, ConfigError, GradientClipper
+from gradclip import ClipByNorm, ConfigError, GradientClipper, configs_for
 from gradclip.config import parse_mapping
 
 MAIN = [{"type": "norm", "max_norm": 0.5, "eps": 0.0}]
@@ -227,3 +227,33 @@ def test_a_budget_gives_each_parameter_its_share():
         params, _ = clipped([], policies=policies)
         want = 0.5 * math.sqrt(share)
         assert float(params[EMBED].grad.norm()) == pytest.approx(want, rel=1e-4), budget
+
+
+def test_a_group_may_name_layers_that_are_unfrozen_later():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.0)
+    config = {
+        "policies": [{"type": "norm", "max_norm": 1.0}],
+        "groups": [{"match": "0.*", "policies": [{"type": "norm", "max_norm": 0.25}]}],
+    }
+    clipper = GradientClipper(config, model, optimizer)
+    configs_for(clipper.config, model, [optimizer, optimizer])
+
+    def norms():
+        optimizer.zero_grad()
+        model(torch.full((8, 4), 30.0)).sum().backward()
+        clipper.clip()
+        grads = [
+            [p.grad.flatten() for p in layer.parameters() if p.grad is not None] for layer in model
+        ]
+        return [float(torch.cat(each).norm()) if each else None for each in grads]
+
+    assert norms() == [None, pytest.approx(1.0, rel=1e-5)]
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    assert norms() == pytest.approx([0.25, 1.0], rel=1e-5)
+    config["groups"][0]["match"] = "2.*"
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        GradientClipper(config, model, optimizer)

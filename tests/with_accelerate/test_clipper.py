@@ -289,3 +289,25 @@ def test_a_schedule_made_from_the_prepared_optimizer_binds_its_step_anew():
     schedule.step()
     assert float(clip.last_record.clipped_norm) == pytest.approx(0.3, rel=1e-5)
     assert opt.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before enable", "after enable"])
+def test_a_clip_that_others_put_on_the_class_never_decides(first, monkeypatch):
+    """As axolotl does with expert parallelism."""
+
+    def others(*_, **__):
+        raise AssertionError
+
+    if first:
+        monkeypatch.setattr(Accelerator, "clip_grad_norm_", others)
+    accelerator = Accelerator(cpu=True)
+    accelerate_clip.enable(accelerator, ClipByNorm(max_norm=0.25))
+    if not first:
+        monkeypatch.setattr(Accelerator, "clip_grad_norm_", others)
+    net = torch.nn.Linear(4, 1)
+    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.0))
+    accelerator.backward(model(torch.full((2, 4), 9.0)).sum())
+    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert float(norm) == pytest.approx(0.25, rel=1e-5)

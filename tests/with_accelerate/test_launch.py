@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import ClusterConfig
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from accelerate_clip import launch, run
@@ -29,6 +31,7 @@ from gradclip import (
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("train.py")
 STOCK = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2, "debug": False}
+ASKED = {"mixed_precision": "no", "use_cpu": True, "debug": False}
 SECTION = """
 gradient_clip_config:
   policies:
@@ -348,3 +351,36 @@ def test_a_section_can_be_read_on_its_own(tmp_path):
     assert load_section(file, "gradient_clip_config").policies == [ClipByNorm(max_norm=0.25)]
     with pytest.raises(ConfigError, match="the section 'clip' is missing"):
         load_section(file, "clip")
+
+
+def test_config_asks_accelerates_questions_then_ours_and_launch_takes_the_file(
+    tmp_path, monkeypatch, capsys, handed_over
+):
+    answers = iter(["zclp", "zclip"])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    stock = ClusterConfig(compute_environment="LOCAL_MACHINE", distributed_type="NO", **ASKED)
+    monkeypatch.setattr("accelerate.commands.config.config.get_user_input", lambda: stock)
+    monkeypatch.chdir(tmp_path)
+    launch.main(["config"])
+    said = capsys.readouterr().out
+    assert "zclp isn't in the list" in said
+    assert "accelerate-clip launch --config_file accelerate_clip.yaml train.py" in said
+    assert load_section("accelerate_clip.yaml", launch.SECTION) == as_config("zclip")
+    launch.main(["launch", "--config_file", "accelerate_clip.yaml", "a.py"])
+    assert handed_over["clip"] == as_config("zclip")
+    assert handed_over["yaml"]["mixed_precision"] == "no"
+    with pytest.raises(SystemExit, match=r"allowed: a name in \.yaml"):
+        launch.main(["config", "--config_file", "accelerate.json"])
+
+
+def test_env_shows_what_a_bug_report_needs(tmp_path, capsys):
+    file = write(tmp_path)
+    launch.main(["env", "--config_file", file])
+    said = capsys.readouterr().out
+    assert "- distributed_type: MULTI_GPU" in said  # accelerate's own
+    assert f"- torch: {torch.__version__}" in said
+    assert '- gradient_clip_config: {"policies":[{"type":"norm","max_norm":0.25}]}' in said
+    launch.main(["env", "--config_file", write(tmp_path, section="")])
+    assert "the section 'gradient_clip_config' is missing" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="can't be read"):
+        launch.main(["env", "--config_file", str(tmp_path / "nowhere.yaml")])
