@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from gradclip.changes import GradientSnapshot, changes_gradients
 from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config
+from gradclip.config.words import fault_in_file, policies_in_words
 from gradclip.errors import ConfigError, escaped
 from gradclip.layouts import is_first_rank
 from gradclip.patches import Patches
@@ -39,8 +40,10 @@ __all__ = [
     "changes_gradients",
     "claim_steps",
     "closure_place",
+    "fault_in_file",
     "follow_steps",
     "group_names",
+    "policies_in_words",
     "window_share",
 ]
 
