@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -35,8 +36,8 @@ def config_of(policy: PolicyLike | None) -> ClipConfig:
     try:
         return as_config(policy)
     except ConfigError as error:
-        # The caller's caller: whoever calls the class.
-        builder = sys._getframe(2).f_globals.get("__name__", "")
+        callers = (frame for frame in inspect.stack()[1:] if frame.function != "__init__")
+        builder = next(callers).frame.f_globals.get("__name__", "")
         if not builder.startswith("jsonargparse."):
             raise
         files = (Path(word.rpartition("=")[2]) for word in sys.argv[1:])
