@@ -23,6 +23,7 @@ from gradclip.changes import GradientSnapshot, changes_gradients
 from gradclip.clipper import GradientClipper
 from gradclip.config import PolicyLike, as_config, config_from_environment
 from gradclip.config.presets import preset_text, presets
+from gradclip.config.words import fault_in_file, policies_in_words
 from gradclip.errors import ConfigError, escaped
 from gradclip.layouts import is_first_rank
 from gradclip.patches import Patches
@@ -42,9 +43,11 @@ __all__ = [
     "claim_steps",
     "closure_place",
     "config_from_environment",
+    "fault_in_file",
     "follow_steps",
     "group_names",
     "installed_versions",
+    "policies_in_words",
     "preset_text",
     "presets",
     "window_share",

@@ -25,6 +25,7 @@ __all__ = [
     "explain",
     "line_of",
     "nearest",
+    "plain",
 ]
 
 KeyPath = tuple[str | int, ...]
@@ -51,9 +52,13 @@ class _PlainErrors(ModelMetaclass):
             )
             raise ConfigError(msg)
         try:
-            return super().__call__(**dict(zip(required, given, strict=False)), **fields)
+            by_position = plain(dict(zip(required, given, strict=False)))
+            return super().__call__(**by_position, **plain(fields))
         except ValidationError as error:
             raise ConfigError(explain(error, model, cls.__name__)) from None
+        except RecursionError:
+            msg = f"{cls.__name__}: a value is nested too deeply, or contains itself. Write it out."
+            raise ConfigError(msg) from None
 
 
 class Model(BaseModel, metaclass=_PlainErrors):
@@ -71,6 +76,18 @@ class Model(BaseModel, metaclass=_PlainErrors):
         defer_build=True,  # until one is used: there are more than a run needs
         ser_json_inf_nan="constants",
     )
+
+
+def plain(value: Any) -> Any:
+    """The same with a list for each sequence and a dict for each mapping, at any depth.
+
+    Tuples and nodes of OmegaConf stand for them; pydantic's strict mode would refuse these.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain(item) for item in value]
+    return value
 
 
 def explain(

@@ -18,9 +18,9 @@ from gradclip import (
     GradientClipper,
     PolicyLike,
     Spike,
-    as_config,
 )
 from gradclip.adapters import ClipperSet, Patches, claim_steps, window_share
+from lightning_clip.cli import config_of, with_policies
 from lightning_clip.framework import (
     Callback,
     LightningModule,
@@ -44,12 +44,13 @@ __all__ = ["GradientClip"]
 
 AsWritten = PolicyLike | None
 if not TYPE_CHECKING:
-    # So that LightningCLI hands the value over as written. Of Any it would build whatever class a
-    # `class_path` names; as_config builds ours alone, its errors name the key and the nearest right
-    # word, and --print_config prints the value back.
+    # So that LightningCLI hands the value over as written. Of Any, or of our own classes, it would
+    # import whatever a `class_path` names; config_of builds ours alone, its errors name the key and
+    # the nearest right word, and --print_config prints the value back.
     AsWritten = dict | list | str | bool | int | float | None
 
 
+@with_policies
 class GradientClip(Callback):
     """Clips gradients before each optimizer step of a Lightning Trainer.
 
@@ -96,7 +97,7 @@ class GradientClip(Callback):
     def __init__(
         self, policy: AsWritten = None, *, progress_bar: bool = False, restore: bool = True
     ) -> None:
-        self.config: ClipConfig = as_config(policy)
+        self.config: ClipConfig = config_of(policy)
         self._reporter = Reporter(self.config.log, progress_bar=progress_bar)
         self._restore = restore
         self._module: LightningModule | None = None

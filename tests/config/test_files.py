@@ -10,7 +10,16 @@ import pytest
 import yaml
 
 import gradclip
-from gradclip import ClipByNorm, ConfigError, ZClip, as_config, load_section, load_yaml
+from gradclip import (
+    AGC,
+    ClipByNorm,
+    ConfigError,
+    Schedule,
+    ZClip,
+    as_config,
+    load_section,
+    load_yaml,
+)
 from gradclip.config.presets import preset_file, preset_text, presets
 from gradclip.config.schema import schema_text
 
@@ -93,6 +102,11 @@ def test_every_way_to_write_the_same_is_the_same(tmp_path, subtests):
     for name, given in ALIKE.items():
         with subtests.test(name):
             assert as_config(given) == expected
+    for given in (tuple(BOTH), UserList(NODES), (ZClip(decay=0.9), AGC(exclude=("head.*",)))):
+        assert gradclip.ClipConfig(policies=given) == expected
+    slow = {"schedule": "linear", "start": 2.0, "end": 1.0, "steps": 5}
+    assert ClipByNorm(Node(**slow)) == ClipByNorm(Schedule(**slow))
+    assert AGC(unit_dim=Node(head=1)) == AGC(unit_dim={"head": 1})
     path = tmp_path / "run.yaml"
     for given in (BOTH, {"policies": BOTH}):
         path.write_text(yaml.safe_dump(given))

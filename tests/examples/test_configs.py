@@ -34,6 +34,9 @@ def test_presets_hold_what_their_names_say():
     assert policies["fixed_norm"] == [ClipByNorm(max_norm=1.0)]
     assert isinstance(policies["zclip"][0], ZClip)
     assert policies["recorder"] == policies["auto"] == [Auto()]
+    assert policies["llm"] == [Auto()]
+    assert as_config("llm").recorder
+    assert as_config("llm").alarm.withheld == 0.1
     assert policies["zclip_per_parameter"][0].scope == "parameter"
 
 

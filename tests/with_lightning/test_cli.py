@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from support.lit import Small
 
-from gradclip import ClipByNorm, Schedule, ZClip
+from gradclip import ClipByNorm, ConfigError, Schedule, ZClip
 from gradclip.tools.check import check_file
 from lightning_clip import GradientClip
 
@@ -139,8 +139,38 @@ WRONG = [
 
 def test_errors_are_in_our_words(tmp_path):
     for policy, message in WRONG:
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(SystemExit, match=re.escape(message)) as ended:
             cli(f"--config={config_file(tmp_path, policy)}", *QUIET, run=False)
+        assert ended.value.code.count("\n") < 5
+
+
+@pytest.mark.parametrize("form", ["--config={}", "-c {}"])
+def test_an_error_names_the_line_of_the_file(form, tmp_path, monkeypatch):
+    """Of the file on the command line; the program ends with that alone."""
+    for policy, message in WRONG[:6]:
+        path = config_file(tmp_path, policy)
+        lines = path.read_text().splitlines()
+        words = form.format(path).split()
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, *QUIET])
+        with pytest.raises(SystemExit, match=re.escape(message)) as ended:
+            LightningCLI(Module, Data, run=False, save_config_callback=None)
+        line = int(re.match(rf"error: {path}, line (\d+): ", ended.value.code)[1])
+        assert message.split()[0].split(".")[-1] in lines[line - 1]
+
+
+def test_other_callers_get_the_error():
+    """Also where the command line has such a file: only LightningCLI's program ends."""
+    with pytest.raises(ConfigError, match="did you mean 'zclip'"):
+        GradientClip({"type": "zclp"})
+
+
+def test_help_shows_every_policy_and_its_settings(capsys):
+    with pytest.raises(SystemExit):
+        cli("--trainer.callbacks.help=lightning_clip.GradientClip", run=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "norm: " in shown
+    assert "z_threshold=2.5" in shown
+    assert "max_carry=10.0" in shown
 
 
 ZCLIP = {"class_path": "gradclip.ZClip", "init_args": {"decay": 0.9}}
@@ -214,7 +244,7 @@ def test_no_class_but_ours_is_imported_or_called(tmp_path, monkeypatch, subtests
             with subtests.test(place, **strange):
                 path = config_file(tmp_path, put(strange))
                 assert "gradclip.ClipByNorm" in check_file(path).fault
-                with pytest.raises(ValueError, match=r"class_path is '.*gradclip\.ClipByNorm"):
+                with pytest.raises(SystemExit, match=r"class_path is '.*gradclip\.ClipByNorm"):
                     cli(f"--config={path}", *QUIET, run=False)
                 assert not list(tmp_path.glob("was_*"))
 
