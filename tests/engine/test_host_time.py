@@ -3,12 +3,15 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from support.gradients import POLICIES
 from support.ops import CountOps
 
+from benchmarks.speed.counts import counted, our_step, torchs_step
+from benchmarks.speed.gradients import GPT2, SETS
 from gradclip import (
     ClipByNorm,
     ClipConfig,
@@ -129,6 +132,15 @@ def test_a_step_of_20_tensors_dispatches_few_operations(name, kernel, most):
         with CountOps() as made:
             clipper.clip()
     assert made.writes <= most
+
+
+@pytest.mark.parametrize(("name", "most"), [("norm", 29), ("zclip", 94)])
+def test_a_step_of_gpt2_on_an_accelerator_launches_few_kernels(name, most):
+    """With the bytes of torch's, which launches 10; counted on fake CUDA tensors."""
+    ours = counted(SETS[GPT2], partial(our_step, LISTS[name]))
+    theirs = counted(SETS[GPT2], torchs_step)
+    assert ours.launches <= most
+    assert ours.bytes <= 1.0001 * theirs.bytes
 
 
 def test_importing_gradclip_is_light_and_numpy_is_optional():
