@@ -35,10 +35,8 @@ pictures: setup  ## Draw docs/images anew: policies over one recorded run, a rep
 	$(BIN)/python docs/replay_picture.py
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/report_picture.py
 
-bench: setup  ## Times against torch, as ratios within one run.
-	$(BIN)/python benchmarks/bench_step.py
-	$(BIN)/python benchmarks/bench_policies.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_ranks.py
+bench: setup  ## Time, operations, launches and memory against others; goes on where it was broken off.
+	$(BIN)/python -m benchmarks.speed
 
 outcome: setup  ## Final losses of every policy; goes on where it was broken off.
 	$(BIN)/python -m benchmarks.outcome.run

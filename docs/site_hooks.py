@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 BROUGHT = {
     "configs/README.md": "configs.md",
     "examples/README.md": "examples.md",
-    "benchmarks/README.md": "performance.md",
+    "benchmarks/README.md": "benchmarks.md",
     "benchmarks/outcome/README.md": "outcome.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changes.md",

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor import metrics
 
+from benchmarks.speed.counts import counted, our_step, torchs_step
+from benchmarks.speed.gradients import GPT2, SETS
 from gradclip import (
     ClipByNorm,
     ClipConfig,
@@ -171,6 +174,15 @@ def test_compile_without_a_compiler_is_refused_at_the_first_step():
     with inductor.patch("cpp.cxx", ("no-such-compiler",)), said:
         steps_of("four", compile=True)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("name", "most"), [("norm", 29), ("zclip", 94)])
+def test_a_step_of_gpt2_on_an_accelerator_launches_few_kernels(name, most):
+    """With the bytes of torch's, which launches 10; counted on fake CUDA tensors."""
+    ours = counted(SETS[GPT2], partial(our_step, LISTS[name]))
+    theirs = counted(SETS[GPT2], torchs_step)
+    assert ours.launches <= most
+    assert ours.bytes <= 1.0001 * theirs.bytes
 
 
 def test_importing_gradclip_is_light_and_numpy_is_optional():

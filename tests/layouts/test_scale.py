@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.bench_scale import shards
+from benchmarks.speed.grid import shards
 from gradclip import ClipByNorm, GradientClipper
 from gradclip.layouts import LocalLayout
 

@@ -5,10 +5,10 @@ import math
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision

@@ -1,0 +1,1 @@
+"""Time, operations, launches and memory of a clipping step, ours and others'."""
