@@ -36,7 +36,7 @@ def wanted(results: Results, only: str | None, *, anew: bool, code: str) -> list
     if only is not None:
         names = [name for name in CASES if fnmatch(name, only)]
         if not names:
-            msg = f"{only}: no case fits; allowed are patterns of {', '.join(CASES)}"
+            msg = f"{only}: no case fits; allowed are patterns of {'; '.join(CASES)}"
             raise ValueError(msg)
         return names
     there = {name for name, held in results.cases.items() if held.code == code}
@@ -79,6 +79,9 @@ def main(
     quick: Annotated[
         bool, typer.Option(help="try the code: few repeats, small gradients, nothing is written")
     ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="for one row, once it has enough pairs of calls")
+    ] = FULL.seconds,
     anew: Annotated[bool, typer.Option(help="all cases, also those that are there")] = False,
 ) -> None:
     """Measure what results.json doesn't hold of today's code, then write the tables."""
@@ -89,7 +92,8 @@ def main(
         names = wanted(results, only, anew=anew, code=code_of())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    failed = run(names, QUICK if quick else FULL, results, keep=not quick)
+    effort = QUICK if quick else FULL._replace(seconds=seconds)
+    failed = run(names, effort, results, keep=not quick)
     if not quick:
         report()
     if failed:

@@ -55,7 +55,7 @@ def first_step(effort: Effort) -> Iterator[Row]:
         for _ in range(2):
             clipper.clip()
             times.append(time.perf_counter())
-        built, first, second = np.diff(times)
+        built, first, second = map(float, np.diff(times))
         found.append(built + first - second)
     seconds = statistics.median(found)
     yield Row(PART, f"first step beyond the second, {MANY}", "", "ms", 1e3 * seconds, aim=50.0)
@@ -77,7 +77,7 @@ def replayed(effort: Effort) -> Iterator[Row]:
             found = []
             for _ in range(2):
                 start = time.perf_counter()
-                replay(Trace(path), {name: config})
+                replay(Trace.open(path), {name: config})
                 found.append(time.perf_counter() - start)
             microseconds = 1e6 * min(found) / steps
             yield Row(PART, f"replay, {name}", "", "microseconds a step", microseconds, aim=5.0)

@@ -63,11 +63,9 @@ def fsdp1(width: int) -> FullyShardedDataParallel:
     model = layers_of(width).to_empty(device="cpu")
     for p in model.parameters():
         nn.init.normal_(p)
-    sharded = FullyShardedDataParallel(
-        nn.Sequential(*(FullyShardedDataParallel(layer, use_orig_params=True) for layer in model)),
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
-    )
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    layers = nn.Sequential(*(FullyShardedDataParallel(layer, **options) for layer in model))
+    sharded = FullyShardedDataParallel(layers, **options)
     for p in sharded.parameters():
         p.grad = torch.randn_like(p)
     return sharded

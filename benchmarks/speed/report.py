@@ -31,6 +31,7 @@ BOUNDS: Mapping[str, str] = {
     "autoclip": "memory: a step can't be shorter than one read of all gradients",
     "agc": "one norm for each row of each tensor, of weights and of gradients",
     "GPT-2 small, float32, not": "memory: one read of all gradients",
+    "GPT-2 small, float32, norm": "kernels of a few bytes each, which decide and write the record",
     "GPT-2 small, float32, clipped": "memory: one read for the norm, one read and one write to "
     "scale, as in torch",
     "GPT-2 small, bfloat16": "the conversion to float32 for an exact norm; torch rounds its norm "
@@ -125,14 +126,31 @@ def pivot(rows: Sequence[Row], part: str) -> str:
     return table(("", *units), ([what, *(cell(what, unit) for unit in units)] for what in whats), 1)
 
 
+def name_of(row: Row) -> str:
+    """What was measured; of what is counted, also which number."""
+    return f"{row.what}: {row.unit}" if row.part == "counted" else row.what
+
+
+def found_of(row: Row) -> str:
+    """What its aim is about."""
+    return ratio_of(row) or f"{number(row.ours)} {row.unit}"
+
+
+def measured_of(row: Row) -> str:
+    """The same, with its share of the read bandwidth where that may bound it."""
+    if row.bandwidth is None:
+        return found_of(row)
+    return f"{found_of(row)}, at {100 * row.bandwidth:.0f} % of the read bandwidth"
+
+
 def aims_table(rows: Sequence[Row]) -> str:
     """The rows with an aim."""
     heads = ("what", "compared with", "ratio", "95 % interval", "aim")
     cells = []
     for row in rows:
         if row.aim is not None and row.part != "memory":
-            found = ratio_of(row) or f"{number(row.ours)} {row.unit}"
-            cells.append([row.what, row.peer or "nothing", found, interval_of(row), aim_of(row)])
+            numbers = (found_of(row), interval_of(row), aim_of(row))
+            cells.append([name_of(row), row.peer or "nothing", *numbers])
     return table(heads, cells, 2)
 
 
@@ -146,7 +164,7 @@ def missed(rows: Sequence[Row]) -> str:
     lines: dict[str, list[str]] = {}
     for row in rows:
         if row.reached is False and row.part != "memory":
-            lines.setdefault(bound_of(row), []).append(f"{row.what} ({ratio_of(row) or row.unit})")
+            lines.setdefault(bound_of(row), []).append(f"{name_of(row)} ({measured_of(row)})")
     if not lines:
         return "Every aim is reached."
     return "\n".join(f"- {'; '.join(names)}: {bound}." for bound, names in lines.items())
