@@ -169,7 +169,7 @@ def private_names(path):
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
             found = getattr(node.args[1], "value", "")
         if (
-            re.match(r"_(?!_|foreach_|amp_foreach_|asdict|replace)", str(found))
+            re.match(r"_(?!_|foreach_|amp_foreach_|asdict|replace|exit$)", str(found))
             and found not in own
         ):
             yield found
