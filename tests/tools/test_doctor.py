@@ -1,5 +1,6 @@
 """gradclip doctor: programs that clip as asked, and programs whose clipping does something else."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 from gradclip import ClipByNorm, ClipByValue, GradientClipper
-from gradclip.tools.doctor import examine_command, judge
+from gradclip.tools.doctor import judge
 from gradclip.tools.main import main
-from gradclip.tools.watching import Watcher
+from gradclip.tools.watching import Call, SeenStep, Watcher
 
 ROOT = Path(__file__).parents[2]
 clip = torch.nn.utils  # the watcher replaces functions of this module
@@ -187,7 +188,8 @@ def test_a_command_is_watched_for_one_step(tmp_path, python_path, capfd):
 
 
 RANKS = """
-import os, sys
+import subprocess
+import sys
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -202,17 +204,8 @@ def train(rank, file):
     while True:
         optimizer.zero_grad()
         model(torch.full((2, 4), 10.0)).sum().backward()
-        held = list(model.parameters())
-        if sys.argv[2] == "own":
-            clip_own(held)
-        else:
-            torch.nn.utils.clip_grad_norm_(held, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-
-
-def clip_own(held):
-    norm = torch.linalg.vector_norm(held[0].grad.to_local()) * (1 + dist.get_rank())
-    torch.nn.utils.clip_grads_with_norm_(held, 1.0, norm)
 
 
 if __name__ == "__main__":
@@ -220,14 +213,32 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("how", "fault"), [("whole", ""), ("own", "different factors")])
-def test_ranks_count_as_one(how, fault, tmp_path, python_path):
+def test_ranks_count_as_one(tmp_path, python_path):
     script = tmp_path / "train.py"
     script.write_text(RANKS)
-    [verdict] = examine_command([sys.executable, str(script), str(tmp_path / "meet"), how])
-    assert verdict.what == "SGD, 2 processes"
-    assert fault in verdict.fault
-    assert fault or verdict.fault == ""
+    command = ["-m", "gradclip.tools.main", "doctor", "--", sys.executable, script]
+    done = subprocess.run(
+        [sys.executable, *command, tmp_path / "meet"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SGD, 2 processes  torch's clip_grad_norm_" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("returned", "after", "fault"),
+    [
+        ((5.0, 5.0), (0.6, 0.8), ""),
+        ((5.0, 5.0), (0.6, 1.6), "different factors: 0.2, 0.4"),
+        ((3.0, 4.0), (1.0, 1.0), "each process used the norm of its own part"),
+    ],
+)
+def test_what_ranks_with_parts_show(returned, after, fault):
+    parts = zip((3.0, 4.0), returned, after, strict=True)
+    calls = [Call("clip", 1.0, 2.0, norm, told, after=[left]) for norm, told, left in parts]
+    steps = [SeenStep(rank, "SGD", [call], sharded=True) for rank, call in enumerate(calls)]
+    found = judge("SGD", steps).fault
+    assert fault in found
+    assert bool(fault) == bool(found)
 
 
 def test_what_never_steps_or_starts(tmp_path, python_path, capfd):
