@@ -1,9 +1,9 @@
-# Needs Python 3.11, pip, git and make. Everything is installed into .venv.
+# Needs Python 3.11 or newer, pip, git and make. Everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := gradclip lightning_clip accelerate_clip tests examples benchmarks docs
 
-.PHONY: setup demo test lint schema site pictures bench outcome kill clean
+.PHONY: setup demo test test-versions lint schema site pictures bench outcome kill clean
 
 setup: .venv/ready
 
@@ -23,6 +23,9 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=25
+
+test-versions:  ## A part of the tests with old, middle and new versions; writes docs/versions.md. 15 GB.
+	$(PYTHON) tests/versions.py
 
 schema: setup  ## Write gradclip/presets/schema.json anew from the models.
 	$(BIN)/gradclip schema --out gradclip/presets/schema.json

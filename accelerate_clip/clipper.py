@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from accelerate_clip.checkpoint import load_state, save_state
 from accelerate_clip.engine import ClippedEngine, settle_threshold
 from accelerate_clip.groups import configs_of, named_parameters
-from accelerate_clip.private import prepared_models, prepared_optimizers
+from accelerate_clip.private import prepared_models, prepared_optimizers, unwrapped_model
 from accelerate_clip.refuse import check_accelerator, refuse_lomo, refuse_stale
 from accelerate_clip.report import Reporter, is_same_rule
 from accelerate_clip.scaler import SharedScaler
@@ -307,7 +307,7 @@ class AcceleratorClip:
         """Keep one clipper for each optimizer that is prepared now."""
         refuse_lomo(self._accelerator)
         models = [
-            self._accelerator.unwrap_model(model, keep_torch_compile=False)
+            unwrapped_model(self._accelerator, model)
             for model in prepared_models(self._accelerator)
         ]
         optimizers = prepared_optimizers(self._accelerator)

@@ -6,6 +6,7 @@ changes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,12 +25,21 @@ __all__ = [
     "prepared_models",
     "prepared_optimizers",
     "tells_of_skips",
+    "unwrapped_model",
 ]
 
 
 def prepared_models(accelerator: Accelerator) -> list[Module]:
     """The models prepared so far."""
     return list(accelerator._models)
+
+
+def unwrapped_model(accelerator: Accelerator, model: Module) -> Any:
+    """The user's module, without what `prepare` and `torch.compile` put around it."""
+    if "keep_torch_compile" in inspect.signature(accelerator.unwrap_model).parameters:
+        return accelerator.unwrap_model(model, keep_torch_compile=False)
+    # Accelerate 1.1 would put what it unwraps back into the compiled module.
+    return accelerator.unwrap_model(getattr(model, "_orig_mod", model))
 
 
 def prepared_optimizers(accelerator: Accelerator) -> list[AcceleratedOptimizer]:

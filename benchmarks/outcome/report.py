@@ -121,6 +121,32 @@ def compare(rows: Sequence[Row], cells: Sequence[Cell]) -> Comparison | None:
     return Comparison(cells, seeds, untrained, fixed, outcomes)
 
 
+def comparisons_of(rows: Sequence[Row]) -> dict[str, Comparison]:
+    """By title: each half, and again with rivals that were run on fewer seeds, on these seeds."""
+    found: dict[str, Comparison] = {}
+    for half in ("tuning", "reporting"):
+        cells = [cell for cell in CELLS.values() if cell.half == half]
+        whole = compare(rows, cells)
+        if whole is None:
+            continue
+        title = f"The {half} half"
+        found[title] = whole
+        ran = {name: _seeds_of(whole, o) for name, o in whole.outcomes.items() if o.results}
+        common = set.intersection(*(seeds for seeds in ran.values() if len(seeds) > 1))
+        if 1 < len(common) < len(whole.seeds):
+            fewer = compare([row for row in rows if row.job.seed in common], cells)
+            if fewer is not None:
+                found[f"{title}, with rivals that were run on {len(common)} seeds"] = fewer
+    return found
+
+
+def _seeds_of(comparison: Comparison, outcome: Outcome) -> set[int]:
+    """The seeds on which a rival was run in every cell in which it was run at all."""
+    there = np.isfinite(outcome.regrets)
+    complete = there[there.any(1)].all(0)
+    return {seed for seed, is_there in zip(comparison.seeds, complete, strict=True) if is_there}
+
+
 def _losses(results: Mapping[tuple[int, int], Result], untrained: Floats) -> Floats:
     raw = np.full(untrained.shape, np.nan)
     for at, result in results.items():
@@ -282,11 +308,7 @@ def _percent(share: float | np.floating) -> str:
 def main(results: Annotated[Path, typer.Argument(help="the CSV file")] = RESULTS) -> None:
     """Write the tables into README.md between its markers, regret.png, and regret.csv by cell."""
     rows = read(results)
-    comparisons = {}
-    for half in ("tuning", "reporting"):
-        found = compare(rows, [cell for cell in CELLS.values() if cell.half == half])
-        if found is not None:
-            comparisons[f"The {half} half"] = found
+    comparisons = comparisons_of(rows)
     if not comparisons:
         msg = f"{results}: no half has every fixed norm of a cell on two seeds. Run the rest first."
         raise typer.BadParameter(msg)

@@ -14,6 +14,7 @@ from gradclip.effect.fused import FusedStep, has_own_step, takes_factors
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.plan.plan import Plan
+from gradclip.private import takes_scale
 from gradclip.types import Given, Grads, Kernel, Verdict
 
 __all__ = ["Effect", "apply"]
@@ -187,6 +188,8 @@ def _why_no_flag(plan: Plan, optimizer: Any | None) -> str | None:
     """What keeps the optimizer's own step from being withheld for all that is clipped."""
     if optimizer is None:
         return "the clipper has no optimizer of torch's (none, a layout, or a DeepSpeed engine)"
+    if all(group.get("fused") for group in optimizer.param_groups) and not takes_scale(optimizer):
+        return f"this torch's fused {type(optimizer).__name__} reads no factor"
     if not takes_factors(optimizer):
         return f"{type(optimizer).__name__} wasn't built with fused=True, or can't be"
     held = set(plan.parameters.values())

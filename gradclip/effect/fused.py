@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from gradclip.patches import Patches
 from gradclip.private import takes_scale
@@ -23,7 +23,7 @@ __all__ = ["FusedStep", "has_own_step", "takes_factors"]
 def takes_factors(optimizer: Any) -> bool:
     """Whether every group of an optimizer is stepped by one of torch's fused kernels."""
     return (
-        isinstance(optimizer, Adam | SGD | Adagrad)
+        isinstance(optimizer, Adam | AdamW | SGD | Adagrad)
         and takes_scale(optimizer)
         and all(group.get("fused") for group in optimizer.param_groups)
     )

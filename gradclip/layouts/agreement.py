@@ -27,7 +27,7 @@ from gradclip.layouts.detect import Groups, distinct_groups, shardings_of
 from gradclip.layouts.fsdp1 import is_flattened, unflattened_shape
 from gradclip.layouts.geometry import Axis, Sharding, distinct, reduction_axes
 from gradclip.layouts.local import device_of
-from gradclip.layouts.meshes import axis_of, is_joining
+from gradclip.layouts.meshes import axis_of, is_joining, store_of
 
 __all__ = ["Agreement", "bits_of", "shape_of"]
 
@@ -367,7 +367,7 @@ def _all_come(group: ProcessGroup) -> bool:
 
     A collective would hang where they don't, so they meet in the group's store first.
     """
-    store, number = group.get_group_store(), _meetings.get(group, 0)
+    store, number = store_of(group), _meetings.get(group, 0)
     _meetings[group] = number + 1
     come, decided = f"gradclip/{number}/come", f"gradclip/{number}/decided"
     try:

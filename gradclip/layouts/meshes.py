@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
     from typing_extensions import TypeIs
 
-__all__ = ["axis_of", "is_dtensor", "is_joining", "mesh_region", "root_of", "sharding_over"]
+__all__ = [
+    "axis_of",
+    "is_dtensor",
+    "is_joining",
+    "mesh_region",
+    "root_of",
+    "sharding_over",
+    "store_of",
+]
 
 
 def is_dtensor(value: object) -> TypeIs[DTensor]:
@@ -47,6 +55,15 @@ def root_of(mesh: DeviceMesh) -> DeviceMesh:
     from torch.distributed.device_mesh import _mesh_resources  # where torch 2.6 to 2.8 keep it
 
     return _mesh_resources.get_root_mesh(mesh)
+
+
+def store_of(group: ProcessGroup) -> dist.Store:
+    """The store in which the ranks of a group meet."""
+    if hasattr(group, "get_group_store"):
+        return group.get_group_store()
+    from torch.distributed.distributed_c10d import _world  # torch 2.6 has it there only
+
+    return _world.pg_map[group][1]
 
 
 def sharding_over(mesh: DeviceMesh, placements: Sequence[Placement]) -> Sharding:

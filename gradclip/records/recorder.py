@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -517,7 +517,7 @@ class Recorder:
         header = TraceHeader(
             norm_type=self._plan.recorded,
             config=self._config.model_dump(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             parameters=tuple(self._names) if self._worst is not None else None,
             counts=counts,
         )

@@ -33,6 +33,19 @@ OPTIMIZERS = {
     "nesterov": partial(SGD, lr=0.01, momentum=0.9, nesterov=True),
     "adagrad": partial(Adagrad, lr=0.01),
 }
+READS_FACTORS = hasattr(
+    Adagrad([torch.nn.Parameter(torch.zeros(1))], fused=True), "_step_supports_amp_scaling"
+)
+EVERY = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            name == "adagrad" and not READS_FACTORS,
+            reason="this torch's fused Adagrad reads no factor",
+        ),
+    )
+    for name in OPTIMIZERS
+]
 NORM = ClipByNorm(max_norm=0.3)
 
 
@@ -71,7 +84,7 @@ MORE_WAYS = [  # which only the hooks around the step tell apart, whatever the o
 ]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_fifty_folded_steps_end_where_steps_scaled_in_place_end(name, subtests):
     wanted, norms = train(name, "in_place")
     for way in [*WAYS, *(MORE_WAYS if name in ("adamw", "momentum") else [])]:
@@ -175,7 +188,7 @@ WITHHELD = [
 ]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_withheld_step_changes_no_bit_and_the_next_is_as_if_it_never_was(name, subtests):
     for way in WITHHELD:
         with subtests.test(str(way)):

@@ -239,7 +239,10 @@ def test_the_report_writes_table_and_picture(tmp_path, monkeypatch):
     cells = [CELLS["signals-sgd-low"], CELLS["signals-sgd-middle"]]
     names = ["none", *rivals.CONSTANTS, "ZClip"]
     made = [
-        made_up(c, s, n, 4.0 if n == "none" else 1.0) for c in cells for s in (0, 1) for n in names
+        made_up(c, s, n, 4.0 if n == "none" else 1.0)
+        for c in cells
+        for s in (0, 1, 2)
+        for n in (names if s < 2 else names[:-1])
     ]
     path, readme = tmp_path / "rows.csv", tmp_path / "README.md"
     rows.append(path, made)
@@ -252,8 +255,11 @@ def test_the_report_writes_table_and_picture(tmp_path, monkeypatch):
     assert told.startswith("before\n")
     assert told.endswith("after\n")
     assert "old" not in told
-    assert "| none | 2 | 300.0 % |" in told
-    assert "| ZClip | 2 | 0.0 % |" in told
+    all_seeds, fewer = told.split("with rivals that were run on 2 seeds")
+    assert "2 cells, 3 seeds each." in all_seeds
+    assert "| none | 2 | 300.0 % |" in all_seeds
+    assert "ZClip" not in all_seeds
+    assert "| ZClip | 2 | 0.0 % |" in fewer
     assert (tmp_path / "regret.png").stat().st_size > 5000
     heads, *cells_of = (tmp_path / "regret.csv").read_text().splitlines()
     assert heads.startswith("cell,oracle's loss,rerun,none,norm 0.03,")

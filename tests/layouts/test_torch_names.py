@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from gradclip import ClipByNorm, GradientClipper
 from gradclip.layouts import detect, fsdp1
+from gradclip.layouts.meshes import root_of
 
 LAYOUTS = Path(__file__).parents[2] / "gradclip/layouts"
 MAY = {"fsdp1.py", "meshes.py", "deepspeed.py", "deepspeed_refusals.py"}
@@ -85,7 +86,7 @@ def names_of_fsdp1(rank, world):
 
 def names_of_meshes(rank, world):
     mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("a", "b"))
-    assert mesh["b"]._get_root_mesh() == mesh
+    assert root_of(mesh["b"]) == mesh
     assert isinstance(mesh, DeviceMesh)
     shape, offset = compute_local_shape_and_global_offset((5, 2), mesh["b"], [Shard(0)])
     assert (tuple(shape), tuple(offset)) == (((3, 2), (0, 0)) if rank == 0 else ((2, 2), (3, 0)))

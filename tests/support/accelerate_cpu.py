@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, Replicate
 
-MULTI_DEVICE = Accelerator.multi_device
+MULTI_DEVICE = getattr(Accelerator, "multi_device", None)  # since Accelerate 1.2
 
 
 def fresh():

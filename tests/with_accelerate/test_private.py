@@ -65,18 +65,25 @@ def test_accelerate_prepares_optimizers_through_the_public_method():
 
 def test_the_trainer_calls_what_is_replaced():
     trainer = pytest.importorskip("transformers").Trainer
-    for caller, call in {
-        "train": "self._hp_search_setup(trial)",
-        "_hp_search_setup": "self.create_accelerator_and_postprocess()",
-        "_maybe_log_save_evaluate": "self.log(logs, start_time)",
-        "_save_checkpoint": "self._save_optimizer_and_scheduler(output_dir)",
-        "_prepare_for_training": "self._load_optimizer_and_scheduler(resume_from_checkpoint)",
-        "_has_mixed_mesh_grads": "if self._mixed_mesh_grads is None:",
-        "_clip_grad_norm": "self._has_mixed_mesh_grads(model)",
-        "_get_grad_norm": "self._has_mixed_mesh_grads(model)",
-        "_run_epoch": "if not self.accelerator.optimizer_step_was_skipped",
-        "log": "self.state.log_history.append(output)",
-    }.items():
+    loads, steps = "_prepare_for_training", "_run_epoch"
+    if not hasattr(trainer, loads):  # transformers 4 does both in one
+        loads = steps = "_inner_training_loop"
+    for caller, call in (
+        ("train", "self._hp_search_setup(trial)"),
+        ("_hp_search_setup", "self.create_accelerator_and_postprocess()"),
+        ("_maybe_log_save_evaluate", "self.log(logs, start_time)"),
+        ("_save_checkpoint", "self._save_optimizer_and_scheduler(output_dir)"),
+        (loads, "self._load_optimizer_and_scheduler(resume_from_checkpoint)"),
+        (steps, "if not self.accelerator.optimizer_step_was_skipped"),
+        ("log", "self.state.log_history.append(output)"),
+    ):
         assert call in inspect.getsource(getattr(trainer, caller)), caller
+    if hasattr(trainer, "_has_mixed_mesh_grads"):  # since transformers 5
+        measures = "self._has_mixed_mesh_grads(model)"
+        assert "if self._mixed_mesh_grads is None:" in inspect.getsource(
+            trainer._has_mixed_mesh_grads
+        )
+        for caller in (trainer._clip_grad_norm, trainer._get_grad_norm):
+            assert measures in inspect.getsource(caller)
     assert 'logs["grad_norm"]' in inspect.getsource(trainer._maybe_log_save_evaluate)
     assert list(inspect.signature(trainer.log).parameters)[:2] == ["self", "logs"]
