@@ -16,6 +16,7 @@ from gradclip.layouts.geometry import Axis, Sharding
 from gradclip.types import Region
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
     from torch.distributed.algorithms.join import Joinable
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -57,7 +58,7 @@ def root_of(mesh: DeviceMesh) -> DeviceMesh:
     return _mesh_resources.get_root_mesh(mesh)
 
 
-def store_of(group: ProcessGroup) -> dist.Store:
+def store_of(group: ProcessGroup) -> Store:
     """The store in which the ranks of a group meet."""
     if hasattr(group, "get_group_store"):
         return group.get_group_store()
