@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -57,7 +57,7 @@ def root_of(mesh: DeviceMesh) -> DeviceMesh:
     return _mesh_resources.get_root_mesh(mesh)
 
 
-def store_of(group: ProcessGroup) -> dist.Store:
+def store_of(group: ProcessGroup) -> Any:
     """The store in which the ranks of a group meet."""
     if hasattr(group, "get_group_store"):
         return group.get_group_store()
