@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from accelerate_clip.checkpoint import load_state, save_state
 from accelerate_clip.engine import ClippedEngine, settle_threshold
 from accelerate_clip.groups import configs_of, named_parameters
-from accelerate_clip.private import prepared_models, prepared_optimizers, unwrapped_model
+from accelerate_clip.private import is_fsdp2, prepared_models, prepared_optimizers, unwrapped_model
 from accelerate_clip.refuse import check_accelerator, refuse_lomo, refuse_stale
 from accelerate_clip.report import Reporter, is_same_rule
 from accelerate_clip.scaler import SharedScaler
@@ -264,7 +264,7 @@ class AcceleratorClip:
             return torch.zeros((), dtype=torch.float32, device=self._accelerator.device)
         if not self._accelerator.sync_gradients:
             norm = accumulated_norm(self._accelerator, owners)
-            if bool(norm.isnan()) and self._accelerator.is_fsdp2:
+            if bool(norm.isnan()) and is_fsdp2(self._accelerator):
                 self._say(
                     "accumulated",
                     f"accelerator.{call}: the norm of accumulated gradients is NaN, as FSDP2 shows "

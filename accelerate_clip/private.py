@@ -22,6 +22,7 @@ __all__ = [
     "around_training",
     "engine_of",
     "hold_schedule",
+    "is_fsdp2",
     "prepared_models",
     "prepared_optimizers",
     "tells_of_skips",
@@ -32,6 +33,11 @@ __all__ = [
 def prepared_models(accelerator: Accelerator) -> list[Module]:
     """The models prepared so far."""
     return list(accelerator._models)
+
+
+def is_fsdp2(accelerator: Accelerator) -> bool:
+    """Whether models are sharded with `fully_shard`, which Accelerate before 1.6 doesn't do."""
+    return bool(getattr(accelerator, "is_fsdp2", False))
 
 
 def unwrapped_model(accelerator: Accelerator, model: Module) -> Any:

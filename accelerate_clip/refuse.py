@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 
+from accelerate_clip.private import is_fsdp2
 from gradclip import ConfigError, LayoutError
 
 __all__ = [
@@ -103,7 +104,7 @@ def refuse_closure(optimizer: AcceleratedOptimizer, closure: Any = None) -> None
 
 def refuse_stale(accelerator: Accelerator, optimizer: str) -> None:
     """Raise a ConfigError for an optimizer without a prepared parameter under flat FSDP1."""
-    is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2
+    is_fsdp1 = accelerator.distributed_type == DistributedType.FSDP and not is_fsdp2(accelerator)
     if is_fsdp1 and not accelerator.state.fsdp_plugin.use_orig_params:
         msg = (
             f"accelerate_clip: {optimizer} holds no parameter of a prepared model, and FSDP1 with "

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from accelerate_clip.engine import ClippedEngine
-from accelerate_clip.private import hold_schedule
+from accelerate_clip.private import hold_schedule, is_fsdp2
 from accelerate_clip.refuse import refuse_closure, refuse_unreduced
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
 from gradclip.adapters import GradientSnapshot, OncePerStep, Patches, follow_steps, window_share
@@ -206,7 +206,7 @@ def accumulated_norm(accelerator: Accelerator, clipped: Sequence[Clipped]) -> Te
     parameters = [p for one in clipped for p in one.parameters]
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         norm = clip_grad_norm_(parameters, math.inf, norm_type)
-    elif accelerator.is_fsdp2:
+    elif is_fsdp2(accelerator):
         norm = torch.tensor(math.nan, dtype=torch.float32, device=accelerator.device)
     else:
         # FSDP1 holds whole gradients now, whatever its parameters are: no sum over ranks.

@@ -212,6 +212,7 @@ def one_rank_steps(rank, world):
     return found
 
 
+@shards_on_cpu
 def test_updates_are_of_all_ranks_and_one_that_steps_less_holds_up_no_other():
     first, second = run_on_ranks(one_rank_steps, 2)
     assert first == second
@@ -227,6 +228,7 @@ def faults_of_all_kinds(rank, world):
     return {(fault, p): faults(rank, world, fault, p) for fault, p in pairs}
 
 
+@shards_on_cpu
 def test_what_goes_wrong_on_one_rank_is_decided_by_all():
     first, second = run_on_ranks(faults_of_all_kinds, 2)
     assert repr(first) == repr(second)
@@ -252,6 +254,7 @@ def maximum(rank, world):
     return found
 
 
+@shards_on_cpu
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_maximum_over_ranks_keeps_what_is_not_finite(world):
     wanted = [(math.nan, True), (math.inf, True), (math.inf, True)]
