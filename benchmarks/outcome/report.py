@@ -281,11 +281,11 @@ def draw(comparisons: Mapping[str, Comparison], path: Path) -> None:
 
 
 def write_cells(comparisons: Mapping[str, Comparison], path: Path) -> None:
-    """One CSV row a cell: the oracle's loss, what its rerun loses, and every rival's regret."""
+    """One CSV row a cell and comparison: the oracle's loss, what its rerun loses, and every rival's regret."""
     rivals = list({name: None for found in comparisons.values() for name in found.outcomes})
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["cell", "oracle's loss", "rerun", *rivals])
+        writer.writerow(["cell", "seeds", "oracle's loss", "rerun", *rivals])
         for found in comparisons.values():
             fixed = found.fixed
             for i, cell in enumerate(found.cells):
@@ -294,7 +294,9 @@ def write_cells(comparisons: Mapping[str, Comparison], path: Path) -> None:
                     found.outcomes[name].regrets[i].mean() if name in found.outcomes else np.nan
                     for name in rivals
                 ]
-                writer.writerow([cell.name, *(f"{number:.4f}" for number in numbers)])
+                writer.writerow(
+                    [cell.name, len(found.seeds), *(f"{number:.4f}" for number in numbers)]
+                )
 
 
 def _line(parts: Sequence[str]) -> str:

@@ -262,8 +262,8 @@ def test_the_report_writes_table_and_picture(tmp_path, monkeypatch):
     assert "| ZClip | 2 | 0.0 % |" in fewer
     assert (tmp_path / "regret.png").stat().st_size > 5000
     heads, *cells_of = (tmp_path / "regret.csv").read_text().splitlines()
-    assert heads.startswith("cell,oracle's loss,rerun,none,norm 0.03,")
-    assert cells_of[0].startswith("signals-sgd-low,1.0000,0.0000,3.0000,0.0000,")
+    assert heads.startswith("cell,seeds,oracle's loss,rerun,none,norm 0.03,")
+    assert cells_of[0].startswith("signals-sgd-low,3,1.0000,0.0000,3.0000,0.0000,")
     for other, name in (
         ({"setup": "other"}, "cell signals-sgd-low"),
         ({"constants": ""}, "rival none"),
