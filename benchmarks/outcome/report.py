@@ -281,7 +281,7 @@ def draw(comparisons: Mapping[str, Comparison], path: Path) -> None:
 
 
 def write_cells(comparisons: Mapping[str, Comparison], path: Path) -> None:
-    """One CSV row a cell and comparison: the oracle's loss, what its rerun loses, and every rival's regret."""
+    """One CSV row a cell and comparison: the oracle's loss, its rerun's, every rival's regret."""
     rivals = list({name: None for found in comparisons.values() for name in found.outcomes})
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
