@@ -78,7 +78,7 @@ class UnchangedTrainer(Callback):
             return
         if trainer.gradient_clip_val:
             _tell(
-                f"{CONFIG_VARIABLE} decides instead of "
+                f"{CONFIG_VARIABLE} decides how to clip, instead of "
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}): "
                 f"{self._config.summary}.",
                 trainer.is_global_zero,
@@ -158,7 +158,7 @@ class UnchangedFabric:
             if not self._said:
                 self._said = True
                 _tell(
-                    f"{CONFIG_VARIABLE} decides instead of the limits that the script gives "
+                    f"{CONFIG_VARIABLE} decides how to clip, instead of the limits given to "
                     f"fabric.clip_gradients: {self._config.summary}.",
                     fabric.is_global_zero,
                 )

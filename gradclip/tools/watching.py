@@ -6,6 +6,7 @@ is sent between ranks, and nothing of the program changes.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -202,7 +203,7 @@ class Watcher:
                 calls=[call for call, _ in mine],
                 outside=sum(p.grad is not None and id(p) not in clipped for p in held),
                 sharded=any(is_dtensor(p) or is_flattened(p) for p in held) or _by_fsdp(mine),
-                engine="deepspeed.runtime.engine" in sys.modules and not mine,
+                engine=not mine and _is_in_deepspeed(),
             )
         )
 
@@ -244,6 +245,16 @@ def _number(value: Any) -> float | None:
         value = value.full_tensor() if is_dtensor(value) else value
         return float(value)
     return float(value) if isinstance(value, float | int) else None
+
+
+def _is_in_deepspeed() -> bool:
+    """Whether DeepSpeed's code is what makes this step."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("deepspeed."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def watch_process() -> None:

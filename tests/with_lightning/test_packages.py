@@ -29,6 +29,8 @@ def fit(package):
     from gradclip import ClipByNorm
     from lightning_clip import GradientClip
 
+    torch.manual_seed(0)
+
     class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
@@ -38,7 +40,7 @@ def fit(package):
             return self.net(torch.ones(2, 4)).square().mean() * 100
 
         def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
+            return torch.optim.SGD(self.parameters(), lr=1e-5)
 
     clip = GradientClip(ClipByNorm(max_norm=0.5))
     trainer = pl.Trainer(
