@@ -164,7 +164,7 @@ def test_a_compiled_decision_is_the_eager_one_in_few_kernels():
     torch.testing.assert_close(compiled, steps_of("four"), rtol=1e-12, atol=0, equal_nan=True)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert 1 <= metrics.generated_kernel_count <= 20  # 163 operations in the eager decision
+    assert 1 <= metrics.generated_kernel_count <= 20
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
