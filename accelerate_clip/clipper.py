@@ -284,15 +284,16 @@ class AcceleratorClip:
 
     def _owners(self, call: str, parameters: Tensor | Iterable[Tensor]) -> list[Clipped]:
         given = [parameters] if isinstance(parameters, Tensor) else parameters
-        asked = {p for p in given if p.requires_grad}
+        asked = {id(p) for p in given if p.requires_grad}
         if not asked:  # an iterator that was used up, or a frozen model: stock clips nothing then
             return []
         count = len(asked)
         owners: list[Clipped] = []
         for one in reversed(self._clipped):  # the latest that was prepared with a parameter
-            if not asked.isdisjoint(one.parameters):
+            held = set(map(id, one.parameters))
+            if not asked.isdisjoint(held):
                 owners.insert(0, one)
-                asked.difference_update(one.parameters)
+                asked -= held
         if not owners:
             msg = (
                 f"accelerator.{call} got {count} parameters, none of which belongs to one "

@@ -7,7 +7,7 @@ gradclip/layouts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "all_writes",
     "comm_hooks",
     "compile_error",
+    "end_to_end",
     "gradient_hooks",
     "has_step_hooks",
     "is_unscaled",
@@ -48,6 +49,11 @@ def all_writes(tensors: Iterable[Tensor]) -> int:
 def is_view(tensor: Tensor) -> bool:
     """Whether a tensor shares the memory of another one."""
     return tensor._is_view()
+
+
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements, one tensor after the other: a copy, unless it is one tensor."""
+    return torch._C._nn.flatten_dense_tensors(list(tensors))
 
 
 def gradient_hooks(parameter: Tensor) -> list[Callable[..., Any]]:

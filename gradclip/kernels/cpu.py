@@ -19,6 +19,7 @@ from gradclip.kernels.common import (
     scale_units_,
     unit_peaks,
 )
+from gradclip.private import end_to_end
 from gradclip.tensors import flat_chunks
 from gradclip.types import Grads, Units, UnitSpan
 
@@ -40,7 +41,7 @@ SMALL = 1 << 14
 # Float32 squares lose digits below this sum and overflow above; both are then done in float64.
 TRUSTED = 1e-18
 # Up to here one call in float64 costs less than rows do.
-WHOLE = 1 << 15
+WHOLE = 1 << 16
 # Norms of rows held back before they are added up, which costs dispatch too.
 ROWS = 1 << 12
 
@@ -67,7 +68,7 @@ class CpuKernel(FastKernel):
             exact = [_exact(g, norm_type, f) for g, f in zip(grads, factors, strict=True)]
             return torch.tensor(exact, dtype=torch.float64, device="cpu")
         if len(grads) == 1 and sum(map(Tensor.numel, grads[0])) <= WHOLE:
-            return torch.full((1,), _whole(grads[0], norm_type), dtype=torch.float64, device="cpu")
+            return _whole(grads[0], norm_type).reshape(1)
         sums = [0.0] * len(grads)
         flat = list(chain.from_iterable(grads))
         owners = [index for index, slot in enumerate(grads) for _ in slot]
@@ -118,17 +119,12 @@ def _large(grads: Sequence[Tensor], norm_type: float, buffer: Tensor) -> float:
     return _by_rows(blocks, norm_type) + (_exact(double, norm_type) if double else 0.0)
 
 
-def _joined(grads: Sequence[Tensor]) -> Tensor:
-    """All elements in one copy."""
-    return torch.cat([grad if grad.ndim == 1 else grad.reshape(-1) for grad in grads])
-
-
-def _whole(grads: Sequence[Tensor], norm_type: float) -> float:
-    """Sum of |g|^p of few elements, in float64."""
+def _whole(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Sum of |g|^p, p 1 or 2, of few elements: 0-d float64."""
     if not grads:
-        return 0.0
-    norm = torch.linalg.vector_norm(_joined(grads), norm_type, dtype=torch.float64).item()
-    return norm**norm_type
+        return torch.zeros((), dtype=torch.float64, device="cpu")
+    wide = end_to_end(grads).double()
+    return wide.dot(wide) if norm_type == 2.0 else wide.abs().sum()
 
 
 def _by_rows(blocks: Iterable[Tensor], norm_type: float) -> float:
@@ -170,9 +166,9 @@ def _add_small(
 ) -> None:
     """Concatenate small gradients and add the power sum of each to its slot."""
     if owners[0] == owners[-1] and sum(sizes) <= WHOLE:
-        sums[owners[0]] += _whole(grads, norm_type)
+        sums[owners[0]] += _whole(grads, norm_type).item()
         return
-    buffer = _joined(grads)
+    buffer = end_to_end(grads)  # two tensors or more from here on, so a copy
     if owners[0] == owners[-1]:
         double = buffer.dtype == torch.float64
         whole = _exact([buffer], norm_type) if double else _by_rows([buffer.float()], norm_type)

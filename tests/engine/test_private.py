@@ -6,6 +6,7 @@ import torch
 
 from gradclip.adapters import GradientSnapshot
 from gradclip.private import (
+    end_to_end,
     gradient_hooks,
     is_unscaled,
     is_view,
@@ -24,6 +25,12 @@ def test_writes_and_views_of_a_tensor():
     assert writes(tensor) == before + 2
     assert is_view(row)
     assert not is_view(tensor)
+
+
+def test_tensors_end_to_end():
+    tensors = [torch.arange(6.0).view(2, 3).t(), torch.tensor(6.0), torch.tensor([7.0, 8.0])]
+    assert end_to_end(tensors).tolist() == [0, 3, 1, 4, 2, 5, 6, 7, 8]
+    assert end_to_end(tensors[-1:]).tolist() == [7, 8]
 
 
 def test_every_write_to_a_gradient_shows():
