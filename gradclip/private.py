@@ -29,6 +29,7 @@ __all__ = [
     "optimizers_in_backward",
     "steps_under_way",
     "takes_scale",
+    "unhooked",
     "writes",
 ]
 
@@ -80,6 +81,14 @@ def has_step_hooks(optimizer: Any) -> bool:
 def make_step_hooks_run(optimizer: Optimizer) -> None:
     """See to it that `step` runs hooks: torch does so only in `Optimizer.__init__`."""
     optimizer._patch_step_function()
+
+
+def unhooked(step: Any) -> Any:
+    """What torch put its hooks around; the same if it didn't.
+
+    The first optimizer of a class that inherits its step gives the class one of its own so.
+    """
+    return step.__wrapped__ if getattr(step, "__code__", None) is _HOOKED_STEP else step
 
 
 def steps_under_way() -> Iterator[Optimizer]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
-from gradclip.private import has_step_hooks, make_step_hooks_run, steps_under_way
+from gradclip.private import has_step_hooks, make_step_hooks_run, steps_under_way, unhooked
 
 __all__ = [
     "claim_steps",
@@ -217,7 +217,8 @@ def _parameters(optimizer: Any) -> set[Any]:
 
 def _calls_another_step(optimizer: Any) -> bool:
     """Whether a class that it is made from has a `step` of its own, beside torch's empty one."""
-    own = [cls for cls in type(optimizer).__mro__ if "step" in vars(cls)]
+    classes = type(optimizer).__mro__
+    own = {unhooked(vars(cls)["step"]) for cls in classes if "step" in vars(cls)}
     return len(own) > 2 or "step" in vars(optimizer)
 
 

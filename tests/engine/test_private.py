@@ -12,6 +12,7 @@ from gradclip.private import (
     is_view,
     optimizers_in_backward,
     takes_scale,
+    unhooked,
     writes,
 )
 
@@ -78,3 +79,19 @@ def test_which_steps_take_a_scale_and_what_a_scaler_has_unscaled():
     scaler.step(optimizer)
     scaler.update()
     assert not is_unscaled(scaler, optimizer)
+
+
+def test_a_step_without_the_hooks_that_torch_put_around_it():
+    class Inherits(torch.optim.SGD):
+        pass
+
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    own = Own.step
+    for made in (torch.optim.SGD, Inherits, Own):
+        made([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert unhooked(Inherits.step) is unhooked(torch.optim.SGD.step)
+    assert unhooked(Own.step) is own
+    assert unhooked(own) is own
