@@ -156,7 +156,7 @@ def judge(what: str, ranks: Sequence[SeenStep]) -> Verdict:
     fault = norm_fault or _fault(first, call, expected, applied)
     note = ""
     if first.outside and not fault:
-        note = f"{first.outside} parameters with a gradient were in no call"
+        note = f"parameters with a gradient that no call got: {first.outside}"
     elif call.withheld:
         note = "gradclip withheld this step"
     elif expected == 1.0 and not fault:

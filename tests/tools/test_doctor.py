@@ -1,5 +1,6 @@
 """gradclip doctor: programs that clip as asked, and programs whose clipping does something else."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradclip import ClipByNorm, ClipByValue, GradientClipper
+from gradclip import ClipByNorm, ClipByValue, GradientClipper, SkipNonfinite
 from gradclip.tools.doctor import judge
 from gradclip.tools.main import main
 from gradclip.tools.watching import Call, SeenStep, Watcher
@@ -83,6 +84,26 @@ def folded(p):
     p.backward()
 
 
+def below_the_limit(p):
+    p.backward()
+    p.clip(20.0)
+
+
+def with_others_left_out(p):
+    bias = torch.nn.Parameter(torch.zeros(1))
+    bias.grad = torch.ones(1)
+    p.optimizer.add_param_group({"params": [bias]})
+    p.backward()
+    p.clip()
+
+
+def withheld(p):
+    policy = [ClipByNorm(max_norm=1.0), SkipNonfinite()]
+    clipper = GradientClipper(policy, optimizer=p.optimizer)
+    p.backward(math.inf)
+    clipper.clip()
+
+
 def nobody(p):
     p.backward()
 
@@ -117,6 +138,11 @@ def wrong_norm(p):
 
 
 RIGHT = [right, in_a_closure, by_two_calls, by_gradclip, folded, by_value]
+NOTED = {
+    below_the_limit: "the norm is below the limit, so this step says little",
+    with_others_left_out: "parameters with a gradient that no call got: 1",
+    withheld: "gradclip withheld this step",
+}
 WRONG = {
     nobody: "nothing known to clip was called before",
     gradients_in_place_of_parameters: "such as gradients in place of parameters",
@@ -146,6 +172,13 @@ def test_what_is_right(program):
     if program is not by_value:  # whose factor differs by element
         assert verdict.expected == pytest.approx(0.1, rel=1e-5)
         assert verdict.applied == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("program", NOTED, ids=lambda program: program.__name__)
+def test_what_is_right_and_worth_a_note(program):
+    verdict = verdict_of(program)
+    assert verdict.fault == ""
+    assert NOTED[program] in verdict.note
 
 
 @pytest.mark.parametrize("program", WRONG, ids=lambda program: program.__name__)
@@ -188,6 +221,7 @@ def test_a_command_is_watched_for_one_step(tmp_path, python_path, capfd):
 
 
 RANKS = """
+import math
 import subprocess
 import sys
 import torch
