@@ -61,6 +61,14 @@ def detect(
             "it: GradientClipper(policy, optimizer=engine).attach(engine)."
         )
         raise LayoutError(msg)
+    on_xla = [name for name, p in parameters.items() if p.device.type == "xla"]
+    if on_xla:
+        msg = (
+            f"Parameters {on_xla[:3]} are on an XLA device, where gradients are reduced over ranks "
+            "only while the optimizer steps, so that no norm before it is theirs; supported: "
+            "other devices."
+        )
+        raise LayoutError(msg)
     shardings = shardings_of(parameters, model)
     if groups is None:
         _refuse_marked(parameters)

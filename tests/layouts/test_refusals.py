@@ -8,6 +8,7 @@ import torch.distributed as dist
 from support.layouts import PLAN, network
 from support.nets import uneven_net
 from support.ranks import run_on_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -163,3 +164,10 @@ def on_a_grid(rank, world):
 
 def test_what_a_grid_of_ranks_leaves_open():
     run_on_ranks(on_a_grid, 4)
+
+
+def test_xla_is_refused_by_name():
+    with FakeTensorMode():
+        named = [("a", torch.nn.Parameter(torch.empty(2, device="xla")))]
+        with pytest.raises(LayoutError, match=r"\['a'\] are on an XLA device, where gradients"):
+            GradientClipper(POLICY, named)
