@@ -10,6 +10,8 @@ from support.ranks import run_on_ranks
 
 from gradclip import ClipByNorm, ClipConfig, ConfigError, GradientClipper, LayoutError
 from gradclip.layouts import LocalLayout
+from gradclip.tools.doctor import judge
+from gradclip.tools.watching import SeenStep, Watcher
 
 pytest.importorskip("deepspeed")
 
@@ -133,7 +135,11 @@ def thresholds(rank, world):
         handle.remove()
         assert engine.gradient_clipping() == 1.0
         weights = [p.detach().clone() for p in net.parameters()]
+        seen: list[SeenStep] = []
+        watcher = Watcher(seen.append)
         step(engine, rank, 1)
+        watcher.stop()
+        assert "DeepSpeed clips inside its own step" in judge("", seen[:1]).note
         moved = [float((p - w).norm()) for p, w in zip(net.parameters(), weights, strict=True)]
         assert sum(m * m for m in moved) == pytest.approx(0.01, rel=1e-4)  # and now it did
 
