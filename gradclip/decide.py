@@ -15,7 +15,14 @@ from torch import Tensor
 
 from gradclip.errors import ConfigError
 from gradclip.plan.plan import Rule
-from gradclip.policies.arithmetic import arithmetic, has_numbers, number, numbers_of, quiet
+from gradclip.policies.arithmetic import (
+    arithmetic,
+    has_numbers,
+    number,
+    numbers_of,
+    quiet,
+    tensor_of,
+)
 from gradclip.private import compile_error
 from gradclip.types import Decision, Edit, Elementwise, Known, State, Stats, Verdict
 
@@ -78,7 +85,7 @@ def decide_on_host(
     limit, coef = float(told.limit), float(told.coef)
     known = Known(first.item(), limit, coef, bool(told.finite), _known(told.skip))
     verdict = Verdict(
-        coef=_ONE if coef == 1 else torch.full_like(first, coef),
+        coef=_ONE if coef == 1 else tensor_of(coef).reshape(1),
         limit=_limit(limit),
         finite=_FLAGS[known.finite],
         skip=None if known.skip is None else _FLAGS[known.skip],
@@ -98,7 +105,7 @@ _FLAGS = (
 @lru_cache(maxsize=16)
 def _limit(limit: float) -> Tensor:
     """As a tensor, 0-d; most limits come again."""
-    return torch.full((), limit, dtype=torch.float64, device="cpu")
+    return tensor_of(limit)
 
 
 def _known(flag: Tensor | None) -> bool | None:

@@ -22,7 +22,16 @@ try:  # as torch has it: nothing else of a training run needs NumPy
 except ImportError:
     np = None  # type: ignore[assignment]
 
-__all__ = ["Arithmetic", "arithmetic", "has_numbers", "number", "numbers_of", "quiet", "tensors_of"]
+__all__ = [
+    "Arithmetic",
+    "arithmetic",
+    "has_numbers",
+    "number",
+    "numbers_of",
+    "quiet",
+    "tensor_of",
+    "tensors_of",
+]
 
 
 class Arithmetic:
@@ -211,11 +220,11 @@ class _Numbers:
 
     @staticmethod
     def sqrt(value: Any) -> Any:
-        return number(torch.full((), value, dtype=torch.float64, device="cpu").sqrt_())
+        return number(tensor_of(value).sqrt_())
 
     @staticmethod
     def cos(value: Any) -> Any:
-        return number(torch.full((), value, dtype=torch.float64, device="cpu").cos_())
+        return number(tensor_of(value).cos_())
 
     @staticmethod
     def row(rows: Any, index: Any) -> Any:
@@ -249,6 +258,11 @@ def quiet() -> AbstractContextManager[Any]:
 def number(value: Tensor | float) -> Any:
     """A value of one element as a number of the host; reads it there."""
     return np.float64(value.item() if isinstance(value, Tensor) else value)
+
+
+def tensor_of(value: float) -> Tensor:
+    """A number of the host as a tensor, 0-d: half the time of torch's own constructors."""
+    return torch.from_numpy(np.array(value, dtype=np.float64))
 
 
 def numbers_of(state: State) -> State:
