@@ -13,6 +13,7 @@ from gradclip.layouts.detect import (
     detect,
     gathered,
     refuse_shared_names,
+    shardings_of,
 )
 from gradclip.layouts.fsdp1 import fsdp1_class, is_flat, is_flattened
 from gradclip.layouts.local import LocalLayout, local_part, region_of
@@ -42,4 +43,5 @@ __all__ = [
     "refuse_shared_names",
     "region_of",
     "shape_of",
+    "shardings_of",
 ]

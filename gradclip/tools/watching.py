@@ -28,7 +28,8 @@ from torch.optim.optimizer import (
 
 from gradclip.adapters import Patches, closure_place
 from gradclip.clipper import GradientClipper
-from gradclip.layouts import fsdp1_class, is_dtensor, is_flattened, local_part, rank_count
+from gradclip.errors import LayoutError
+from gradclip.layouts import fsdp1_class, is_dtensor, local_part, rank_count, shardings_of
 
 __all__ = ["FOLDER_VARIABLE", "Call", "SeenStep", "Watcher", "read_steps", "watch_process"]
 
@@ -143,7 +144,9 @@ class Watcher:
     ) -> Any:
         parameters = list(module.parameters())
         call = self._begin("FSDP's clip_grad_norm_", float(max_norm), norm_type, parameters)
+        known = len(self._calls)
         result = clip(module, max_norm, norm_type)
+        del self._calls[known:]  # of torch's function, which it calls if it shards nothing
         call.returned = _number(result)
         return result
 
@@ -202,7 +205,7 @@ class Watcher:
                 optimizer=type(optimizer).__name__,
                 calls=[call for call, _ in mine],
                 outside=sum(p.grad is not None and id(p) not in clipped for p in held),
-                sharded=any(is_dtensor(p) or is_flattened(p) for p in held) or _by_fsdp(mine),
+                sharded=_are_parts(held),
                 engine=not mine and _is_in_deepspeed(),
             )
         )
@@ -214,8 +217,13 @@ class Watcher:
                 call.after.append(_norm(parameters, call.norm_type))
 
 
-def _by_fsdp(calls: Sequence[tuple[Call, list[Tensor]]]) -> bool:
-    return any(call.what.startswith("FSDP") for call, _ in calls)
+def _are_parts(parameters: Sequence[Tensor]) -> bool:
+    """Whether other processes hold the rest of some of them."""
+    try:
+        found = shardings_of({str(index): p for index, p in enumerate(parameters)})
+    except LayoutError:  # of a kind that gradclip doesn't clip
+        return True
+    return any(len(axis.ranks) > 1 for sharding in found.values() for axis in sharding.split)
 
 
 def _share_any(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

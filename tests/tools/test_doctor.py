@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.nets import uneven_net
+from support.ranks import run_on_ranks
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from gradclip import ClipByNorm, ClipByValue, GradientClipper, SkipNonfinite
 from gradclip.tools.doctor import judge
@@ -273,6 +276,39 @@ def test_what_ranks_with_parts_show(returned, after, fault):
     found = judge("SGD", steps).fault
     assert fault in found
     assert bool(fault) == bool(found)
+
+
+def by_fsdp1(rank, world, strategy="FULL_SHARD"):
+    """One process, or NO_SHARD, shards nothing, and FSDP calls torch's function then."""
+    del rank
+    net = FullyShardedDataParallel(
+        uneven_net(1),
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy[strategy],
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    seen = []
+    watcher = Watcher(seen.append)
+    net(torch.ones(2, 5)).sum().backward()
+    norm = float(net.clip_grad_norm_(0.1))
+    optimizer.step()
+    watcher.stop()
+    [step] = seen
+    assert step.sharded == (world > 1 and strategy != "NO_SHARD")
+    verdict = judge("SGD", [step])
+    assert verdict.clipped_by == "FSDP's clip_grad_norm_"
+    assert verdict.fault == ""
+    assert verdict.applied == pytest.approx(0.1 / norm, rel=1e-3)
+
+
+def by_fsdp1_in_both_ways(rank, world):
+    for strategy in ("FULL_SHARD", "NO_SHARD"):
+        by_fsdp1(rank, world, strategy)
+
+
+def test_fsdps_own_method_is_one_call():
+    run_on_ranks(by_fsdp1, 1)
+    run_on_ranks(by_fsdp1_in_both_ways, 2)
 
 
 def test_what_never_steps_or_starts(tmp_path, python_path, capfd):
