@@ -33,6 +33,7 @@ from gradclip.records.record import ClipRecord
 from gradclip.saved import read_list, read_mapping, read_whole, refuse_saved
 from gradclip.steps import claim_steps, closure_place, follow_steps
 from gradclip.versions import installed_versions
+from gradclip.weak import weak, weakly
 
 __all__ = [
     "ClipperSet",
@@ -50,6 +51,8 @@ __all__ = [
     "policies_in_words",
     "preset_text",
     "presets",
+    "weak",
+    "weakly",
     "window_share",
 ]
 
@@ -337,7 +340,8 @@ class OncePerStep:
         self._patches = Patches()
         # The post-hook first: it has to see the flag of a fused step before the flag is taken back.
         follow_steps(optimizer, self._patches, after=self._end_made_step)
-        self._patches.callback(clipper.attach(optimizer, clip=self._clip_in_step).remove)
+        handle = clipper.attach(optimizer, clip=self._clip_in_step)
+        self._patches.callback(weakly(handle.remove))  # the optimizer keeps it
 
     @property
     def is_done(self) -> bool:

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from gradclip.patches import Patches
 from gradclip.private import takes_scale
 from gradclip.steps import follow_steps
+from gradclip.weak import weak
 
 __all__ = ["FusedStep", "has_own_step", "takes_factors"]
 
@@ -46,12 +47,19 @@ class FusedStep:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._known = weak(optimizer)
         self._scale: Tensor | None = None
         self._inf: Tensor | None = None
         self._scaler_clears = False
         self._patches = Patches()
         follow_steps(optimizer, self._patches, before=self._before, after=self._after)
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        """It keeps this alive by its hooks, so this is not to keep it."""
+        optimizer = self._known()
+        assert optimizer is not None
+        return optimizer
 
     @property
     def is_on(self) -> bool:
