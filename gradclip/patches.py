@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -90,7 +91,7 @@ class Patches:
 
 
 class _Wrapper:
-    """Stands for a method; in a copy of its owner it only passes on.
+    """Stands for a method; in a deep copy of its owner it only passes on.
 
     Nothing that it holds of ours reaches a copy, which does what it would without us.
 
@@ -173,16 +174,26 @@ class _Wrapper:
         """What torch's schedulers take out of an optimizer's `step`, and bind to it anew."""
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        if not self._is_of_class:
+            return copy.deepcopy(self.__wrapped__, memo)
+        owner = copy.deepcopy(self.__wrapped__.__self__, memo)  # type: ignore[attr-defined]
+        return _Wrapper(getattr(owner, self._name), None, owner, name=self._name)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._owner is not None and self._before is _MISSING:
+        """For pickles, which can be loaded where gradclip isn't installed, if this is of a class.
+
+        What is loaded then keeps itself alive by its own method, until the cycle collector runs.
+        """
+        if self._is_of_class:
             # By the name that it has there: a decorated method may call itself something else.
-            return _passing_on, (self._owner(), self._name)
+            return getattr, (self.__wrapped__.__self__, self._name)  # type: ignore[attr-defined]
         return _unwrapped, (self.__wrapped__,)
 
-
-def _passing_on(owner: Any, name: str) -> _Wrapper:
-    """What a copy has in the place of its class's method, which it would hold itself by."""
-    return _Wrapper(getattr(owner, name), None, owner, name=name)
+    @property
+    def _is_of_class(self) -> bool:
+        """Whether the owner would have the method without the attribute."""
+        return self._owner is not None and self._before is _MISSING
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:
