@@ -114,7 +114,7 @@ class Sources:
     @property
     def stepped(self) -> list[Parameter]:
         """The optimizer's parameters as they are now; empty without an optimizer."""
-        optimizer = self.optimizer
+        optimizer = self._optimizer()
         groups = () if optimizer is None else optimizer.param_groups
         return list(chain.from_iterable(group["params"] for group in groups))
 
