@@ -311,6 +311,9 @@ class OncePerStep:
     For a trainer whose script may clip by itself (`trainer.clip_grad_norm_()`) or leave it to the
     trainer: both end in one clip for each step of the optimizer.
 
+    The optimizer keeps this alive, so what `share` and `after_step` hold isn't to keep the
+    optimizer (`weakly`).
+
     Args:
         clipper: Built with the optimizer; it must not be attached.
         optimizer: Its optimizer. Hooks are registered on it until `remove`.

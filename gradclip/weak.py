@@ -22,7 +22,11 @@ def weak(value: T) -> Callable[[], T | None]:
     """What gives an object for as long as something else keeps it alive, and None afterwards.
 
     Args:
-        value: The object; None, and what Python can't refer to weakly (slots), is given for ever.
+        value: The object. None, and what Python can't refer to weakly (slots), is held and always
+            given.
+
+    Returns:
+        Called without arguments, gives the object or None.
     """
     try:
         return ref(value)
