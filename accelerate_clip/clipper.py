@@ -39,7 +39,7 @@ from gradclip import (
     Spike,
     as_config,
 )
-from gradclip.adapters import ClipperSet, Patches
+from gradclip.adapters import ClipperSet, Patches, weak, weakly
 
 __all__ = ["AcceleratorClip"]
 
@@ -59,7 +59,7 @@ class AcceleratorClip:
             `accelerator.backward`: 1, and a window under transformers' `Trainer`.
         default_norm: The `max_norm` that a trainer passes if its user gave none; it isn't warned
             about. None outside of a trainer.
-        owner: The callback that enabled it, if one did.
+        of_callback: A callback of a trainer's enabled it.
 
     Raises:
         ConfigError: As `enable`.
@@ -71,19 +71,19 @@ class AcceleratorClip:
         check_accelerator(accelerator)
         self.divided_by: Callable[[], int] = lambda: 1
         self.default_norm: float | None = None
-        self.owner: object | None = None
-        self._accelerator = accelerator
+        self.of_callback = False
+        self._known = weak(accelerator)  # which keeps this
         self._clipped: list[Clipped] = []
         self._gone: list[Clipped] = []  # until others are prepared, which may go on from them
         self._set = ClipperSet()
-        self._reporter = Reporter(accelerator, self.config.log, lambda: self.steps)
+        self._reporter = Reporter(accelerator, self.config.log)
         self._listeners: list[Callable[[Spike], object]] = []
         self._last_record: ClipRecord | None = None
         self._said: set[str] = set()
         self._sees_backwards = False
         self._preparing = 0
         self._patches = Patches()
-        self._scaler = SharedScaler(accelerator.scaler, lambda: self._clipped, self._patches)
+        self._scaler = SharedScaler(accelerator.scaler, self._patches)
         settle_threshold(accelerator, self._patches)
         try:
             self._adopt()
@@ -91,6 +91,17 @@ class AcceleratorClip:
             self._patches.undo()
             raise
         self._take_over()
+
+    @property
+    def _accelerator(self) -> Accelerator:
+        accelerator = self._known()
+        if accelerator is None:
+            msg = (
+                "accelerate_clip: the Accelerator that enable was called with is gone; allowed: "
+                "calls while it is alive. Keep it in a variable, too."
+            )
+            raise ConfigError(msg)
+        return accelerator
 
     def __repr__(self) -> str:
         """What clips, and what is clipped once optimizers are prepared."""
@@ -188,7 +199,7 @@ class AcceleratorClip:
                 steps lead to; nothing is changed then.
         """
         take_in = self._set.checked(state, with_steps=True)
-        self._reporter.give_rest()
+        self._reporter.give_rest(self.steps)
         for one, steps in zip(self._clipped, take_in(), strict=True):
             one.resume(steps)
 
@@ -232,7 +243,7 @@ class AcceleratorClip:
         """
         if not self._patches.is_on:
             return
-        self._reporter.end()
+        self._reporter.end(self.steps)
         for one in self._clipped:
             one.detach()
         self._patches.undo()
@@ -312,11 +323,11 @@ class AcceleratorClip:
             for model in prepared_models(self._accelerator)
         ]
         optimizers = prepared_optimizers(self._accelerator)
+        for one in [one for one in self._clipped if one.prepared not in optimizers]:
+            self._clipped.remove(one)
+            self._gone.append(one)
+            one.detach()  # first, as the same optimizer may be prepared anew
         known = {one.prepared: one for one in self._clipped}
-        for prepared in [prepared for prepared in known if prepared not in optimizers]:
-            self._gone.append(known.pop(prepared))
-            self._gone[-1].detach()  # first, as the same optimizer may be prepared anew
-        self._clipped = list(known.values())
         configs = configs_of(self.config, models, [unwrapped(o) for o in optimizers])
         now: list[Clipped] = []
         try:
@@ -340,6 +351,7 @@ class AcceleratorClip:
         self._gone = [] if new else self._gone
         self._clipped, self._set = now, clippers
         self._reporter.follow(clippers)
+        self._scaler.follow(now)
 
     def _go_on(self, one: Clipped) -> None:
         """Let a new optimizer go on from those whose parameters, the very same, it has now.
@@ -356,13 +368,14 @@ class AcceleratorClip:
     def _build(
         self, config: ClipConfig, prepared: AcceleratedOptimizer, models: list[Module]
     ) -> Clipped:
+        after_step = weakly(self._after_step)  # the optimizer keeps what is built, and this does
         if self._accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return ClippedEngine(config, self._accelerator, prepared, self._after_step)
+            return ClippedEngine(config, self._accelerator, prepared, after_step)
         named = named_parameters(models, prepared)
         if not named:
             refuse_stale(self._accelerator, type(prepared.optimizer).__name__)
         try:
-            return ClippedOptimizer(config, named, prepared, self._scaler.step, self._after_step)
+            return ClippedOptimizer(config, named, prepared, self._scaler.step, after_step)
         except ConfigError as error:
             if named:
                 raise
@@ -398,10 +411,10 @@ class AcceleratorClip:
             self._said.add("started")
             self._reporter.announce()
         self._last_record = one.clipper.last_record
-        self._reporter.step(self._clipped.index(one))
+        self._reporter.step(self._clipped.index(one), one.steps)
 
     def _end_training(self, end_training: Callable[[], Any]) -> Any:
-        self._reporter.end()
+        self._reporter.end(self.steps)
         return end_training()
 
     def _save(self, *call: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from gradclip import ClipByNorm, ClipConfig, LogConfig
-from gradclip.adapters import ClipperSet
+from gradclip.adapters import ClipperSet, weak, weakly
 
 __all__ = ["Reporter", "is_same_rule"]
 
@@ -24,18 +24,14 @@ class Reporter:
     Args:
         accelerator: Whose trackers.
         log: How often, and what.
-        steps: Gives how many steps each optimizer has made.
 
     Attributes:
         entries: Where entries go, if not to the trackers; "" if they do.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, log: LogConfig, steps: Callable[[], Sequence[int]]
-    ) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, log: LogConfig) -> None:
+        self._accelerator = weak(accelerator)  # which keeps this
         self._log = log
-        self._steps = steps
         self._folder = accelerator.logging_dir or accelerator.project_dir
         self.entries = ""
         self._clippers = ClipperSet()
@@ -43,7 +39,13 @@ class Reporter:
         self._script_logs = False
         self._entry_step: int | None = None
         self._rest_step: int | None = None
-        self._send = accelerator.log
+        self._send = weakly(accelerator.log)
+
+    @property
+    def _trackers(self) -> Sequence[Any]:
+        """None once the accelerator is gone."""
+        accelerator = self._accelerator()
+        return () if accelerator is None else accelerator.trackers
 
     def follow(self, clippers: ClipperSet) -> None:
         """Report these from now on."""
@@ -54,7 +56,7 @@ class Reporter:
 
     def announce(self) -> None:
         """Say what is clipped, and where entries go."""
-        names = ", ".join(tracker.name for tracker in self._accelerator.trackers)
+        names = ", ".join(tracker.name for tracker in self._trackers)
         every = self._log.every_n_steps or 10
         self._clippers.announce(
             self.entries or (f"{names} every {every} steps" if names else "clip.flush()")
@@ -74,16 +76,21 @@ class Reporter:
         **options: Any,
     ) -> None:
         """`accelerator.log` with the entries that are due; the script's own keys win."""
-        due = self._due if self._accelerator.trackers else set()
+        due = self._due if self._trackers else set()
         self._script_logs, self._due = True, set()
         self._entry_step = step if due else self._entry_step
         # The rest mustn't take the place of an entry: W&B has one row for each step.
         self._rest_step = None if step is None else step + (step == self._entry_step)
         self._give(due, step, lambda ours: log({**ours, **values}, step, *rest, **options))
 
-    def step(self, index: int) -> None:
-        """If an optimizer's step makes an entry due: give it, or hold it for the script."""
-        trackers, steps = self._accelerator.trackers, self._steps()[index]
+    def step(self, index: int, steps: int) -> None:
+        """If an optimizer's step makes an entry due: give it, or hold it for the script.
+
+        Args:
+            index: Of the optimizer.
+            steps: That it has made.
+        """
+        trackers = self._trackers
         if not trackers or steps % (self._log.every_n_steps or 10) != 0:
             return
         # To W&B the first row of a script that logs each epoch, say, would come too late.
@@ -92,20 +99,24 @@ class Reporter:
         else:
             self._give_alone({index}, steps)
 
-    def give_rest(self) -> None:
-        """Give what no entry holds yet: under the script's last step, or our count."""
+    def give_rest(self, steps: Sequence[int]) -> None:
+        """Give what no entry holds yet: under the script's last step, or our count.
+
+        Args:
+            steps: That each optimizer has made.
+        """
         self._due = set()
-        if not self._accelerator.trackers:
+        if not self._trackers:
             return
         if self._script_logs:
             self._give_alone(set(range(len(self._clippers))), self._rest_step)
         else:
-            for index, steps in enumerate(self._steps()):
-                self._give_alone({index}, steps)
+            for index, made in enumerate(steps):
+                self._give_alone({index}, made)
 
-    def end(self) -> None:
-        """Give what no entry holds yet, and write the flight record."""
-        self.give_rest()
+    def end(self, steps: Sequence[int]) -> None:
+        """Give what no entry holds yet, and write the flight record; see `give_rest`."""
+        self.give_rest(steps)
         self._clippers.close()
 
     def _give_alone(self, indices: set[int], step: int | None) -> None:
@@ -119,7 +130,7 @@ class Reporter:
         if step is not None:
             send(ours)
         for index in sorted(indices) if self._log.histograms else ():
-            for tracker in self._accelerator.trackers:
+            for tracker in self._trackers:
                 self._clippers.give_histogram(index, tracker.tracker, step)
         if step is None:
             send(ours)

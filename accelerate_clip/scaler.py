@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch.amp.grad_scaler import GradScaler
 
 from accelerate_clip.step import Clipped
-from gradclip.adapters import Patches
+from gradclip.adapters import Patches, weak
 
 __all__ = ["SharedScaler"]
 
@@ -23,20 +24,22 @@ class SharedScaler:
 
     Args:
         scaler: The accelerator's; None if losses aren't scaled.
-        clipped: Gives the optimizers that are prepared now.
         patches: End this.
     """
 
-    def __init__(
-        self, scaler: GradScaler | None, clipped: Callable[[], Sequence[Clipped]], patches: Patches
-    ) -> None:
-        self._scaler = scaler
-        self._clipped = clipped
+    def __init__(self, scaler: GradScaler | None, patches: Patches) -> None:
+        # All of them keep this.
+        self._scaler = weak(scaler)
+        self._clipped: WeakSet[Clipped] = WeakSet()
+        self._stepped: WeakSet[Clipped] = WeakSet()
         self._stepping: Clipped | None = None
-        self._stepped: list[Clipped] = []
         if scaler is not None:
             patches.callback(self.catch_up)
             patches.wrap(scaler, "update", self._update)
+
+    def follow(self, clipped: Iterable[Clipped]) -> None:
+        """These are prepared now."""
+        self._clipped = WeakSet(clipped)
 
     @contextmanager
     def step(self, one: Clipped) -> Iterator[None]:
@@ -51,13 +54,14 @@ class SharedScaler:
 
     def catch_up(self) -> None:
         """Make the update that was put off, if there is one."""
-        if self._scaler is not None and self._stepped:
-            self._scaler.update()
+        scaler = self._scaler()
+        if scaler is not None and self._stepped:
+            scaler.update()
 
     def _update(self, update: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         now = self._stepping
-        if now is not None and any(one.awaits_step for one in self._clipped() if one is not now):
-            self._stepped.append(now)
+        if now is not None and any(one.awaits_step for one in self._clipped if one is not now):
+            self._stepped.add(now)
         else:
             self._stepped.clear()
             update(*args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import GradientState
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import Parameter
@@ -19,7 +20,15 @@ from accelerate_clip.engine import ClippedEngine
 from accelerate_clip.private import hold_schedule, is_fsdp2
 from accelerate_clip.refuse import refuse_closure, refuse_unreduced
 from gradclip import ClipConfig, ClipRecord, GradientClipper, clip_grad_norm_, get_total_norm
-from gradclip.adapters import GradientSnapshot, OncePerStep, Patches, follow_steps, window_share
+from gradclip.adapters import (
+    GradientSnapshot,
+    OncePerStep,
+    Patches,
+    follow_steps,
+    weak,
+    weakly,
+    window_share,
+)
 
 __all__ = ["Clipped", "ClippedOptimizer", "accumulated_norm", "micro_batch_contexts", "unwrapped"]
 
@@ -39,7 +48,6 @@ class ClippedOptimizer:
 
     Attributes:
         clipper: What clips it.
-        prepared: The optimizer.
 
     Raises:
         ConfigError: If the configuration isn't valid for these parameters.
@@ -54,21 +62,28 @@ class ClippedOptimizer:
         in_step: Callable[[ClippedOptimizer], AbstractContextManager[None]],
         after_step: Callable[[ClippedOptimizer], object],
     ) -> None:
-        self._raw = unwrapped(prepared)
-        self.clipper = GradientClipper(config, named, self._raw, scaler=prepared.scaler)
-        self.prepared = prepared
+        raw = unwrapped(prepared)
+        self.clipper = GradientClipper(config, named, raw, scaler=prepared.scaler)
+        # Both keep this.
+        self._raw, self._prepared = weak(raw), weak(prepared)
         self._in_step = in_step
         self._after_step = after_step
-        self._batches = self._backwards = 0
+        self._batches = 0
+        self._window = _Window(prepared.gradient_state)
         self._withheld: Tensor | bool | None = None
         self._patches = Patches()
         # First, to see what a fused step was told before that is taken back.
-        follow_steps(self._raw, self._patches, after=self._see_withheld)
+        follow_steps(raw, self._patches, after=self._see_withheld)
         self._once = OncePerStep(
-            self.clipper, self._raw, share=self._share, after_step=self._end_step
+            self.clipper, raw, share=self._window.share, after_step=weakly(self._end_step)
         )
         self._patches.callback(self._once.remove)
         self._patches.wrap(prepared, "step", self._clip_and_step)
+
+    @property
+    def prepared(self) -> AcceleratedOptimizer | None:
+        """The optimizer; None once it is gone."""
+        return self._prepared()
 
     @property
     def steps(self) -> int:
@@ -77,8 +92,11 @@ class ClippedOptimizer:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """The optimizer's parameters as they are now."""
-        return [p for group in self.prepared.param_groups for p in group["params"]]
+        """The optimizer's parameters as they are now; those that were clipped once it is gone."""
+        raw = self._raw()
+        if raw is None:
+            return self.clipper.parameters
+        return [p for group in raw.param_groups for p in group["params"]]
 
     @property
     def awaits_step(self) -> bool:
@@ -108,7 +126,7 @@ class ClippedOptimizer:
             self.clipper.observe_loss(loss, first=is_first)
         before = GradientSnapshot(self.parameters) if self.awaits_step else None
         yield
-        self._backwards += 1
+        self._window.backwards += 1
         if before is not None and before.is_changed:
             self.expect_new()
 
@@ -116,42 +134,59 @@ class ClippedOptimizer:
         """Stop clipping before steps."""
         self._patches.undo()
 
-    def _share(self) -> float:
-        """Batches since the last step, as a share of those Accelerate divides losses by."""
-        window = self.prepared.gradient_state.num_steps
-        return window_share(self._backwards or window, window)
-
     def _clip_and_step(self, step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         """What the prepared optimizer's step is now."""
-        if not self.prepared.gradient_state.sync_gradients:
+        prepared = self.prepared
+        assert prepared is not None
+        if not prepared.gradient_state.sync_gradients:
             step(*args, **kwargs)
             return
-        refuse_closure(self.prepared, *args, **kwargs)
+        refuse_closure(prepared, *args, **kwargs)
         self._withheld = None
         try:
             with self._in_step(self), self._once.in_step():
                 step(*args, **kwargs)
         except BaseException:
-            self._backwards = 0  # as after a step that was made
+            self._window.backwards = 0  # as after a step that was made
             raise
         if self._withheld is not None:
-            hold_schedule(self.prepared, self._withheld)
+            hold_schedule(prepared, self._withheld)
 
     @torch.no_grad()
-    def _see_withheld(self, *_: object) -> None:
+    def _see_withheld(self, raw: Optimizer, *_: object) -> None:
         """Find out whether the step just made was withheld, for the schedule."""
         record = self.clipper.last_record
         if self.clipper.config.schedule_on_skip == "advance" or record is None:
             return
         # Only a withheld step leaves no gradient at all, or is told so on the device: no other
         # has its record read on the host, and that one when the schedule asks.
-        told = getattr(self._raw, "found_inf", None) is not None
+        told = getattr(raw, "found_inf", None) is not None
         may_be = told or all(p.grad is None for p in self.parameters)
         self._withheld = record.skipped if may_be else False
 
     def _end_step(self) -> None:
-        self._backwards = 0
+        self._window.backwards = 0
         self._after_step(self)
+
+
+class _Window:
+    """What Accelerate accumulates for one step.
+
+    Args:
+        state: Accelerate's, of accumulation.
+
+    Attributes:
+        backwards: Since the last step.
+    """
+
+    def __init__(self, state: GradientState) -> None:
+        self.backwards = 0
+        self._state = state
+
+    def share(self) -> float:
+        """Batches since the last step, as a share of those Accelerate divides losses by."""
+        window = self._state.num_steps
+        return window_share(self.backwards or window, window)
 
 
 Clipped = ClippedOptimizer | ClippedEngine

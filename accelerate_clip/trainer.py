@@ -19,7 +19,7 @@ from accelerate_clip.checkpoint import load_state, save_state
 from accelerate_clip.clipper import AcceleratorClip
 from accelerate_clip.private import around_training
 from gradclip import ConfigError, PolicyLike, Spike, as_config
-from gradclip.adapters import Patches
+from gradclip.adapters import Patches, weak
 
 __all__ = ["GradientClipCallback", "follow_trainers"]
 
@@ -65,7 +65,7 @@ class GradientClipCallback(TrainerCallback):
             if self.clip is not None:
                 self.clip.detach()  # another Trainer's, or an earlier trial's accelerator
             self.clip = AcceleratorClip(trainer.accelerator, self.config)
-            self.clip.owner = self
+            self.clip.of_callback = True
             for call in self._listeners:
                 self.clip.on_spike(call)
 
@@ -142,7 +142,8 @@ class _Training:
         trainer, clip = self._trainer, _clip_of(self._trainer)
         listed = trainer.callback_handler.callbacks
         callbacks = [callback for callback in listed if isinstance(callback, GradientClipCallback)]
-        if clip is not None and clip.owner is not None and clip.owner not in callbacks:
+        ours = any(callback.clip is clip for callback in callbacks)
+        if clip is not None and clip.of_callback and not ours:
             clip.detach()
         for callback in callbacks:
             callback.bind(trainer)
@@ -150,7 +151,7 @@ class _Training:
         if clip is not None:
             clip.place_record(trainer.args.output_dir)
             clip.place_entries("the Trainer's logs")
-            clip.divided_by = self._window
+            clip.divided_by = partial(_window, weak(trainer))  # whose accelerator keeps it
             clip.default_norm = getattr(type(trainer.args), "max_grad_norm", None)
 
     def log(self, logs: dict[str, Any]) -> None:
@@ -177,6 +178,8 @@ class _Training:
         if clip is not None and checkpoint is not None:
             load_state(clip, checkpoint)
 
-    def _window(self) -> int:
-        """By how many batches the Trainer divides each loss."""
-        return self._trainer.current_gradient_accumulation_steps
+
+def _window(known: Callable[[], Trainer | None]) -> int:
+    """By how many batches a Trainer divides each loss."""
+    trainer = known()
+    return 1 if trainer is None else trainer.current_gradient_accumulation_steps

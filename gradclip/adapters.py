@@ -33,6 +33,7 @@ from gradclip.records.record import ClipRecord
 from gradclip.saved import read_list, read_mapping, read_whole, refuse_saved
 from gradclip.steps import claim_steps, closure_place, follow_steps
 from gradclip.versions import installed_versions
+from gradclip.weak import weak, weakly
 
 __all__ = [
     "ClipperSet",
@@ -50,6 +51,8 @@ __all__ = [
     "policies_in_words",
     "preset_text",
     "presets",
+    "weak",
+    "weakly",
     "window_share",
 ]
 
@@ -308,6 +311,9 @@ class OncePerStep:
     For a trainer whose script may clip by itself (`trainer.clip_grad_norm_()`) or leave it to the
     trainer: both end in one clip for each step of the optimizer.
 
+    The optimizer keeps this alive, so what `share` and `after_step` hold isn't to keep the
+    optimizer (`weakly`).
+
     Args:
         clipper: Built with the optimizer; it must not be attached.
         optimizer: Its optimizer. Hooks are registered on it until `remove`.
@@ -337,7 +343,8 @@ class OncePerStep:
         self._patches = Patches()
         # The post-hook first: it has to see the flag of a fused step before the flag is taken back.
         follow_steps(optimizer, self._patches, after=self._end_made_step)
-        self._patches.callback(clipper.attach(optimizer, clip=self._clip_in_step).remove)
+        handle = clipper.attach(optimizer, clip=self._clip_in_step)
+        self._patches.callback(weakly(handle.remove))  # the optimizer keeps it
 
     @property
     def is_done(self) -> bool:

@@ -158,8 +158,22 @@ class GradientClipper:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is built anew, with this one's adaptive state and counts; it isn't attached."""
         attached = None if self._attached is None else self._attached()
-        scaler = None if self._scaler is None else self._scaler.scaler
-        how = {**self._core.sources._asdict(), "scaler": scaler}
+        sources = self._core.sources
+        if sources.is_gone:
+            msg = (
+                "A clipper was copied or pickled whose optimizer is gone, and a copy is built with "
+                "that; allowed: a clipper whose optimizer is alive. Keep the optimizer, or save "
+                "clipper.state_dict() instead."
+            )
+            raise ConfigError(msg)
+        how = {
+            "named_parameters": sources.named_parameters,
+            "optimizer": sources.optimizer,
+            "process_group": sources.process_group,
+            "layout": sources.layout,
+            "kernel": sources.kernel,
+            "scaler": None if self._scaler is None else self._scaler.scaler,
+        }
         is_attached = attached is not None and attached.is_on
         return _copied, (type(self), self.config, how, self.state_dict(), is_attached)
 
@@ -339,11 +353,11 @@ class GradientClipper:
     @property
     def summary(self) -> str:
         """Policies, parameters and layout: `auto on 4 parameters of AdamW, not sharded`."""
-        count, optimizer = len(self._core.machinery.plan.shapes), self._core.sources.optimizer
+        count, stepper = len(self._core.machinery.plan.shapes), self._core.sources.stepper
         if self._engine_layout is not None:
             stepped, lies = " of a DeepSpeed engine", self._engine_layout.kind
         else:
-            stepped = "" if optimizer is None else f" of {type(optimizer).__name__}"
+            stepped = f" of {stepper}" if stepper else ""
             lies = "sharded over ranks" if self._core.machinery.layout.reduces else "not sharded"
         parameters = f"{count:,} parameter{'s' * (count != 1)}{stepped}"
         return f"{self.config.summary} on {parameters}, {lies}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,31 +57,65 @@ from gradclip.stops import DeferredStop, refuse_stop, where_nonfinite
 from gradclip.types import Beginning, Given, Grads, Kernel, Layout, Region, State, Step
 from gradclip.updates import Updates, refuse_unseen_steps
 from gradclip.watch import Watch
+from gradclip.weak import weak
 
 __all__ = ["Core", "Machinery", "Sources"]
 
 
-class Sources(NamedTuple):
+class Sources:
     """What a clipper was built from, and is built from again when parameters change.
 
-    Attributes:
+    Args:
         named_parameters: The model, or names of its parameters.
         optimizer: Whose parameters; None for all that are named.
         process_group: One more group of ranks that hold other parameters, or one by pattern.
         layout: Found out from the parameters if None.
         kernel: By name; chosen by the device if None.
+
+    Attributes:
+        named_parameters: As given; so are `process_group`, `layout` and `kernel`.
+        stepper: The name of the optimizer's class; "" without one.
     """
 
-    named_parameters: Module | Sequence[tuple[str, Parameter]] | None
-    optimizer: Any | None
-    process_group: Groups | None
-    layout: Layout | None
-    kernel: KernelName | None
+    def __init__(
+        self,
+        named_parameters: Module | Sequence[tuple[str, Parameter]] | None,
+        optimizer: Any | None,
+        process_group: Groups | None,
+        layout: Layout | None,
+        kernel: KernelName | None,
+    ) -> None:
+        self.named_parameters = named_parameters
+        self.process_group = process_group
+        self.layout = layout
+        self.kernel = kernel
+        self._optimizer = weak(optimizer)
+        self.stepper = "" if optimizer is None else type(optimizer).__name__
+        self.hold()
+
+    @property
+    def optimizer(self) -> Any | None:
+        """The optimizer; None without one, and once it is gone."""
+        return self._optimizer()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there was an optimizer that nothing keeps alive any more."""
+        return bool(self.stepper) and self.optimizer is None
+
+    def hold(self) -> None:
+        """Keep the optimizer alive."""
+        self._held = self.optimizer
+
+    def let_go(self) -> None:
+        """Keep it no more, as it keeps the clipper by its hooks: it is to be freed at once."""
+        self._held = None
 
     @property
     def stepped(self) -> list[Parameter]:
         """The optimizer's parameters as they are now; empty without an optimizer."""
-        groups = () if self.optimizer is None else self.optimizer.param_groups
+        optimizer = self._optimizer()
+        groups = () if optimizer is None else optimizer.param_groups
         return list(chain.from_iterable(group["params"] for group in groups))
 
 
@@ -175,9 +209,10 @@ class Core:
     def current(self) -> Machinery:
         """The machinery, built anew if parameters were added, replaced, moved or given a shape.
 
-        What is kept by name goes on: states, memory of elements, records.
+        What is kept by name goes on: states, memory of elements, records. It stays as it is once
+        the optimizer is gone.
         """
-        if not self.machinery.fits(self.sources):
+        if not self.machinery.fits(self.sources) and not self.sources.is_gone:
             self._renew(self.machinery)
         return self.machinery
 

@@ -47,12 +47,11 @@ class CheckedCore(Core):
             )
             raise ConfigError(msg)
         super().__init__(config, sources)
-        self._stepper = sources.optimizer
         self._seen: dict[Tensor, tuple[TensorWeakRef, int]] = {}
         self._norms = torch.zeros(0, dtype=torch.float64, device="cpu")
         self._folded: Step | None = None
-        if isinstance(self._stepper, Optimizer):
-            follow_while_alive(self, self._stepper, after=CheckedCore._after_step)
+        if isinstance(sources.optimizer, Optimizer):
+            follow_while_alive(self, sources.optimizer, after=CheckedCore._after_step)
 
     def look(self, given: Given, since: Beginning | None = None) -> Step:
         """As `Core.look`, of gradients that are new.
@@ -128,7 +127,7 @@ class CheckedCore(Core):
             if step is not None:
                 if step.given.grad_scale is not None:
                     self._norms = self._norms / step.given.grad_scale
-                self._compare(step.verdict, None, f"{type(self._stepper).__name__} stepped")
+                self._compare(step.verdict, None, f"{self.sources.stepper} stepped")
             self._remember()
 
     def _measured(self) -> Tensor:

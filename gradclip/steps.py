@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from types import MethodType
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, finalize, ref
+from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
 import torch
 from torch.nn import Module
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.private import has_step_hooks, make_step_hooks_run, steps_under_way, unhooked
+from gradclip.weak import weak
 
 __all__ = [
     "claim_steps",
@@ -46,7 +46,8 @@ def follow_steps(
         optimizer: Whose steps.
         patches: Whose `undo` ends it.
         before: Called before the step; may return other arguments for it, as a hook of torch's.
-        after: Called after a step that didn't raise.
+            The optimizer keeps it, so it isn't to keep the optimizer (`gradclip.weak`).
+        after: Called after a step that didn't raise; kept likewise.
 
     Returns:
         The optimizers that have the hooks: this one, and one that it wraps.
@@ -66,12 +67,12 @@ def follow_steps(
     for one in family:
         _make_hooks_run(one, patches)
     may_nest = len(family) > 1 or _calls_another_step(optimizer)
+    known = WeakSet(family)
 
     def is_part_of_another() -> bool:
         if not may_nest:
             return False
-        ours = [one for one in steps_under_way() if any(one is known for known in family)]
-        return len(ours) > 1
+        return sum(one in known for one in steps_under_way()) > 1
 
     def run_before(one: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return None if before is None or is_part_of_another() else before(one, args, kwargs)
@@ -152,7 +153,12 @@ def claim_steps(optimizer: Any, patches: Patches, who: str) -> None:
             raise ConfigError(msg)
     for one in _family(optimizer):
         _claimed[one] = who
-        patches.callback(partial(_claimed.pop, one, None))
+        patches.callback(partial(_give_free, weak(one)))
+
+
+def _give_free(known: Callable[[], Any]) -> None:
+    if (one := known()) is not None:
+        _claimed.pop(one, None)
 
 
 def closure_place(
@@ -225,9 +231,13 @@ def _calls_another_step(optimizer: Any) -> bool:
 def _make_hooks_run(optimizer: Optimizer, patches: Patches) -> None:
     """See to it that each call of `step` runs the optimizer's hooks."""
     make_step_hooks_run(optimizer)
-    step = optimizer.step
-    if "step" in vars(optimizer) and not getattr(step, "hooked", False):
+    if "step" in vars(optimizer) and not getattr(optimizer.step, "hooked", False):
         # Somebody put a function in the method's place (a schedule does), which may go past the
         # class's one. If it doesn't, that is a step within this one.
-        run = Optimizer.profile_hook_step(lambda _, *args, **kwargs: step(*args, **kwargs))
-        patches.put(optimizer, "step", MethodType(run, optimizer))
+        known = weak(optimizer)
+
+        def run_hooks(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            run = Optimizer.profile_hook_step(lambda _, *given, **more: step(*given, **more))
+            return run(known(), *args, **kwargs)
+
+        patches.wrap(optimizer, "step", run_hooks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -18,6 +18,7 @@ from gradclip.layouts.local import local_part
 from gradclip.plan.rates import grows_with_gradient, kinds_of
 from gradclip.private import all_writes, writes
 from gradclip.steps import is_within_its_own
+from gradclip.weak import weak
 
 __all__ = ["Watch"]
 
@@ -45,7 +46,7 @@ class Watch:
         self._lacks_rate = lacks_rate
         self._parameters: Mapping[str, Parameter] = {}
         self._held: set[Parameter] = set()
-        self._attached: Sequence[Any] = ()
+        self._attached: Sequence[Callable[[], Any]] = ()
         self._stepped: WeakSet[Any] = WeakSet()  # since the last clip
         self._has_stepped = False  # any of them, also one that is gone
         self._is_in_step = False
@@ -57,7 +58,7 @@ class Watch:
 
     def begin(self, optimizers: Sequence[Any], parameters: Mapping[str, Parameter]) -> None:
         """The clipper is attached to these now, and clips each of their steps."""
-        self._attached = optimizers
+        self._attached = [weak(optimizer) for optimizer in optimizers]
         self._note(parameters)
 
     def end(self) -> None:
@@ -104,8 +105,9 @@ class Watch:
             return
         if not self._has_clipped and (in_clip or not _any_grad(self._parameters.values())):
             return
-        if _written(self._parameters.values()) != self._writes:
-            who = type(self._attached[0]).__name__
+        optimizer = self._attached[0]()
+        if optimizer is not None and _written(self._parameters.values()) != self._writes:
+            who = type(optimizer).__name__
             self._tell(
                 f"parameters have changed since the last clip, and {who}, which this clipper is "
                 "attached to, made no step that runs hooks: something else moved them (a step "
@@ -120,7 +122,7 @@ class Watch:
         # What steps within the step of an attached optimizer is part of that.
         if self._is_told or not self._is_in_use or self._is_in_step:
             return
-        if any(optimizer is one for one in self._attached):
+        if any(optimizer is one() for one in self._attached):
             return
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(p in self._held for p in stepped) or is_within_its_own(optimizer):

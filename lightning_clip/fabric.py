@@ -10,7 +10,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradclip import ConfigError, GradientClipper, PolicyLike
-from gradclip.adapters import ClipperSet, Patches
+from gradclip.adapters import ClipperSet, Patches, weak
 from lightning_clip.framework import Fabric, is_set_up, live_scaler, steps_by_engine
 
 __all__ = ["UNASKED", "build", "disable", "enable"]
@@ -71,12 +71,15 @@ def enable(
     clipper, patches, raw = build(fabric, model, optimizer, policy)
     patches.callback(clipper.attach(raw).remove)
 
+    known = weak(raw)  # Fabric keeps this, and outlives optimizers
+
     def refuse(
         clip: Callable[..., Any], module: Any, optimizer: Any, *rest: Any, **more: Any
     ) -> Any:
-        if getattr(optimizer, "optimizer", optimizer) is raw:
+        stepped = getattr(optimizer, "optimizer", optimizer)
+        if stepped is known():
             msg = (
-                f"fabric.clip_gradients was called for a {type(raw).__name__} that "
+                f"fabric.clip_gradients was called for a {type(stepped).__name__} that "
                 "lightning_clip.enable clips before each step, so gradients would be clipped "
                 "twice. Remove the call; the norm is in clipper.last_record.grad_norm."
             )

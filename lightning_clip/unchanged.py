@@ -18,7 +18,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradclip import ClipConfig, ConfigError, GradientClipper
-from gradclip.adapters import ClipperSet, OncePerStep, Patches, config_from_environment
+from gradclip.adapters import ClipperSet, OncePerStep, Patches, config_from_environment, weak
 from lightning_clip.callback import GradientClip
 from lightning_clip.fabric import UNASKED, build
 from lightning_clip.framework import Callback, Fabric, LightningModule, Trainer
@@ -101,13 +101,17 @@ class UnchangedFabric:
     def __init__(self, config: ClipConfig) -> None:
         self._config = config
         self._models: weakref.WeakSet[Module] = weakref.WeakSet()
-        self._clipped: list[OncePerStep] = []
+        self._kept: list[Callable[[], OncePerStep | None]] = []  # by their optimizers
         self._said = False
 
     @property
     def clippers(self) -> list[GradientClipper]:
-        """One for each optimizer that was set up, in that order."""
+        """One for each optimizer that was set up, in that order, and is alive."""
         return [once.clipper for once in self._clipped]
+
+    @property
+    def _clipped(self) -> list[OncePerStep]:
+        return [once for known in self._kept if (once := known()) is not None]
 
     def on_gradclip_set_up(self, fabric: Fabric, made: tuple[Any, ...]) -> None:
         """Called after `fabric.setup`, `setup_module` and `setup_optimizers`.
@@ -139,8 +143,10 @@ class UnchangedFabric:
         log = partial(self._log, fabric) if not self._clipped else lambda: None
         once = OncePerStep(clipper, raw, after_step=log)
         patches.callback(once.remove)
-        patches.callback(lambda: self._clipped.remove(once))
-        self._clipped.append(once)
+        # Fabric keeps them, and outlives optimizers.
+        known, known_raw, is_first = weak(once), weak(raw), fabric.is_global_zero
+        patches.callback(partial(self._kept.remove, known))
+        self._kept.append(known)
 
         def step(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with once.in_step():
@@ -153,16 +159,17 @@ class UnchangedFabric:
             *args: Any,
             **kwargs: Any,
         ) -> Tensor | None:
-            if getattr(optimizer, "optimizer", optimizer) is not raw:
+            one = known()
+            if one is None or getattr(optimizer, "optimizer", optimizer) is not known_raw():
                 return stock(module, optimizer, *args, **kwargs)
             if not self._said:
                 self._said = True
                 _tell(
                     f"{CONFIG_VARIABLE} decides how to clip, instead of the limits given to "
                     f"fabric.clip_gradients: {self._config.summary}.",
-                    fabric.is_global_zero,
+                    is_first,
                 )
-            return once.clip().grad_norm
+            return one.clip().grad_norm
 
         patches.wrap(optimizer, "step", step)
         patches.wrap(fabric, "clip_gradients", clip)

@@ -16,7 +16,7 @@ PACKAGES = ("gradclip", "lightning_clip", "accelerate_clip")
 
 PARTS = ("policies", "layouts", "kernels", "effect", "records")
 FLOORS = (  # a room imports from the floors below its own, and from its own
-    {"devices", "errors", "private", "versions"},
+    {"devices", "errors", "private", "versions", "weak"},
     {"saved"},
     {"patches", "tensors", "types", "norms", "models"},
     {"policies", "layouts", "kernels", "changes", "steps"},

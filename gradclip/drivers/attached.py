@@ -89,6 +89,8 @@ class Attached:
             raise
         core.watch.begin(family, core.machinery.plan.parameters)
         self._patches.callback(core.watch.end)
+        core.sources.let_go()
+        self._patches.callback(core.sources.hold)
         if scaler is not None:
             scaler.around_step(self._patches, self._around_scaler_step)
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from gradclip.errors import ConfigError
 from gradclip.patches import Patches
 from gradclip.private import is_unscaled
+from gradclip.weak import weak, weakly
 
 __all__ = ["LossScale"]
 
@@ -35,7 +36,7 @@ class LossScale:
 
     def __init__(self, scaler: GradScaler, optimizer: Any, *, in_engine: bool) -> None:
         self.scaler = scaler
-        self._optimizer = optimizer
+        self._optimizer = weak(optimizer)
         if in_engine or optimizer is None:
             found = "a DeepSpeed engine, which scales by itself" if in_engine else "no optimizer"
             msg = (
@@ -63,12 +64,13 @@ class LossScale:
         Returns:
             The factor that gradients still carry, 0-d float32; None if they carry none.
         """
-        if is_unscaled(self.scaler, self._optimizer):
+        optimizer = self._optimizer()
+        if optimizer is None or is_unscaled(self.scaler, optimizer):
             return None
         # A sharded scaler tells all ranks of an overflow only while it unscales.
         if leave and type(self.scaler).unscale_ is GradScaler.unscale_:
             return self.factor
-        self.scaler.unscale_(self._optimizer)
+        self.scaler.unscale_(optimizer)
         return None
 
     def around_step(
@@ -78,19 +80,24 @@ class LossScale:
 
         Args:
             patches: Which undo it.
-            clip: Gives the context that the step runs in.
+            clip: A method that gives the context the step runs in; the optimizer keeps its object
+                alive.
         """
+        known, one, clip_weakly = weak(self), self._optimizer, weakly(clip)
 
+        # The scaler keeps this, and may serve other optimizers later.
         def clip_and_step(
             step: Callable[..., Any], optimizer: Optimizer, *args: Any, **kwargs: Any
         ) -> Any:
-            ours = optimizer is self._optimizer and self.is_live
-            with clip() if ours else nullcontext():
+            scale = known()
+            ours = scale is not None and optimizer is one() and scale.is_live
+            with (clip_weakly() if ours else None) or nullcontext():
                 return step(optimizer, *args, **kwargs)
 
         patches.wrap(self.scaler, "step", clip_and_step)
 
     @property
     def _device(self) -> torch.device:
-        parameters = self._optimizer.param_groups[0]["params"]
+        optimizer = self._optimizer()
+        parameters = [] if optimizer is None else optimizer.param_groups[0]["params"]
         return parameters[0].device if parameters else torch.device("cpu")

@@ -16,6 +16,7 @@ from gradclip.patches import Patches
 from gradclip.plan.plan import Plan
 from gradclip.private import takes_scale
 from gradclip.types import Given, Grads, Kernel, Verdict
+from gradclip.weak import weak
 
 __all__ = ["Effect", "apply"]
 
@@ -95,7 +96,7 @@ class Effect:
         self._mode = mode
         self._plan = plan
         self._folds_by_itself = why_not is None and not has_own_step(optimizer)
-        self._optimizer = optimizer
+        self._optimizer = weak(optimizer)
         self._reads_block = reads_block
         self._one_by_one = one_by_one
         self._takes_flag = mode != "in_place" and no_flag is None
@@ -169,13 +170,15 @@ class Effect:
     def _ask(self, divisor: Tensor | None, skip: Tensor | None, given: Given) -> None:
         flag = skip if self._flags_step else None
         # Also to take back what was asked for gradients that no step followed.
-        if divisor is not None or flag is not None or self._step is not None:
+        asks = divisor is not None or flag is not None or self._step is not None
+        if asks and self._optimizer() is not None:  # once it is gone, no step follows
             self._fused().ask(divisor, flag, scaler_steps=given.scaler_steps)
 
     def _fused(self) -> FusedStep:
         if self._step is None or not self._step.is_on:
-            assert self._optimizer is not None
-            self._step = FusedStep(self._optimizer)
+            optimizer = self._optimizer()
+            assert optimizer is not None
+            self._step = FusedStep(optimizer)
         return self._step
 
 

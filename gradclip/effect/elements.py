@@ -14,6 +14,7 @@ from gradclip.plan.plan import Plan, Rule
 from gradclip.saved import read_mapping, read_numbers
 from gradclip.tensors import aligned_chunks, refuse_sparse
 from gradclip.types import Edit, Elementwise, Grads, Kernel, Layout, Measurable, Memory
+from gradclip.weak import weak
 
 __all__ = ["ElementMemory", "Key"]
 
@@ -51,8 +52,8 @@ class ElementMemory:
         self._plan = plan
         self._layout = layout
         # Its state and groups are other objects after each `load_state_dict`.
-        self._optimizer: Any | None = optimizer if hasattr(optimizer, "state") else None
-        groups = () if self._optimizer is None else self._optimizer.param_groups
+        self._optimizer = weak(optimizer if hasattr(optimizer, "state") else None)
+        groups = () if self._optimizer() is None else optimizer.param_groups
         self._group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
         self._own: dict[Key, Memory] = {} if before is None else before._own
         self._missed: dict[Key, int] = {}
@@ -150,7 +151,7 @@ class ElementMemory:
         if not policy.memory:
             return _Held({})
         parameter, key = self._plan.slots[slot][0], (rule, self._plan.slot_names[slot])
-        optimizer, betas = self._optimizer, None
+        optimizer, betas = self._optimizer(), None
         if policy.borrows is not None and optimizer is not None:
             betas = optimizer.param_groups[self._group_of[parameter]].get("betas")
         if optimizer is not None and betas is not None:

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from gradclip.patches import Patches
 from gradclip.private import takes_scale
 from gradclip.steps import follow_steps
+from gradclip.weak import weak
 
 __all__ = ["FusedStep", "has_own_step", "takes_factors"]
 
@@ -46,12 +47,19 @@ class FusedStep:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._known = weak(optimizer)
         self._scale: Tensor | None = None
         self._inf: Tensor | None = None
         self._scaler_clears = False
         self._patches = Patches()
         follow_steps(optimizer, self._patches, before=self._before, after=self._after)
+
+    @property
+    def _optimizer(self) -> Optimizer:
+        """It keeps this alive by its hooks, so this is not to keep it."""
+        optimizer = self._known()
+        assert optimizer is not None
+        return optimizer
 
     @property
     def is_on(self) -> bool:
@@ -72,62 +80,43 @@ class FusedStep:
             withhold: 0-d bool, whether the step is to change nothing; None for no.
             scaler_steps: A scaler will make the step, and has to see gradients first.
         """
-        self._clear()
-        theirs = getattr(self._optimizer, "grad_scale", None)
-        inf = getattr(self._optimizer, "found_inf", None)
+        optimizer = self._optimizer
+        self._clear(optimizer)
+        theirs = getattr(optimizer, "grad_scale", None)
+        inf = getattr(optimizer, "found_inf", None)
         self._scaler_clears = inf is not None
         if scale is not None:
             scale = scale.float()
             self._scale = scale if theirs is None else theirs * scale
-            self._optimizer.grad_scale = self._scale  # type: ignore[attr-defined]
+            optimizer.grad_scale = self._scale  # type: ignore[attr-defined]
         if withhold is not None:
             self._inf = withhold.float()
             if inf is not None or not scaler_steps:
-                self._join(inf)
+                self._join(optimizer, inf)
 
-    def _join(self, theirs: Tensor | int | None) -> None:
+    def _join(self, optimizer: Optimizer, theirs: Tensor | int | None) -> None:
         """Let the step see both reasons to withhold it: a scaler's and what was asked."""
         assert self._inf is not None
         if isinstance(theirs, Tensor):  # a scaler that saw no gradient says 0
             self._inf = torch.maximum(theirs.reshape(()), self._inf.to(theirs.device))
-        if self._lacks_momentum() and bool(self._inf):
-            self._drop()
-        self._optimizer.found_inf = self._inf  # type: ignore[attr-defined]
-
-    def _lacks_momentum(self) -> bool:
-        """Whether a withheld step would leave a buffer behind that nothing was written to.
-
-        torch's fused SGD makes momentum buffers before it looks at `found_inf`, and takes them for
-        written ones in the step after. Such a first step is withheld by dropping gradients.
-        """
-        if not isinstance(self._optimizer, SGD):
-            return False
-        state = self._optimizer.state
-        return any(
-            p.grad is not None and state.get(p, {}).get("momentum_buffer") is None
-            for group in self._optimizer.param_groups
-            if group["momentum"]
-            for p in group["params"]
-        )
-
-    def _drop(self) -> None:
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        if _lacks_momentum(optimizer) and bool(self._inf):
+            _drop(optimizer)
+        optimizer.found_inf = self._inf  # type: ignore[attr-defined]
 
     def _before(self, *_: object) -> None:
-        found = getattr(self._optimizer, "found_inf", None)
+        optimizer = self._optimizer
+        found = getattr(optimizer, "found_inf", None)
         if found is None or found is self._inf:  # no scaler steps, and all is said
             return
         self._scaler_clears = True
         if self._inf is not None:
-            self._join(found)
-        elif self._lacks_momentum() and bool(found):
-            self._drop()
+            self._join(optimizer, found)
+        elif _lacks_momentum(optimizer) and bool(found):
+            _drop(optimizer)
 
     def _after(self, *_: object) -> None:
         if not self._scaler_clears:
-            self._clear()
+            self._clear(self._optimizer)
         self._scale = self._inf = None
         self._scaler_clears = False
 
@@ -135,9 +124,32 @@ class FusedStep:
         """Whether this very tensor is what gradients are to be divided by, as asked."""
         return scale is not None and scale is self._scale
 
-    def _clear(self) -> None:
+    def _clear(self, optimizer: Optimizer) -> None:
         """Take back what was set here and nobody else removes."""
         for name, value in (("grad_scale", self._scale), ("found_inf", self._inf)):
-            if value is not None and getattr(self._optimizer, name, None) is value:
-                delattr(self._optimizer, name)
+            if value is not None and getattr(optimizer, name, None) is value:
+                delattr(optimizer, name)
         self._scale = self._inf = None
+
+
+def _lacks_momentum(optimizer: Optimizer) -> bool:
+    """Whether a withheld step would leave a buffer behind that nothing was written to.
+
+    torch's fused SGD makes momentum buffers before it looks at `found_inf`, and takes them for
+    written ones in the step after. Such a first step is withheld by dropping gradients.
+    """
+    if not isinstance(optimizer, SGD):
+        return False
+    state = optimizer.state
+    return any(
+        p.grad is not None and state.get(p, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        if group["momentum"]
+        for p in group["params"]
+    )
+
+
+def _drop(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None

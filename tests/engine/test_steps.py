@@ -9,6 +9,7 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
+from support.freed import kept
 from support.gradients import NORM, backward, small_model
 from support.program import Program, fused_adamw, sgd
 from support.sam import Sam
@@ -564,6 +565,103 @@ def test_a_copy_is_not_attached_says_so_and_goes_on_alike(how, subtests, caplog)
             program.handle.remove()
             COPIES[how]((program.model, program.optimizer, program.clipper))
             assert not caplog.records
+
+
+FREED = {
+    **CLIPS,
+    "folded": ({"policies": [NORM], "apply": "fold"}, fused_adamw),
+    "updates": ({"policies": [NORM], "log": {"update_norm_every": 1}}, sgd),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("call", ["called", "attached"])
+def test_a_program_that_is_dropped_is_freed_at_once(call, scale, subtests):
+    def trained(config, make):
+        program = Program(config, make, call=call, scale=scale)
+        for seed in range(2):
+            program.step(seed, 50)
+        parts = {"model", "optimizer", "scaler", "clipper", "handle"}
+        found = {name: part for name, part in vars(program).items() if name in parts}
+        found["parameter"] = next(program.model.parameters())
+        return {name: part for name, part in found.items() if part is not None}
+
+    for name, (config, make) in FREED.items():
+        with subtests.test(name):
+            assert kept(trained, config, make) == set()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_every_optimizer_is_freed_as_without_a_clipper(adapter, subtests):
+    def trained(make, step, clips):
+        loop = Loop(functools.partial(_made, make), adapter=adapter)
+        if not clips:
+            loop.handle.remove()
+            del loop.clipper, loop.handle
+        step(loop)
+        return {**vars(loop), "parameter": next(loop.model.parameters())}
+
+    for name, (make, step) in ONCE.items():
+        with subtests.test(name):
+            ours, stock = (kept(trained, make, step, clips) for clips in (True, False))
+            assert ours <= (stock | {"clipper", "handle"} if stock else stock)
+
+
+def test_a_scaler_that_is_kept_keeps_no_program():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def trained():
+        program = Program(NORM, call="attached", scale=1.0)
+        program.handle.remove()
+        program.scaler = scaler
+        named = program.model.named_parameters()
+        program.clipper = GradientClipper(NORM, named, program.optimizer, scaler=scaler)
+        program.handle = program.clipper.attach(program.optimizer)
+        program.step(0, 50)
+        parts = {name: getattr(program, name) for name in ("model", "optimizer", "clipper")}
+        return {**parts, "parameter": next(program.model.parameters())}
+
+    assert kept(trained) == set()
+    program = Program(NORM)
+    program.scaler = scaler
+    program.step(0, 50)
+
+
+def test_an_optimizer_keeps_the_clipper_that_is_attached():
+    program = Program(NORM, call="attached")
+    program.handle = program.clipper = None
+    backward(program.model, size=50)
+    program.optimizer.step()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in program.model.parameters()])
+    assert float(norm) <= NORM.max_norm * 1.0001
+
+
+def test_what_a_clipper_tells_once_its_optimizer_is_gone(caplog):
+    for config, make in FREED.values():
+        program = Program(config, make, call="attached")
+        program.step(0, 50)
+        before, says = program.clipper.state_dict(), repr(program.clipper)
+        program.optimizer = None
+        with torch.no_grad():  # as where a checkpoint is loaded
+            for parameter in program.model.parameters():
+                parameter.add_(1)
+        assert repr(program.clipper) == says
+        assert program.clipper.flush()["clip/grad_norm"] > 0
+        assert str(program.clipper.state_dict()) == str(before)
+        program.clipper.load_state_dict(before)
+        program.handle.remove()
+        with pytest.raises(ConfigError, match="whose optimizer is gone, and a copy is built"):
+            copy.copy(program.clipper)
+    assert not caplog.records
+
+
+def test_a_handle_that_was_removed_gives_the_clipper_its_optimizer_back():
+    program = Program(NORM, call="attached")
+    program.handle.remove()
+    program.optimizer = None
+    program.backward(0, 50)
+    assert program.clipper.clip().clipped
+    assert repr(copy.copy(program.clipper)) == repr(program.clipper)
 
 
 def test_nothing_is_left_on_an_optimizer_by_a_handle_that_was_removed():

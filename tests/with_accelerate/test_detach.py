@@ -2,17 +2,20 @@
 
 import copy
 import json
+import math
 import pickle
+from functools import partial
 from types import MethodType
 
 import pytest
 import torch
 from accelerate import Accelerator
-from support.accelerate_cpu import fresh
+from support.accelerate_cpu import fresh, with_scaler
+from support.freed import kept
 from support.prepared import batch, net, norm_of, prepared
 
 import accelerate_clip
-from gradclip import ClipByNorm, ClipConfig, RecorderConfig
+from gradclip import ClipByNorm, ClipConfig, ConfigError, RecorderConfig, SkipSpike, UClip
 
 SMALL = ClipByNorm(max_norm=1e-3)
 
@@ -56,7 +59,8 @@ def test_copies_of_what_it_clips_are_stock_ones(copy_of, tmp_path, caplog):
     assert all(map(torch.equal, other.parameters(), moved))  # by more than the limit
     assert all(map(torch.equal, model.parameters(), before))
     assert clip.steps == [2]
-    assert type(vars(other_opt)["step"]) is MethodType
+    step = vars(other_opt)["step"]
+    assert getattr(step, "__wrapped__", step) == MethodType(type(opt).step, other_opt)
 
     second = pickled(accelerator)  # a deep copy is the accelerator itself
     assert second.gradient_clip is None
@@ -66,6 +70,105 @@ def test_copies_of_what_it_clips_are_stock_ones(copy_of, tmp_path, caplog):
     assert not any(tmp_path.iterdir())
     train(accelerator, model, opt, range(2, 3))
     assert clip.steps == [3]
+
+
+def fit(clips, policy=SMALL, start=None, make=torch.optim.SGD, before=True, scheduled=False, **how):
+    """Three steps, and the parts that a script holds."""
+    fresh()
+    accelerator = (start or Accelerator)(**({} if start else {"cpu": True}))
+    if clips and before:
+        accelerate_clip.enable(accelerator, policy)
+    model = net()
+    opt = make(model.parameters(), lr=0.1, **how)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1)
+    model, opt, *rest = accelerator.prepare(model, opt, *([schedule] if scheduled else []))
+    if clips and not before:
+        accelerate_clip.enable(accelerator, policy)
+    for step in range(3):
+        train(accelerator, model, opt, [step])
+        for one in rest:
+            one.step()
+    parts = {"accelerator": accelerator, "model": model, "opt": opt, "raw": opt.optimizer}
+    parts["parameter"] = next(model.parameters())
+    return parts | ({"clip": accelerator.gradient_clip} if clips else {})
+
+
+def ended(clips):
+    parts = fit(clips)
+    parts["accelerator"].end_training()
+    return parts
+
+
+def detached(clips):
+    parts = fit(clips)
+    if clips:
+        parts["clip"].detach()
+    return parts
+
+
+def with_a_copy(copy_of, clips):
+    parts = fit(clips)
+    model, opt = copy_of((parts["model"], parts["opt"]))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    opt.step()
+    return parts | {"copied": model, "copied opt": opt, "copied raw": opt.optimizer}
+
+
+DROPPED = {
+    "before prepare": fit,
+    "after prepare": partial(fit, before=False),
+    "scheduled": partial(fit, scheduled=True),
+    "with a scaler": partial(fit, start=with_scaler),
+    "fused": partial(fit, make=torch.optim.AdamW, fused=True),
+    "loss": partial(fit, policy=SkipSpike(watch="loss")),
+    "micro-batches": partial(fit, policy={"policies": [SMALL], "stage": "after_backward"}),
+    "elements": partial(fit, policy=UClip(limit=0.1)),
+    "ended": ended,
+    "detached": detached,
+    "deep copies": partial(with_a_copy, copied),
+    "a copy of a copy": partial(with_a_copy, lambda value: copied(copied(value))),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_what_is_dropped_is_freed_at_once_as_without_it(case):
+    def made(clips):
+        parts = DROPPED[case](clips)
+        fresh()  # Accelerate's singletons
+        return parts
+
+    ours, stock = kept(made, True), kept(made, False)
+    assert ours <= stock
+    assert "accelerator" not in stock
+
+
+def test_prepared_optimizers_are_clipped_without_their_accelerator():
+    accelerator, clip, model, opt = prepared(SMALL)
+    del accelerator, clip
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    opt.step()
+    moved = norm_of([p.detach() - q for p, q in zip(model.parameters(), before, strict=True)])
+    assert moved == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_what_it_tells_once_the_accelerator_is_gone(tmp_path):
+    config = ClipConfig(policies=[SMALL], recorder=RecorderConfig())
+    accelerator, clip, model, opt = prepared(config, project_dir=tmp_path)
+    backward = accelerator.backward
+    train(accelerator, model, opt, range(3))
+    del accelerator, opt
+    assert clip.steps == [3]
+    assert clip.flush()["clip/clipped"] == 3
+    with pytest.raises(ConfigError, match="the Accelerator that enable was called with is gone"):
+        clip.clip_grad_norm_(model.parameters(), math.inf)
+    with pytest.raises(ConfigError, match="backward was called, and the object whose method"):
+        backward(model(batch(0)).sum())
+    clip.detach()
+    _, *rows = (tmp_path / "gradclip.trace.jsonl").read_text().splitlines()
+    assert len(rows) == 3
 
 
 def test_a_schedule_of_torch_follows_the_step_that_clips():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.accelerate_cpu import fresh, sharding_on_cpu
+from support.freed import kept
 from support.ranks import TESTS, run_on_ranks
 
 import accelerate_clip
@@ -352,6 +353,25 @@ def test_trainers_are_stock_ones_once_nobody_clips(tmp_path, monkeypatch):
     assert type(trainer).train is not stock
     clip.detach()
     assert type(trainer).train is stock
+
+
+@pytest.mark.parametrize("how", ["callback", "enable"])
+def test_a_trainer_that_is_dropped_is_freed_at_once_as_without_it(how, tmp_path):
+    from support.trainers import trainer as stock_trainer
+
+    def trained(clips):
+        fresh()
+        callbacks = [accelerate_clip.GradientClipCallback(CONFIG)] if how == "callback" else []
+        callbacks = callbacks if clips else []
+        trainer = stock_trainer(tmp_path, callbacks=callbacks, save_strategy="no", max_steps=2)
+        if clips and how == "enable":
+            accelerate_clip.enable(trainer.accelerator, CONFIG)
+        trainer.train()
+        fresh()
+        parts = {name: getattr(trainer, name) for name in ("model", "accelerator", "optimizer")}
+        return {"trainer": trainer, "parameter": next(trainer.model.parameters()), **parts}
+
+    assert kept(trained, True) <= kept(trained, False)
 
 
 def test_transformers_stays_optional():

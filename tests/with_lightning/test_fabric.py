@@ -6,6 +6,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from support.as_one import POLICIES, STEPS, assert_as_one
+from support.freed import kept
 from support.lit import grads_of, inputs, norm_of, small_net
 from support.lit_layouts import shard
 from support.nets import parallel_net, whole_parameters
@@ -13,6 +14,7 @@ from support.ranks import run_on_ranks
 
 import lightning_clip
 from gradclip import Auto, ClipByNorm, ConfigError, ZClip
+from lightning_clip.unchanged import for_fabric
 
 NORM = ClipByNorm(max_norm=0.1)
 ZCLIP = ZClip(warmup_steps=3, max_norm=None)
@@ -45,6 +47,30 @@ def test_every_step_is_clipped():
         assert float(clipper.last_record.grad_norm) > 0.1
         assert norm_of(grads_of(optimizer.optimizer)) == pytest.approx(0.1, rel=1e-5)
     assert clipper.state_dict()["counts"]["steps"] == 3
+
+
+@pytest.mark.parametrize("how", ["enabled", "unchanged"])
+def test_what_is_dropped_is_freed_at_once_though_fabric_lives_on(how, monkeypatch):
+    monkeypatch.setenv("GRADCLIP_CONFIG", "zclip")
+    unchanged = for_fabric() if how == "unchanged" else []
+    monkeypatch.delenv("GRADCLIP_CONFIG")
+    fabric = one_process(callbacks=unchanged)
+
+    def trained():
+        net = small_net()
+        stock = torch.optim.SGD(net.parameters(), lr=0.01)
+        model, optimizer = fabric.setup(net, stock)
+        if how == "enabled":
+            clipper = lightning_clip.enable(fabric, model, optimizer, NORM)
+        else:
+            clipper = unchanged[0].clippers[-1]
+        train(fabric, model, optimizer, range(2))
+        assert clipper.state_dict()["counts"]["steps"] == 2
+        parts = {"net": net, "model": model, "stock": stock, "optimizer": optimizer}
+        return parts | {"parameter": next(net.parameters()), "clipper": clipper}
+
+    assert kept(trained) == set()
+    assert not unchanged or unchanged[0].clippers == []
 
 
 def test_module_and_optimizer_set_up_apart_have_the_modules_own_names():
