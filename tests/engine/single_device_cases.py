@@ -105,6 +105,15 @@ def test_a_step_makes_one_copy_and_unclipped_gradients_keep_their_bits(policy, d
     assert device.reads == 1
 
 
+def test_256_elements_cross_to_the_host_as_one_number(device):
+    parameter = torch.nn.Parameter(torch.zeros(1 << 16).to(DEVICE))
+    parameter.grad = torch.ones(1 << 16).to(DEVICE)
+    clipper = GradientClipper(ClipByNorm(max_norm=1e9), [("p", parameter)])
+    device.values = 0
+    assert float(clipper.clip().grad_norm) == 256
+    assert device.values == 256
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("policy", [ClipByNorm(max_norm=0.5), AGC()], ids=["norm", "agc"])
 def test_every_dtype_with_a_loss_scale(policy, dtype):

@@ -43,19 +43,24 @@ class OnDevice(torch.Tensor):
 
 
 class SingleDevice(TorchDispatchMode):
-    """The context; `reads` is how often something crossed to the host since it was set to 0."""
+    """The context; `reads` is how often something crossed to the host since it was set to 0.
+
+    `values` is how many numbers did.
+    """
 
     def __init__(self):
         super().__init__()
-        self.reads = 0
+        self.reads = self.values = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = run(func, args, kwargs or {})
         before = [x.device for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-        after = [x.device for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)]
+        made = [x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)]
+        after = [x.device for x in made]
         reads = str(func).startswith(("aten._local_scalar_dense", "aten.equal", "aten.nonzero"))
         if DEVICE in before and (reads or torch.device("cpu") in after):
             self.reads += 1
+            self.values += sum(x.numel() for x in made)
         return found
 
 
