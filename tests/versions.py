@@ -56,9 +56,8 @@ PART = (
     "with_lightning/test_framework.py",
     "with_accelerate/test_private.py",
     "with_accelerate/test_clipper.py",
-    "with_accelerate/test_trainer_callback.py",
 )
-"""What says most: kernels, fused steps, private names, DDP and FSDP2 on ranks, all adapters."""
+"""What says most: kernels, fused steps, private names, DDP and FSDP2 on ranks, both adapters."""
 LEFT_OUT = (
     "layouts/test_torch_names.py::test_torch_is_the_version_that_was_read",
     "engine/test_kernels.py::test_a_hundred_million_elements",
