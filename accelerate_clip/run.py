@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "script.py."
         )
     sys.argv[:] = arguments
-    if not is_module and not sys.flags.safe_path:
+    if not is_module and not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(Path(arguments[0]).resolve().parent)
     patches = enable_on_creation(config)
     try:

@@ -158,7 +158,8 @@ class _Training:
         """Add the metrics of the steps since its last log, reading the device as it just did."""
         clip = _clip_of(self._trainer)
         # Only the logs of training steps hold it; not those of an evaluation, or the summary.
-        if clip is None or "grad_norm" not in logs:
+        # Not `grad_norm`: transformers 4 leaves that out where max_grad_norm is 0.
+        if clip is None or "learning_rate" not in logs:
             return
         logs.update(clip.flush())
         # trainer_state.json would hold NaN and Infinity, which aren't JSON.

@@ -1,16 +1,18 @@
 """Run a stated part of the tests with old, middle and new versions of what gradclip builds on.
 
-    make test-versions                              every set; 5 GB and some 15 minutes each
+    make test-versions                              every set; 5 GB and some 20 minutes each
     python tests/versions.py lowest                 one of them, into build/versions
-    python tests/versions.py newest --rerun         with the environment as it is
+    python tests/versions.py newest --fresh         in a new environment, with what is newest now
 
-The table in docs/versions.md is written from what passed. Each set needs its Python on PATH
-(python3.10, python3.12, python3.13) or in pyenv.
+An environment that was made from the same requirements is used again. The table in
+docs/versions.md is written from what passed. Each set needs its Python on PATH (python3.10,
+python3.12, python3.13) or in pyenv.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -76,9 +78,12 @@ def interpreter(name: str) -> str:
     sys.exit(f"{name} is neither in pyenv nor on PATH; install it, or leave its set out.")
 
 
-def make(name: str, folder: Path) -> None:
-    """A fresh environment with a set's versions."""
+def make(name: str, folder: Path, *, fresh: bool) -> None:
+    """An environment with a set's versions, unless one made from the same requirements is there."""
     python, packages = SETS[name]
+    made_from, wanted = folder / "made_from.txt", "\n".join([python, *packages, *TOOLS])
+    if not fresh and made_from.exists() and made_from.read_text(encoding="utf-8") == wanted:
+        return
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([interpreter(python), "-m", "venv", str(folder)], check=True)
     pip = [str(folder / "bin/pip"), "install", "--quiet", "--no-cache-dir"]
@@ -89,6 +94,7 @@ def make(name: str, folder: Path) -> None:
     built = {**os.environ, "DS_BUILD_OPS": "0"}
     subprocess.run([*pip, "--no-build-isolation", *engine], check=True, env=built)
     subprocess.run([*pip[:1], "uninstall", "--quiet", "--yes", "triton"], check=True)
+    made_from.write_text(wanted, encoding="utf-8")
 
 
 def versions(folder: Path) -> dict[str, str]:
@@ -118,10 +124,11 @@ def test(folder: Path) -> dict[str, str]:
         report = folder / "report.xml"
         report.unlink(missing_ok=True)
         command = [str(folder / "bin/python"), "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
-        subprocess.run(
-            [*command, f"--junit-xml={report}", *left_out, f"tests/{file}"],
-            check=False, cwd=ROOT, env=environment, timeout=3600,
-        )  # fmt: skip
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                [*command, f"--junit-xml={report}", *left_out, f"tests/{file}"],
+                check=False, cwd=ROOT, env=environment, timeout=1200,
+            )  # fmt: skip
         found[file] = outcome(report)
     return found
 
@@ -169,13 +176,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sets", nargs="*", default=list(SETS), help=", ".join(SETS))
     parser.add_argument("--folder", type=Path, default=ROOT / "build/versions")
-    parser.add_argument("--rerun", action="store_true", help="use environments that are there")
+    parser.add_argument("--fresh", action="store_true", help="make each environment anew")
     given = parser.parse_args()
     failed = False
     for name in given.sets:
         folder = (given.folder / name).absolute()
-        if not given.rerun:
-            make(name, folder)
+        make(name, folder, fresh=given.fresh)
         outcomes = test(folder)
         failed |= any("passed" not in text or "failed" in text for text in outcomes.values())
         files = {f"`tests/{file}`": text for file, text in outcomes.items()}

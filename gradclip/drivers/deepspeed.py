@@ -159,26 +159,39 @@ class _EngineStep:
 
     # What each wrapper calls at these moments.
 
-    def _install_scale(self) -> None:
-        update = self._optimizer._update_scale
+    def _install_scale(self, *, withholds: bool = True) -> None:
+        optimizer, step, update = (
+            self._optimizer,
+            self._optimizer.step,
+            self._optimizer._update_scale,
+        )
+
+        def undecided_step(*args: Any, **kwargs: Any) -> Any:
+            self._step = None
+            return step(*args, **kwargs)
 
         def update_scale(has_overflow: bool = False) -> None:
+            if self._step is None:  # before DeepSpeed 0.19, which asks for the norm first
+                has_overflow = optimizer.overflow = self._decide(withholds=withholds)
             # A step that a policy withholds has finite gradients, so the scale isn't too large.
             assert self._step is not None
             update(has_overflow and not bool(self._step.verdict.finite))
 
-        self._patches.put(self._optimizer, "_update_scale", update_scale)
+        self._patches.put(optimizer, "step", undecided_step)
+        self._patches.put(optimizer, "_update_scale", update_scale)
         # Our measure sees what this check looks for, so its pass and its collective are saved.
-        self._patches.put(self._optimizer, "check_overflow", lambda *_, **__: None)
+        self._patches.put(optimizer, "check_overflow", lambda *_, **__: None)
 
     def _install_zero_1_and_2(self) -> None:
         optimizer = self._optimizer
+        checked = getattr(optimizer, "check_grad_overflow", optimizer.dtype == torch.float16)
         # Without the check, bf16 steps with whatever it has.
-        checks = optimizer.check_grad_overflow or optimizer.dtype != torch.bfloat16
+        checks = checked or optimizer.dtype != torch.bfloat16
 
         def scaled_global_norm(norm_type: int = 2) -> Tensor:
             del norm_type
-            optimizer.check_grad_overflow = self._decide(withholds=checks)
+            if self._step is None:
+                optimizer.check_grad_overflow = self._decide(withholds=checks)
             return self._scaled_norm()
 
         def unscale_and_clip_grads(grad_groups_flat: list[Tensor], total_norm: object) -> None:
@@ -188,9 +201,9 @@ class _EngineStep:
                 bucket = next(i for i, partition in enumerate(held) if partition.grad is flat)
                 self._write(bucket, [flat])
 
-        self._install_scale()
+        self._install_scale(withholds=checks)
         self._patches.put(optimizer, "compute_grad_norm", True)
-        self._patches.put(optimizer, "check_grad_overflow", optimizer.check_grad_overflow)
+        self._patches.put(optimizer, "check_grad_overflow", checked)
         self._patches.put(optimizer, "scaled_global_norm", scaled_global_norm)
         self._patches.put(optimizer, "unscale_and_clip_grads", unscale_and_clip_grads)
 

@@ -297,7 +297,9 @@ def _addresses(
         if kind == "DeepSpeedZeroOptimizer":
             # Not by `parameter._hp_mapping`, whose order is another under round_robin_gradients.
             parameters = optimizer.round_robin_bit16_groups[index]
-            offsets = optimizer.round_robin_bit16_offsets[index]
+            offsets = [0, *accumulate(map(elements, parameters))]
+            if hasattr(optimizer, "round_robin_bit16_offsets"):  # DeepSpeed 0.19 pads between them
+                offsets = optimizer.round_robin_bit16_offsets[index]
         first, last = 0, math.inf
         if kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
             flat = optimizer.optimizer.param_groups[index]["params"][0]

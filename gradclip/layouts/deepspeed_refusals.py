@@ -63,7 +63,7 @@ def _reasons(engine: Any) -> Iterator[tuple[str, str]]:
             "expert parallel parameters, spread over other ranks than the rest",
             "Let DeepSpeed clip, or use fully_shard (FSDP2)",
         )
-    if engine.mpu is not None or engine.autotp_size() > 1:
+    if engine.mpu is not None or (_told(engine, "autotp_size") or 0) > 1:
         yield (
             "model parallelism (mpu, tensor or sequence parallel)",
             "Let DeepSpeed clip, or use fully_shard (FSDP2) with tensor parallelism",
@@ -84,7 +84,7 @@ def _reasons(engine: Any) -> Iterator[tuple[str, str]]:
             "engine.backward never multiplied them with",
             "Use zero_optimization: {stage: 1}, or bf16",
         )
-    if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
+    if _told(engine, "torch_autocast_enabled") and engine.torch_autocast_dtype() == torch.float16:
         yield (
             "torch_autocast in float16, where DeepSpeed takes the norm of scaled gradients",
             "Use torch_autocast with bfloat16, or fp16: {enabled: true}",
@@ -95,13 +95,29 @@ def _reasons(engine: Any) -> Iterator[tuple[str, str]]:
             f"the legacy fused step of {type(base).__name__}, which clips in its own kernel",
             "Leave 'legacy_fusion' out, or use another optimizer",
         )
+    if name.endswith("_Stage3") and not hasattr(optimizer, "sub_group_process_groups"):
+        # 0.16 to 0.18 train to NaN on a CPU, also without gradclip.
+        yield (
+            "ZeRO 3 of an older DeepSpeed, whose gradients were measured to be wrong",
+            "Use DeepSpeed 0.19.8, or ZeRO 2",
+        )
+    if name == "BF16_Optimizer" and not hasattr(optimizer, "overflow"):
+        yield (
+            "the BF16_Optimizer of an older DeepSpeed, which can withhold no step",
+            "Use DeepSpeed 0.19.8, or ZeRO 1 to 3 without data_types",
+        )
     if not engine.enable_backward_allreduce:
         yield (
             "gradients that are not averaged over ranks (enable_backward_allreduce is off)",
             "Let the engine average them",
         )
-    if engine.is_deepcompile_enabled():
+    if _told(engine, "is_deepcompile_enabled"):
         yield "DeepCompile, which rewrites its backward", "Leave compile.deepcompile out"
+
+
+def _told(engine: Any, name: str) -> Any:
+    """What an engine's method says; None if this DeepSpeed hasn't got what it asks about."""
+    return getattr(engine, name, lambda: None)()
 
 
 def _spread(optimizer: Any) -> list[object]:

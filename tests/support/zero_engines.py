@@ -3,6 +3,7 @@
 import math
 
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from gradclip.layouts.deepspeed import DeepSpeedLayout
@@ -56,6 +57,12 @@ ENGINES = {
     "fp16 zero 2": ("DeepSpeedZeroOptimizer", (2, "fp16"), FP16),
     "fp16 zero 3": ("DeepSpeedZeroOptimizer_Stage3", (3, "fp16"), FP16),
 }
+if "parameter_alignment" not in DeepSpeedZeroConfig.model_fields:
+    # An older DeepSpeed, whose ZeRO 3 and BF16_Optimizer are refused. It wraps bf16 at stage 0 so.
+    refused = ("DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+    for name, (kind, *_) in tuple(ENGINES.items()):
+        if kind in refused or name.startswith(("zero 1 aligned", "bf16 stage 0")):
+            del ENGINES[name]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

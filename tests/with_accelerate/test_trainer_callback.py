@@ -255,6 +255,8 @@ def test_another_max_grad_norm_is_replaced_and_said_once(max_norm, times, tmp_pa
 def test_gradients_on_different_meshes_are_clipped_once_and_by_the_policy(tmp_path, monkeypatch):
     policy = {"policies": [{"type": "norm", "max_norm": 0.25}]}
     trainer, _ = made(tmp_path, policy, save_strategy="no")
+    if not hasattr(trainer, "_mixed_mesh_grad_norm"):
+        pytest.skip("this version of transformers never clips by itself")
     trainer._mixed_mesh_grads = True  # what the Trainer remembers of its first look
     monkeypatch.setattr(
         type(trainer), "_mixed_mesh_grad_norm", lambda *_: pytest.fail("the Trainer's own clip")
