@@ -7,8 +7,6 @@ from pathlib import Path
 
 from benchmarks.speed.rows import ROOT, Point, Results, Row
 
-README = ROOT / "benchmarks" / "README.md"
-PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "images" / "speed.png"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 PARTS = {
@@ -259,6 +257,40 @@ def page(results: Results) -> str:
     )
 
 
+COSTS = {
+    "GPT-2 small (148 tensors, 124 M values), float32": "GPT-2 small, float32",
+    "2000 small tensors, float32": "2000 x 64",
+    "288 small tensors under `fully_shard`, two ranks": "FSDP2, 288 tensors, width 64",
+    "GPT-2 small, bfloat16": "GPT-2 small, bfloat16",
+}
+"""Single steps that the first page shows, by the names of rows."""
+LOOPS = {f"`{name}`": name for name in ("norm", "zclip", "auto")}
+
+
+def costs(results: Results) -> str:
+    """What a step costs beside torch's, for README.md."""
+    rows = results.rows
+    found = {row.what: ratio_of(row) for row in rows if row.peer == "torch" or row.part == "loops"}
+
+    def shown(title: str, names: Mapping[str, str], columns: Mapping[str, str]) -> str:
+        cells = (
+            [words, *(found.get(f"{name}, {c}", "") for c in columns.values())]
+            for words, name in names.items()
+        )
+        return table((title, *columns), cells, 1)
+
+    clips = {"nothing is clipped": "not clipped", "something is clipped": "clipped"}
+    titles = dict.fromkeys(row.what.rpartition(", ")[0] for row in rows if row.part == "loops")
+    steps = shown("one clipping step on", COSTS, clips)
+    loops = shown("a whole training step of a small MLP", {t: t for t in titles}, LOOPS)
+    return f"{steps}\n\n{loops}"
+
+
+def grid(results: Results) -> str:
+    """One rank of a large job, for docs/layouts.md."""
+    return pivot(results.rows, "grid") or UNMEASURED
+
+
 AXES = {
     "tensors": ("tensors of 64 values", "ms a step"),
     "megabytes": ("MB of gradients in 16 tensors", "ms a step"),
@@ -300,9 +332,18 @@ def between(path: Path, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
 
 
+PAGES: Mapping[Path, Callable[[Results], str]] = {
+    ROOT / "README.md": costs,
+    ROOT / "benchmarks" / "README.md": tables,
+    ROOT / "docs" / "performance.md": page,
+    ROOT / "docs" / "layouts.md": grid,
+}
+"""What is written into each page, between its markers."""
+
+
 def write_all(results: Results) -> list[Path]:
     """Write the pages and the picture; returns their paths."""
-    for path, text in ((README, tables(results)), (PAGE, page(results))):
-        path.write_text(between(path, text), encoding="utf-8")
+    for path, make in PAGES.items():
+        path.write_text(between(path, make(results)), encoding="utf-8")
     draw(results.points, PICTURE)
-    return [README, PAGE, PICTURE]
+    return [*PAGES, PICTURE]

@@ -124,12 +124,15 @@ def test_every_aim_has_what_bounds_it():
             assert report.bound_of(row)
 
 
-def test_pages_show_what_was_measured():
+def test_pages_show_what_was_measured_and_all_of_it():
     results = read()
-    assert list(results.cases) == [name for name in CASES if name in results.cases]
-    for path, make in ((report.README, report.tables), (report.PAGE, report.page)):
+    assert list(results.cases) == list(CASES)
+    for path, make in report.PAGES.items():
         assert path.read_text() == report.between(path, make(results))
-    assert {point.axis for point in results.points} in (set(report.AXES), set())
+    assert {point.axis for point in results.points} == set(report.AXES)
+    assert {row.what for row in results.rows} >= {
+        f"{name}, clipped" for name in report.COSTS.values()
+    }
 
 
 def test_the_picture_is_drawn(tmp_path):
