@@ -96,7 +96,7 @@ def _reasons(engine: Any) -> Iterator[tuple[str, str]]:
             "Leave 'legacy_fusion' out, or use another optimizer",
         )
     if name.endswith("_Stage3") and not hasattr(optimizer, "sub_group_process_groups"):
-        # 0.16 to 0.18 train to NaN on a CPU, also without gradclip.
+        # Measured on a CPU with 0.16.0; docs/versions.md has what is known of 0.17 and 0.18.
         yield (
             "ZeRO 3 of an older DeepSpeed, whose gradients were measured to be wrong",
             "Use DeepSpeed 0.19.8, or ZeRO 2",
