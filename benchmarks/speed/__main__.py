@@ -1,6 +1,6 @@
 """Measure how fast gradclip is, and write the tables.
 
-python -m benchmarks.speed            # what is missing, about 15 minutes on two idle cores
+python -m benchmarks.speed            # what is missing, about 20 minutes on two idle cores
 python -m benchmarks.speed --quick    # tries every case; the numbers mean nothing
 python -m benchmarks.speed report     # the tables and the picture anew, without measuring
 """

@@ -81,7 +81,7 @@ def main(
     ] = False,
     seconds: Annotated[
         float, typer.Option(min=0.1, help="for one row, once it has enough pairs of calls")
-    ] = FULL.seconds,
+    ] = 1.0,
     anew: Annotated[bool, typer.Option(help="all cases, also those that are there")] = False,
 ) -> None:
     """Measure what results.json doesn't hold of today's code, then write the tables."""
