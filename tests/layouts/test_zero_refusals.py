@@ -75,8 +75,23 @@ def refused(rank, world):
         GradientClipper(NORM, optimizer=autocast)
 
 
-def test_what_cannot_be_exact_is_refused_by_name():
-    run_on_ranks(refused, 1, fresh=True)
+def old(rank, world):
+    """What DeepSpeeds before 0.19 lack."""
+    fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+    for settings, more, lacks, words in (
+        ((3,), {}, "sub_group_process_groups", "ZeRO 3 of an older DeepSpeed"),
+        ((1, "bf16"), fp32, "overflow", "the BF16_Optimizer of an older DeepSpeed"),
+    ):
+        engine = engine_with(*settings, **more)
+        GradientClipper(NORM, optimizer=engine)
+        delattr(engine.optimizer, lacks)
+        with pytest.raises(LayoutError, match=f"{words}.*Use DeepSpeed 0.19.8, or ZeRO"):
+            GradientClipper(NORM, optimizer=engine)
+
+
+@pytest.mark.parametrize("case", [refused, old], ids=lambda case: case.__name__)
+def test_what_cannot_be_exact_is_refused_by_name(case):
+    run_on_ranks(case, 1, fresh=True)
 
 
 def misused(rank, world):
