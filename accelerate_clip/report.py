@@ -14,6 +14,10 @@ from gradclip.adapters import ClipperSet, weak, weakly
 __all__ = ["Reporter", "is_same_rule"]
 
 
+_PLAIN = ClipByNorm(max_norm=1.0)
+"""A norm's policy with every other field at its default."""
+
+
 class Reporter:
     """Gives the metrics of clippers to the accelerator's trackers, and places the flight record.
 
@@ -143,6 +147,3 @@ def is_same_rule(config: ClipConfig, max_norm: float, norm_type: float) -> bool:
     asked = {**vars(_PLAIN), "max_norm": float(max_norm), "norm_type": float(norm_type)}
     policy = config.policies[0]
     return type(policy) is ClipByNorm and vars(policy) == asked
-
-
-_PLAIN = ClipByNorm(max_norm=1.0)

@@ -87,10 +87,10 @@ class Reporter:
         """Write the entries that are due after this batch."""
         every, pairs = self._log.every_n_steps, zip(self.steps, self._written, strict=True)
         if every is not None:
-            self._write(trainer, [now // every > then // every for now, then in pairs])
+            self._write(trainer, [made // every > written // every for made, written in pairs])
         elif logs_after_batch(trainer):
             self._filed = [logger_step(trainer)] * len(self.steps)
-            self._write(trainer, [now > then for now, then in pairs])
+            self._write(trainer, [made > written for made, written in pairs])
 
     def end(self, trainer: Trainer) -> None:
         """Write what no entry holds yet."""

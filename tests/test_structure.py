@@ -74,11 +74,11 @@ def graph(package, *, types):
 
 
 def reached(edges, start):
-    found, todo = set(), [start]
-    while todo:
-        for module in edges[todo.pop()] - found:
+    found, left = set(), [start]
+    while left:
+        for module in edges[left.pop()] - found:
             found.add(module)
-            todo.append(module)
+            left.append(module)
     return found
 
 

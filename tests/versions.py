@@ -1,6 +1,6 @@
 """Run a stated part of the tests with old, middle and new versions of what gradclip builds on.
 
-    make test-versions                              every set; 5 GB and some 20 minutes each
+    make test-versions                              every set; 5 GB each, and minutes of tests
     python tests/versions.py lowest                 one of them, into build/versions
     python tests/versions.py newest --fresh         in a new environment, with what is newest now
 

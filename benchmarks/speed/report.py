@@ -282,9 +282,9 @@ def costs(results: Results) -> str:
         return table((title, *columns), cells, 1)
 
     clips = {"nothing is clipped": "not clipped", "something is clipped": "clipped"}
-    titles = dict.fromkeys(row.what.rpartition(", ")[0] for row in rows if row.part == "loops")
+    titles = {t: t for t in (row.what.rpartition(", ")[0] for row in rows if row.part == "loops")}
     steps = shown("one clipping step on", COSTS, clips)
-    loops = shown("a whole training step of a small MLP", {t: t for t in titles}, LOOPS)
+    loops = shown("a whole training step of a small MLP", titles, LOOPS)
     return f"{steps}\n\n{loops}"
 
 

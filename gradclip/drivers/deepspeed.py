@@ -160,11 +160,8 @@ class _EngineStep:
     # What each wrapper calls at these moments.
 
     def _install_scale(self, *, withholds: bool = True) -> None:
-        optimizer, step, update = (
-            self._optimizer,
-            self._optimizer.step,
-            self._optimizer._update_scale,
-        )
+        optimizer = self._optimizer
+        step, update = optimizer.step, optimizer._update_scale
 
         def undecided_step(*args: Any, **kwargs: Any) -> Any:
             self._step = None

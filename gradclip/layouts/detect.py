@@ -137,7 +137,15 @@ def _shared(name: str) -> str:
 def shardings_of(
     parameters: Mapping[str, Tensor], model: nn.Module | None = None
 ) -> dict[str, Sharding]:
-    """How each parameter lies over ranks; a plain tensor is the same on every rank."""
+    """How each parameter lies over ranks; a plain tensor is the same on every rank.
+
+    Args:
+        parameters: By name.
+        model: The module that has them, if the caller knows it.
+
+    Raises:
+        LayoutError: If one is laid out in a way that isn't supported.
+    """
     flattened = {name: p for name, p in parameters.items() if is_flattened(p)}
     shardings = fsdp1_shardings(flattened, model)
     whole = Sharding()

@@ -15,6 +15,7 @@ from gradclip.private import (
     unhooked,
     writes,
 )
+from gradclip.steps import _calls_another_step
 
 
 def test_writes_and_views_of_a_tensor():
@@ -95,3 +96,7 @@ def test_a_step_without_the_hooks_that_torch_put_around_it():
     assert unhooked(Inherits.step) is unhooked(torch.optim.SGD.step)
     assert unhooked(Own.step) is own
     assert unhooked(own) is own
+    # AdamW inherits Adam's step, which calls none; what is made here calls SGD's.
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    assert not _calls_another_step(torch.optim.AdamW(weights))
+    assert _calls_another_step(Own(weights, lr=0.1))

@@ -90,8 +90,8 @@ def raising(rank, world, name):
     before = snapshot(engine)
     with pytest.raises(NonFiniteError, match=r"on this rank in last|on another rank") as caught:
         engine.step()
-    for now, then in zip(gradients(engine), held, strict=True):
-        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    for after, kept in zip(gradients(engine), held, strict=True):
+        torch.testing.assert_close(after, kept, rtol=0, atol=0, equal_nan=True)
     assert all(map(torch.equal, before, snapshot(engine)))
     assert clipper.state_dict()["counts"]["steps"] == 1
     return "on this rank" in str(caught.value)

@@ -79,7 +79,7 @@ def raising(name):
     with pytest.raises(NonFiniteError):
         optimizer.step()
     pairs = zip(grads, before, strict=True)
-    same = all(torch.equal(now.nan_to_num(7.0), old.nan_to_num(7.0)) for now, old in pairs)
+    same = all(torch.equal(grad.nan_to_num(7.0), old.nan_to_num(7.0)) for grad, old in pairs)
     return str(error.value), same
 
 
